@@ -1,0 +1,273 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""RBI model configuration"""
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import auto_docstring
+
+
+# What transformers itself may write into a `config.json`, or set on a config, beside the fields of the config class.
+_COMMON_CONFIG_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "finetuning_task",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "task_specific_params",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_weights",
+}
+
+
+@auto_docstring(
+    custom_intro="""
+    Configuration of the RBI models: a vision backbone, and the head in which the images of a batch attend to each
+    other (Le et al., "Enhancing Fine-grained Image Classification through Attentive Batch Training",
+    https://huggingface.co/papers/2412.19606). The defaults are those of [`RBIConfig.paper`]; [`RBIConfig.kernel`] is
+    the form that is useful without training. The paper's full text leaves parts of the head open; those are fields
+    here, and each says what its default is a reading of.
+    """
+)
+@strict
+class RBIConfig(PreTrainedConfig):
+    r"""
+    backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a `ConvNextConfig`):
+        Configuration of the vision backbone: that of any vision model of transformers, or a `TimmWrapperConfig` for
+        the models of timm.
+    feature_size (`int`, *optional*):
+        Number of features d that the backbone gives for an image after pooling. Measured when the model is built if
+        it is `None`, and saved from then on.
+    pooling (`str`, *optional*, defaults to `"auto"`):
+        How the backbone's output becomes one vector for an image. `"pooler"`: its own `pooler_output`; `"cls"`: the
+        class token; `"mean"`: the mean over the patch tokens or the feature map, class and register tokens left out;
+        `"cls_mean"`: both, concatenated; `"auto"`: what suits the backbone (the class token for ViT and DeiT, both
+        for DINOv2, else the pooler where there is one and the mean where there is none).
+    num_attention_heads (`int`, *optional*, defaults to 1):
+        Attention heads of the head. Must divide `feature_size`.
+    attention_type (`str`, *optional*, defaults to `"dot_product"`):
+        `"dot_product"`: queries times keys over sqrt(d / heads); `"cosine"`: their cosine over a learned temperature
+        for each head.
+    attention_temperature (`float`, *optional*, defaults to 0.2):
+        Temperature that `attention_type="cosine"` starts from. At least 0.01.
+    attention_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on the attention between images.
+    classifier_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout before the classifier.
+    residual_gate (`str`, *optional*, defaults to `"learned"`):
+        How an image's own features r and the message m of its neighbours are joined. `"learned"`: beta r + (1 - beta) m
+        with beta = sigmoid(w [m; r; m - r]), one number for each image; `"sum"`: r + m; `"none"`: m alone.
+    relation_position_encoding (`str`, *optional*, defaults to `"key_value"`):
+        Where the PSNR relation enters the attention. `"key_value"`: p w is added to keys and values (the reading of
+        the paper with most support); `"key"`: to the keys alone; `"bias"`: PSNR in dB times a learned gain for each
+        head is added to the attention logits; `"none"`: nowhere.
+    relation_gain (`float`, *optional*, defaults to 0.5):
+        Gain, per dB, that `relation_position_encoding="bias"` starts from.
+    psnr_max (`float`, *optional*, defaults to 50.0):
+        PSNR, in dB, above which two images count as the same: p = min(PSNR, psnr_max) / psnr_max. One grey level of
+        256 everywhere is 48.1 dB.
+    psnr_image_size (`int`, *optional*, defaults to 32):
+        Images are averaged down to this height and width, in pixels, for PSNR; `None` keeps the full size, as in the
+        paper. Spearman's rank correlation with full size (224 px), measured over all pairs of 400 pictures: at 32 px
+        0.997 on ORL faces and 0.997 on ELPV solar cells, at 16 px 0.990 and 0.987.
+    self_relation (`str`, *optional*, defaults to `"one"`):
+        The relation p_ii of an image to itself. `"one"`: 1, as PSNR has it; `"nearest"`: that to its nearest
+        neighbour, without which a sharp attention would look at nothing but the image itself. An image without
+        neighbours has 1 either way.
+    head_initialization (`str`, *optional*, defaults to `"standard"`):
+        `"standard"`: uniform in +-1/sqrt(fan_in), biases zero; `"identity"`: the four projections are identities and
+        the relation and the gate start at zero, so that an image on its own keeps its features.
+    relation_scope (`str`, *optional*, defaults to `"self"`):
+        Whom an image attends to in evaluation. `"batch"`: every image of the batch; `"self"`: itself alone, so that
+        its answer does not depend on the others. Training uses `"batch"`; the forward argument of the same name
+        overrides both.
+    image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
+        Mean that the image processor subtracts from pixels in [0, 1], undone before PSNR.
+    image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
+        Standard deviation that the image processor divides pixels in [0, 1] by, undone before PSNR.
+
+    Raises:
+        ValueError: for a field that is unknown, out of its range, or at odds with another one; the message names it.
+
+    Example:
+
+    ```python
+    >>> from transformers import ConvNextConfig
+    >>> from modeling_rbi import RBIConfig, RBIForImageClassification
+
+    >>> config = RBIConfig.paper(backbone_config=ConvNextConfig(), num_labels=200)
+    >>> model = RBIForImageClassification(config)
+    >>> model.config.feature_size
+    768
+    ```"""
+
+    model_type = "rbi"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    feature_size: int | None = None
+    pooling: Literal["auto", "pooler", "cls", "mean", "cls_mean"] = "auto"
+    num_attention_heads: int = 1
+    attention_type: Literal["dot_product", "cosine"] = "dot_product"
+    attention_temperature: float | int = 0.2
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+    residual_gate: Literal["learned", "sum", "none"] = "learned"
+    relation_position_encoding: Literal["key_value", "key", "bias", "none"] = "key_value"
+    relation_gain: float | int = 0.5
+    psnr_max: float | int = 50.0
+    psnr_image_size: int | None = 32
+    self_relation: Literal["one", "nearest"] = "one"
+    head_initialization: Literal["standard", "identity"] = "standard"
+    relation_scope: Literal["batch", "self"] = "self"
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self, **kwargs):
+        self._check_unknown_fields(kwargs)
+        if self.backbone_config is None:
+            self.backbone_config = CONFIG_MAPPING["convnext"]()
+        elif isinstance(self.backbone_config, dict):
+            self.backbone_config = self._backbone_config_from_dict(self.backbone_config)
+        self.image_mean = [float(value) for value in self.image_mean]
+        self.image_std = [float(value) for value in self.image_std]
+        super().__post_init__(**kwargs)
+
+    def _check_unknown_fields(self, kwargs: dict[str, Any]):
+        known = {field.name for field in fields(self)}
+        for name in kwargs:
+            if name in _COMMON_CONFIG_KEYS or name.startswith("_"):
+                continue
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean `{close[0]}`?" if close else f"its own fields are {', '.join(self.own_fields())}."
+            raise ValueError(
+                f"RBIConfig has no field `{name}`: {hint} If this config was written by a newer version, upgrade with "
+                "`pip install -U modeling-rbi transformers`."
+            )
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the fields that RBI adds to those of every config."""
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        return [field.name for field in fields(cls) if field.name not in inherited]
+
+    @staticmethod
+    def _backbone_config_from_dict(backbone_config: dict[str, Any]) -> PreTrainedConfig:
+        model_type = backbone_config.get("model_type")
+        if model_type is None:
+            raise ValueError(
+                '`backbone_config` is a dict without "model_type", so its class is unknown: add it, for instance '
+                '{"model_type": "convnext"}, or pass a config object.'
+            )
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f'`backbone_config` has model_type "{model_type}", which this version of transformers does not know: '
+                "upgrade transformers, or register the class with `AutoConfig.register`."
+            )
+        return CONFIG_MAPPING[model_type].from_dict(backbone_config)
+
+    def validate_backbone(self):
+        """Part of `@strict`-powered validation: the backbone is one tower of images."""
+        if hasattr(self.backbone_config, "vision_config"):
+            raise ValueError(
+                f"`backbone_config` is a {type(self.backbone_config).__name__}, of a model with several towers: pass "
+                "its vision tower's, `backbone_config.vision_config`."
+            )
+        if self.backbone_config.model_type == self.model_type:
+            raise ValueError("`backbone_config` is an RBIConfig itself: pass the config of the backbone alone.")
+        num_channels = getattr(self.backbone_config, "num_channels", None) or len(self.image_mean)
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != num_channels:
+                raise ValueError(
+                    f"`{name}` has {len(getattr(self, name))} values, but the backbone takes {num_channels} channels: "
+                    f"`image_mean` and `image_std` need one value for each channel."
+                )
+        if any(value <= 0 for value in self.image_std):
+            raise ValueError(f"`image_std` must be above 0 in every channel, got {self.image_std}.")
+
+    def validate_relations(self):
+        """Part of `@strict`-powered validation: the ranges of the head's fields, and what excludes each other."""
+        for name in ("num_attention_heads", "feature_size", "psnr_image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("attention_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.attention_temperature < 0.01:
+            raise ValueError(f"`attention_temperature` must be at least 0.01, got {self.attention_temperature}.")
+        if self.psnr_max <= 0:
+            raise ValueError(f"`psnr_max` is in dB and must be above 0, got {self.psnr_max}.")
+        if self.feature_size is not None and self.feature_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must divide the backbone's feature size "
+                f"({self.feature_size})."
+            )
+        if self.head_initialization == "identity" and self.residual_gate == "sum":
+            raise ValueError(
+                '`head_initialization="identity"` and `residual_gate="sum"` exclude each other: the sum would double '
+                'an image\'s features instead of keeping them. Use `residual_gate="learned"` or `"none"`.'
+            )
+
+    @classmethod
+    def paper(cls, **kwargs) -> "RBIConfig":
+        r"""
+        The paper's method as far as its published parts tell, PSNR on full-size images. Any field can be overridden.
+
+        | | `paper` | `kernel` |
+        |---|---|---|
+        | attention | dot product | cosine, learned temperature from 0.2 |
+        | relation | p w on keys and values, p in [0, 1] | PSNR in dB times a learned gain from 0.5, on the logits |
+        | PSNR at | full size | 16 px |
+        | relation to itself | 1 | that to the nearest neighbour |
+        | residual | learned gate | learned gate |
+        | start | uniform +-1/sqrt(fan_in) | identities |
+        | without training | unusable | a similarity kernel over the pictures |
+        """
+        preset = {
+            "attention_type": "dot_product",
+            "relation_position_encoding": "key_value",
+            "psnr_image_size": None,
+            "self_relation": "one",
+            "head_initialization": "standard",
+        }
+        return cls(**(preset | kwargs))
+
+    @classmethod
+    def kernel(cls, **kwargs) -> "RBIConfig":
+        r"""
+        The kernel form: the head starts as a similarity kernel over the pictures and is useful without training. See
+        the table of [`RBIConfig.paper`]. Any field can be overridden.
+        """
+        preset = {
+            "attention_type": "cosine",
+            "relation_position_encoding": "bias",
+            "psnr_image_size": 16,
+            "self_relation": "nearest",
+            "head_initialization": "identity",
+        }
+        return cls(**(preset | kwargs))
+
+
+__all__ = ["RBIConfig"]

@@ -1,0 +1,97 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Image processors for RBI: that of the backbone, in a form that can be saved beside the model."""
+
+import math
+
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
+
+
+_TIMM_RESAMPLE = {
+    "bicubic": PILImageResampling.BICUBIC,
+    "bilinear": PILImageResampling.BILINEAR,
+    "nearest": PILImageResampling.NEAREST,
+}
+
+
+def load_image_processor(name_or_path: str, **kwargs) -> BaseImageProcessor:
+    r"""
+    Loads the image processor of a backbone or of an RBI model. For a timm checkpoint, whose own wrapper cannot be
+    saved, it is a `CLIPImageProcessor` that does the same as timm's evaluation transform: resize of the shorter edge,
+    centre crop, normalisation.
+
+    Args:
+        name_or_path (`str`):
+            A folder or a repository of the Hub.
+        kwargs:
+            Passed to `AutoImageProcessor.from_pretrained`.
+
+    Raises:
+        ValueError: where timm's transform is one that cannot be written as such a processor.
+    """
+    processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+    timm_config = getattr(processor, "data_config", None)
+    return processor if timm_config is None else _from_timm_data_config(timm_config)
+
+
+def _from_timm_data_config(data_config: dict) -> BaseImageProcessor:
+    _, height, width = data_config["input_size"]
+    crop_mode = data_config.get("crop_mode", "center")
+    interpolation = data_config["interpolation"]
+    if crop_mode != "center" or interpolation not in _TIMM_RESAMPLE or height != width:
+        raise ValueError(
+            f"timm's evaluation transform has crop_mode={crop_mode!r}, interpolation={interpolation!r} and input size "
+            f"{height} x {width}; only a square centre crop with {sorted(_TIMM_RESAMPLE)} can be saved as an image "
+            "processor: build one that suits the model and save it beside it."
+        )
+    # Imported where it is needed: without torchvision, which timm needs, the import itself warns.
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(
+        size={"shortest_edge": math.floor(height / data_config["crop_pct"])},
+        crop_size={"height": height, "width": width},
+        resample=_TIMM_RESAMPLE[interpolation],
+        image_mean=list(data_config["mean"]),
+        image_std=list(data_config["std"]),
+    )
+
+
+def pixel_statistics(image_processor: BaseImageProcessor, num_channels: int = 3) -> tuple[list[float], list[float]]:
+    r"""
+    Gives mean and std, of each channel, such that `pixel_values * std + mean` is the image in [0, 1] again. They are
+    measured on a black and a white picture, since processors differ in what they do beside `image_mean` and
+    `image_std` (rescaling by other factors, offsets, normalising twice).
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            The processor that the model's pictures go through.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels that the model takes: 3, or 1 for grey pictures.
+
+    Returns:
+        `tuple[list[float], list[float]]`: `image_mean` and `image_std` for [`RBIConfig`].
+    """
+    mode = "L" if num_channels == 1 else "RGB"
+    pictures = [Image.new(mode, (64, 64), colour) for colour in ("black", "white")]
+    pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"].double()
+    black, white = pixel_values.flatten(2).mean(-1)
+    std = 1.0 / (white - black)
+    mean = -black * std
+    return [round(value, 6) + 0.0 for value in mean.tolist()], [round(value, 6) for value in std.tolist()]
+
+
+__all__ = ["load_image_processor", "pixel_statistics"]
