@@ -76,7 +76,7 @@ class RBIConfig(PreTrainedConfig):
     classifier_dropout (`float`, *optional*, defaults to 0.0):
         Dropout before the classifier.
     residual_gate (`str`, *optional*, defaults to `"learned"`):
-        How an image's own features r and the message m of its neighbours are joined. `"learned"`: beta r + (1 - beta) m
+        How an image's own features r and its message m are joined. `"learned"`: beta r + (1 - beta) m
         with beta = sigmoid(w [m; r; m - r]), one number for each image; `"sum"`: r + m; `"none"`: m alone.
     relation_position_encoding (`str`, *optional*, defaults to `"key_value"`):
         Where the PSNR relation enters the attention. `"key_value"`: p w is added to keys and values (the reading of
