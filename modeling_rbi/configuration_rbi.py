@@ -14,6 +14,7 @@
 """RBI model configuration"""
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -45,9 +46,9 @@ _COMMON_CONFIG_KEYS = {
     custom_intro="""
     Configuration of the RBI models: a vision backbone, and the head in which the images of a batch attend to each
     other (Le et al., "Enhancing Fine-grained Image Classification through Attentive Batch Training",
-    https://huggingface.co/papers/2412.19606). The defaults are those of [`RBIConfig.paper`]; [`RBIConfig.kernel`] is
-    the form that is useful without training. The paper's full text leaves parts of the head open; those are fields
-    here, and each says what its default is a reading of.
+    https://huggingface.co/papers/2412.19606). The defaults are those of [`RBIConfig.paper`], but for PSNR on reduced
+    images; [`RBIConfig.kernel`] is the form that is useful without training. The paper's full text leaves parts of the
+    head open; those are fields here, and each says what its default is a reading of.
     """
 )
 @strict
@@ -68,7 +69,7 @@ class RBIConfig(PreTrainedConfig):
         Attention heads of the head. Must divide `feature_size`.
     attention_type (`str`, *optional*, defaults to `"dot_product"`):
         `"dot_product"`: queries times keys over sqrt(d / heads); `"cosine"`: their cosine over a learned temperature
-        for each head.
+        for each head, of features from which the mean over the neighbours is taken.
     attention_temperature (`float`, *optional*, defaults to 0.2):
         Temperature that `attention_type="cosine"` starts from. At least 0.01.
     attention_dropout (`float`, *optional*, defaults to 0.0):
@@ -108,7 +109,9 @@ class RBIConfig(PreTrainedConfig):
         Standard deviation that the image processor divides pixels in [0, 1] by, undone before PSNR.
 
     Raises:
-        ValueError: for a field that is unknown, out of its range, or at odds with another one; the message names it.
+        ValueError: for a field that is unknown, or a `backbone_config` of no known class; the message names it.
+        StrictDataclassError: for a field of the wrong type, out of its range, or at odds with another one (see
+            `huggingface_hub.errors`); the message names it.
 
     Example:
 
@@ -141,8 +144,8 @@ class RBIConfig(PreTrainedConfig):
     self_relation: Literal["one", "nearest"] = "one"
     head_initialization: Literal["standard", "identity"] = "standard"
     relation_scope: Literal["batch", "self"] = "self"
-    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_mean: list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float | int] | tuple[float | int, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs):
         self._check_unknown_fields(kwargs)
@@ -198,12 +201,14 @@ class RBIConfig(PreTrainedConfig):
             raise ValueError("`backbone_config` is an RBIConfig itself: pass the config of the backbone alone.")
         num_channels = getattr(self.backbone_config, "num_channels", None) or len(self.image_mean)
         for name in ("image_mean", "image_std"):
+            if not all(math.isfinite(value) for value in getattr(self, name)):
+                raise ValueError(f"`{name}` must be finite in every channel, got {getattr(self, name)}.")
             if len(getattr(self, name)) != num_channels:
                 raise ValueError(
                     f"`{name}` has {len(getattr(self, name))} values, but the backbone takes {num_channels} channels: "
                     f"`image_mean` and `image_std` need one value for each channel."
                 )
-        if any(value <= 0 for value in self.image_std):
+        if not all(value > 0 for value in self.image_std):
             raise ValueError(f"`image_std` must be above 0 in every channel, got {self.image_std}.")
 
     def validate_relations(self):
@@ -215,6 +220,9 @@ class RBIConfig(PreTrainedConfig):
         for name in ("attention_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("attention_temperature", "psnr_max", "relation_gain"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
         if self.attention_temperature < 0.01:
             raise ValueError(f"`attention_temperature` must be at least 0.01, got {self.attention_temperature}.")
         if self.psnr_max <= 0:
@@ -237,11 +245,11 @@ class RBIConfig(PreTrainedConfig):
 
         | | `paper` | `kernel` |
         |---|---|---|
-        | attention | dot product | cosine, learned temperature from 0.2 |
+        | attention | dot product | cosine of centred features, learned temperature from 0.2 |
         | relation | p w on keys and values, p in [0, 1] | PSNR in dB times a learned gain from 0.5, on the logits |
         | PSNR at | full size | 16 px |
         | relation to itself | 1 | that to the nearest neighbour |
-        | residual | learned gate | learned gate |
+        | residual | learned gate | none: the image takes part in its own message |
         | start | uniform +-1/sqrt(fan_in) | identities |
         | without training | unusable | a similarity kernel over the pictures |
         """
@@ -250,6 +258,7 @@ class RBIConfig(PreTrainedConfig):
             "relation_position_encoding": "key_value",
             "psnr_image_size": None,
             "self_relation": "one",
+            "residual_gate": "learned",
             "head_initialization": "standard",
         }
         return cls(**(preset | kwargs))
@@ -258,13 +267,15 @@ class RBIConfig(PreTrainedConfig):
     def kernel(cls, **kwargs) -> "RBIConfig":
         r"""
         The kernel form: the head starts as a similarity kernel over the pictures and is useful without training. See
-        the table of [`RBIConfig.paper`]. Any field can be overridden.
+        the table of [`RBIConfig.paper`]. Any field can be overridden. There is no gate because one that starts at 1/2
+        halves what relations do before training.
         """
         preset = {
             "attention_type": "cosine",
             "relation_position_encoding": "bias",
             "psnr_image_size": 16,
             "self_relation": "nearest",
+            "residual_gate": "none",
             "head_initialization": "identity",
         }
         return cls(**(preset | kwargs))

@@ -237,28 +237,28 @@ class ResidualRelationshipAttention(nn.Module):
         self,
         features: torch.Tensor,
         similarities: torch.Tensor | None = None,
-        neighbors: torch.Tensor | None = None,
+        is_neighbor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""
         Args:
             features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
                 Features of the images, finite.
             similarities (`torch.FloatTensor` of shape `(batch_size, batch_size)`, *optional*):
-                The relations p in [0, 1]; needed with `neighbors` unless RPE enters nowhere.
-            neighbors (`torch.BoolTensor` of shape `(batch_size, batch_size)`, *optional*):
-                Whether image i (first axis) attends to image j, with `True` somewhere in each row. `None`: each image
+                The relations p in [0, 1]; needed with `is_neighbor` unless RPE enters nowhere.
+            is_neighbor (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+                Whether an image is a neighbour of the others; each attends to itself besides. `None`: each image
                 attends to itself alone, and nothing is computed across images.
 
         Returns:
             Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, batch_size)`
-            (`None` without `neighbors`).
+            (`None` without `is_neighbor`).
         """
-        if neighbors is None:
+        if is_neighbor is None:
             message, attention = self.value(features), None
             if self.relation_position_encoding == "key_value":
-                message = message + self.relation.weight[:, 0]
+                message = message + self._relation_vector(features).flatten()
         else:
-            message, attention = self._attend(features, similarities, neighbors)
+            message, attention = self._attend(features, similarities, is_neighbor)
 
         if self.residual is None:
             return message, attention
@@ -269,26 +269,44 @@ class ResidualRelationshipAttention(nn.Module):
         return beta * residual + (1 - beta) * message, attention
 
     def _attend(
-        self, features: torch.Tensor, similarities: torch.Tensor | None, neighbors: torch.Tensor
+        self, features: torch.Tensor, similarities: torch.Tensor | None, is_neighbor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        compared = self._center(features, is_neighbor) if self.is_cosine else features
         # (B, d) -> (heads, B, d_head)
         query, key, value = (
-            projection(features).view(-1, self.num_heads, self.head_size).transpose(0, 1)
-            for projection in (self.query, self.key, self.value)
+            projected.view(-1, self.num_heads, self.head_size).transpose(0, 1)
+            for projected in (self.query(compared), self.key(compared), self.value(features))
         )
+        relation = None if self.relation is None else self._relation_vector(features)
         with maybe_autocast(device_type=features.device.type, enabled=False):
-            attention = self._scores(query.float(), key.float(), similarities)
-            attention = attention.masked_fill(~neighbors, -math.inf).softmax(dim=-1)
+            attention = self._scores(query.float(), key.float(), relation, similarities)
+            itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+            attention = attention.masked_fill(~(is_neighbor[None, :] | itself), -math.inf).softmax(dim=-1)
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
 
         message = attention.to(value.dtype) @ value
         if self.relation_position_encoding == "key_value":
-            weight = self.relation.weight.view(self.num_heads, 1, self.head_size)
-            message = message + (attention * similarities).sum(-1, keepdim=True).to(weight.dtype) * weight
+            message = message + (attention * similarities).sum(-1, keepdim=True).to(relation.dtype) * relation
         message = message.transpose(0, 1).flatten(1)
         return message.to(value.dtype), attention.transpose(0, 1)
 
-    def _scores(self, query: torch.Tensor, key: torch.Tensor, similarities: torch.Tensor | None) -> torch.Tensor:
+    @staticmethod
+    def _center(features: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
+        """Pooled features of one network all point much the same way: what tells images apart is off their mean."""
+        weights = is_neighbor.to(features.dtype)[:, None]
+        return features - (features * weights).sum(0) / weights.sum().clamp(min=1)
+
+    def _relation_vector(self, features: torch.Tensor) -> torch.Tensor:
+        """The vector w, (heads, 1, d_head), from a call of its layer: weights that are offloaded come with a call."""
+        return self.relation(features.new_ones(1, 1)).view(self.num_heads, 1, self.head_size)
+
+    def _scores(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        relation: torch.Tensor | None,
+        similarities: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Attention logits, 2 x (heads, B, d_head) -> (heads, B, B), in float32."""
         if self.is_cosine:
             query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
@@ -296,9 +314,8 @@ class ResidualRelationshipAttention(nn.Module):
         else:
             scale = self.head_size**-0.5
         scores = query @ key.transpose(1, 2)
-        if self.relation is not None:
-            weight = self.relation.weight.float().view(self.num_heads, self.head_size, 1)
-            scores = scores + (query @ weight) * similarities
+        if relation is not None:
+            scores = scores + (query @ relation.float().transpose(1, 2)) * similarities
         scores = scores * scale
         if self.relation_gain is not None:
             scores = scores + self.relation_gain.float()[:, None, None] * (similarities * self.psnr_max)
@@ -374,6 +391,20 @@ class RBIPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        r"""
+        As `PreTrainedModel.save_pretrained`, and the config names the code of both models, so that either of
+        `AutoModel` and `AutoModelForImageClassification` loads what was saved, where this package is not installed.
+        """
+        if self.is_remote_code() and type(self).__module__ == __name__:
+            module = __name__.rpartition(".")[-1]
+            auto_map = {
+                "AutoModel": f"{module}.RBIModel",
+                "AutoModelForImageClassification": f"{module}.RBIForImageClassification",
+            }
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
     def from_backbone_pretrained(
         cls,
@@ -436,6 +467,8 @@ class RBIPreTrainedModel(PreTrainedModel):
 class RBIModel(RBIPreTrainedModel):
     def __init__(self, config: RBIConfig):
         super().__init__(config)
+        # Fields set on a config, as `from_pretrained` sets its keyword arguments, were checked for their type alone.
+        config.validate()
         if config.feature_size is None:
             config.feature_size = _measure_feature_size(config)
             config.validate()
@@ -549,9 +582,8 @@ class RBIModel(RBIPreTrainedModel):
             is_finite = is_finite & has_finite_pixels
             is_neighbor = is_neighbor & has_finite_pixels
 
-        itself = torch.eye(batch_size, dtype=torch.bool, device=features.device)
         features = torch.where(is_finite[:, None], features, 0.0)
-        features, attention = self.rra(features, similarities, is_neighbor[None, :] | itself)
+        features, attention = self.rra(features, similarities, is_neighbor)
         features = torch.where(is_finite[:, None], features, math.nan)
         return features, attention, similarities
 
