@@ -30,6 +30,7 @@ _COMMON_CONFIG_KEYS = {
     "custom_pipelines",
     "experts_implementation",
     "finetuning_task",
+    "fusion_config",
     "model_type",
     "name_or_path",
     "num_labels",
@@ -39,6 +40,7 @@ _COMMON_CONFIG_KEYS = {
     "tie_word_embeddings",
     "torch_dtype",
     "transformers_weights",
+    "use_cache",
 }
 
 
@@ -160,7 +162,7 @@ class RBIConfig(PreTrainedConfig):
     def _check_unknown_fields(self, kwargs: dict[str, Any]):
         known = {field.name for field in fields(self)}
         for name in kwargs:
-            if name in _COMMON_CONFIG_KEYS or name.startswith("_"):
+            if self._is_common(name):
                 continue
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean `{close[0]}`?" if close else f"its own fields are {', '.join(self.own_fields())}."
@@ -168,6 +170,15 @@ class RBIConfig(PreTrainedConfig):
                 f"RBIConfig has no field `{name}`: {hint} If this config was written by a newer version, upgrade with "
                 "`pip install -U modeling-rbi transformers`."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`, without attributes that were hung on the config and are no fields of it."""
+        names = {field.name for field in fields(self)}
+        return {name: value for name, value in super().to_dict().items() if name in names or self._is_common(name)}
+
+    @staticmethod
+    def _is_common(name: str) -> bool:
+        return name in _COMMON_CONFIG_KEYS or name.startswith("_")
 
     @classmethod
     def own_fields(cls) -> list[str]:
@@ -199,7 +210,9 @@ class RBIConfig(PreTrainedConfig):
             )
         if self.backbone_config.model_type == self.model_type:
             raise ValueError("`backbone_config` is an RBIConfig itself: pass the config of the backbone alone.")
-        num_channels = getattr(self.backbone_config, "num_channels", None) or len(self.image_mean)
+        model_args = getattr(self.backbone_config, "model_args", None) or {}  # those of timm
+        num_channels = getattr(self.backbone_config, "num_channels", None) or model_args.get("in_chans")
+        num_channels = num_channels or len(self.image_mean)
         for name in ("image_mean", "image_std"):
             if not all(math.isfinite(value) for value in getattr(self, name)):
                 raise ValueError(f"`{name}` must be finite in every channel, got {getattr(self, name)}.")

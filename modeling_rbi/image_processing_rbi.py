@@ -16,9 +16,11 @@
 import math
 
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
+
+# From `transformers` itself, version 5.17 gives it only where there is torchvision, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 _TIMM_RESAMPLE = {
@@ -31,8 +33,9 @@ _TIMM_RESAMPLE = {
 def load_image_processor(name_or_path: str, **kwargs) -> BaseImageProcessor:
     r"""
     Loads the image processor of a backbone or of an RBI model. For a timm checkpoint, whose own wrapper cannot be
-    saved, it is a `CLIPImageProcessor` that does the same as timm's evaluation transform: resize of the shorter edge,
-    centre crop, normalisation.
+    saved, it is a `CLIPImageProcessor` that does the same as timm's evaluation transform: resize, centre crop,
+    normalisation. With `backend="pil"` its pixels are timm's own; the default, torchvision, resizes slightly otherwise
+    (by a grey level or so). Where an odd number of pixels is cropped away, the crop can lie one pixel off timm's.
 
     Args:
         name_or_path (`str`):
@@ -45,24 +48,32 @@ def load_image_processor(name_or_path: str, **kwargs) -> BaseImageProcessor:
     """
     processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
     timm_config = getattr(processor, "data_config", None)
-    return processor if timm_config is None else _from_timm_data_config(timm_config)
+    return processor if timm_config is None else _from_timm_data_config(timm_config, kwargs.get("backend"))
 
 
-def _from_timm_data_config(data_config: dict) -> BaseImageProcessor:
+def _from_timm_data_config(data_config: dict, backend: str | None) -> BaseImageProcessor:
     _, height, width = data_config["input_size"]
     crop_mode = data_config.get("crop_mode", "center")
     interpolation = data_config["interpolation"]
-    if crop_mode != "center" or interpolation not in _TIMM_RESAMPLE or height != width:
+    scaled_height, scaled_width = (math.floor(length / data_config["crop_pct"]) for length in (height, width))
+    if crop_mode == "squash":
+        size = {"height": scaled_height, "width": scaled_width}
+    elif crop_mode == "center" and height == width:
+        size = {"shortest_edge": scaled_height}
+    else:
+        size = None
+    if size is None or interpolation not in _TIMM_RESAMPLE:
         raise ValueError(
             f"timm's evaluation transform has crop_mode={crop_mode!r}, interpolation={interpolation!r} and input size "
-            f"{height} x {width}; only a square centre crop with {sorted(_TIMM_RESAMPLE)} can be saved as an image "
-            "processor: build one that suits the model and save it beside it."
+            f"{height} x {width}; only a square centre crop, or a squashed one, with {sorted(_TIMM_RESAMPLE)} can be "
+            "saved as an image processor: build one that suits the model and save it beside it."
         )
     # Imported where it is needed: without torchvision, which timm needs, the import itself warns.
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
-    return CLIPImageProcessor(
-        size={"shortest_edge": math.floor(height / data_config["crop_pct"])},
+    processor_class = CLIPImageProcessorPil if backend == "pil" else CLIPImageProcessor
+    return processor_class(
+        size=size,
         crop_size={"height": height, "width": width},
         resample=_TIMM_RESAMPLE[interpolation],
         image_mean=list(data_config["mean"]),

@@ -108,9 +108,9 @@ def pairwise_mean_squared_error(images: torch.Tensor) -> torch.Tensor:
     Mean squared error between all pairs of images, as one matrix product: (G_ii + G_jj - 2 G_ij) / n with the Gram
     matrix G = X X^T of the centred images.
 
-    Centring leaves the differences as they are and keeps the cancellation small. Each pixel is split into a part that
-    bf16 holds exactly and the small rest, so that tensor cores which round the factors (TF32, or bf16 under
-    `torch.set_float32_matmul_precision`) keep close to full float32 precision, whatever the global switches say.
+    Centring leaves the differences as they are and keeps the cancellation small. The product is in float64 where the
+    device has it: in float32 it is off by up to 0.1 dB at 45 dB for pictures of high contrast, and tensor cores may
+    round the factors further (TF32, or bf16 under `torch.set_float32_matmul_precision`).
 
     Args:
         images (`torch.FloatTensor` of shape `(batch_size, n)`):
@@ -119,13 +119,11 @@ def pairwise_mean_squared_error(images: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.FloatTensor` of shape `(batch_size, batch_size)`: not negative, exactly 0 on the diagonal.
     """
-    batch_size, num_pixels = images.shape
-    high = images.bfloat16().float()
-    parts = torch.cat([high, images - high])
-    gram = (parts @ parts.T).view(2, batch_size, 2, batch_size).sum((0, 2))
+    precise = images.double() if images.device.type in ("cpu", "cuda") else images
+    gram = precise @ precise.T
     norms = gram.diagonal()
-    error = (norms[:, None] + norms[None, :] - 2 * gram) / num_pixels
-    return ((error + error.T) / 2).clamp(min=0)
+    error = (norms[:, None] + norms[None, :] - 2 * gram) / images.shape[1]
+    return ((error + error.T) / 2).clamp(min=0).to(images.dtype)
 
 
 class RelationshipPositionEncoding(nn.Module):
@@ -280,7 +278,7 @@ class ResidualRelationshipAttention(nn.Module):
         relation = None if self.relation is None else self._relation_vector(features)
         with maybe_autocast(device_type=features.device.type, enabled=False):
             attention = self._scores(query.float(), key.float(), relation, similarities)
-            itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+            itself = torch.eye(features.shape[0], dtype=torch.bool, device=features.device)
             attention = attention.masked_fill(~(is_neighbor[None, :] | itself), -math.inf).softmax(dim=-1)
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
 
@@ -293,8 +291,8 @@ class ResidualRelationshipAttention(nn.Module):
     @staticmethod
     def _center(features: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
         """Pooled features of one network all point much the same way: what tells images apart is off their mean."""
-        weights = is_neighbor.to(features.dtype)[:, None]
-        return features - (features * weights).sum(0) / weights.sum().clamp(min=1)
+        weights = is_neighbor.float()[:, None]
+        return features - ((features * weights).sum(0) / weights.sum().clamp(min=1)).to(features.dtype)
 
     def _relation_vector(self, features: torch.Tensor) -> torch.Tensor:
         """The vector w, (heads, 1, d_head), from a call of its layer: weights that are offloaded come with a call."""
@@ -339,27 +337,45 @@ class RBIPreTrainedModel(PreTrainedModel):
         self.supports_gradient_checkpointing = self.base_model.backbone.supports_gradient_checkpointing
         super().post_init()
 
+    def _activation_checkpointing_enable(self, *args, **kwargs):
+        if not self.supports_gradient_checkpointing:
+            raise ValueError(
+                f"{type(self.base_model.backbone).__name__}, the backbone, does not support activation (gradient) "
+                "checkpointing: leave it off, or choose another backbone."
+            )
+        super()._activation_checkpointing_enable(*args, **kwargs)
+
     def _set_gradient_checkpointing(self, *args, **kwargs):
         self.base_model.backbone._set_gradient_checkpointing(*args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # The backbone's, again: it checks for itself. The attention between images has one implementation alone.
+        return True
+
+    def get_input_embeddings(self):
+        return self.base_model.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.base_model.backbone.set_input_embeddings(value)
 
     @torch.no_grad()
     def _init_weights(self, module):
         """Initialize the weights"""
         super()._init_weights(module)
-        if not isinstance(module, ResidualRelationshipAttention):
-            return
-        is_identity = self.config.head_initialization == "identity"
-        for name, child in module.named_children():
-            if is_identity and name in ("query", "key", "value", "residual"):
-                init.eye_(child.weight)
-            elif is_identity:
-                init.zeros_(child.weight)
-            else:
-                bound = child.in_features**-0.5
-                init.uniform_(child.weight, -bound, bound)
-        if module.relation_gain is not None:
+        # Layer by layer: transformers passes over a module of custom code that has no weights beside its children's.
+        rra = self.base_model.rra
+        name = next((name for name, child in rra.named_children() if child is module), None)
+        if name is not None and self.config.head_initialization == "standard":
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif name in ("query", "key", "value", "residual"):
+            init.eye_(module.weight)
+        elif name is not None:
+            init.zeros_(module.weight)
+        if module is rra and module.relation_gain is not None:
             init.constant_(module.relation_gain, float(self.config.relation_gain))
-        if module.logit_scale is not None:
+        if module is rra and module.logit_scale is not None:
             init.constant_(module.logit_scale, -math.log(self.config.attention_temperature))
 
     @classmethod
@@ -370,11 +386,18 @@ class RBIPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if weights of the backbone are missing.
+            RuntimeError: if weights have other shapes than the config describes, unless `ignore_mismatched_sizes`.
             OSError: if a weights file is truncated or is no safetensors file.
         """
+        # Asked for in any case: the error that it stands for names no weight.
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
             )
         except SafetensorError as error:
             raise OSError(
@@ -388,6 +411,15 @@ class RBIPreTrainedModel(PreTrainedModel):
                 f"{model.config.backbone_config.model_type} backbone that its config describes, for instance "
                 f"`{missing[0]}`: the checkpoint is of another backbone, or it is a bare backbone, which "
                 f"`{cls.__name__}.from_backbone_pretrained` takes."
+            )
+        mismatched = sorted(info["mismatched_keys"])
+        if mismatched and not ignore_mismatched_sizes:
+            name, saved_shape, shape = mismatched[0]
+            raise RuntimeError(
+                f"{len(mismatched)} weights of {pretrained_model_name_or_path} have other shapes than its config "
+                f"describes, for instance `{name}` {tuple(saved_shape)} instead of {tuple(shape)}: the checkpoint is "
+                "of another model. Give the config that it was saved with, or `ignore_mismatched_sizes=True` to start "
+                "these weights anew (for another number of classes, say)."
             )
         return (model, info) if output_loading_info else model
 
@@ -404,6 +436,24 @@ class RBIPreTrainedModel(PreTrainedModel):
             }
             self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        r"""
+        As `nn.Module.load_state_dict`, and it takes weights by the names that `save_pretrained` writes, too. For ViT,
+        Swin and others these are not the names of the modules, and `Trainer` hands over the file of a checkpoint as
+        it is, to resume or to go back to the best model.
+        """
+        if not state_dict.keys() <= self.state_dict().keys():
+            model, info = type(self).from_pretrained(
+                None,
+                config=copy.deepcopy(self.config),
+                state_dict=state_dict,
+                dtype=self.dtype,
+                output_loading_info=True,
+            )
+            read = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
+            state_dict = read | {name: state_dict[name] for name in info["unexpected_keys"] if name in state_dict}
+        return super().load_state_dict(state_dict, strict, assign)
 
     @classmethod
     def from_backbone_pretrained(
@@ -641,7 +691,10 @@ class RBIForImageClassification(RBIPreTrainedModel):
             output_relations=output_relations,
             **kwargs,
         )
-        logits = self.classifier(self.dropout(outputs.pooler_output))
+        # Past the classifier and back, since 0 * NaN in its gradient would be NaN for all images.
+        is_finite = outputs.pooler_output.isfinite().all(-1, keepdim=True)
+        logits = self.classifier(self.dropout(torch.where(is_finite, outputs.pooler_output, 0.0)))
+        logits = torch.where(is_finite, logits, math.nan)
 
         loss = None
         if labels is not None:
@@ -750,6 +803,12 @@ def _expected_image_size(backbone_config: PreTrainedConfig) -> tuple[int, int]:
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
+def _num_channels(backbone_config: PreTrainedConfig) -> int:
+    """Channels of the images that the backbone takes, 3 where it does not say."""
+    model_args = getattr(backbone_config, "model_args", None) or {}  # those of timm
+    return getattr(backbone_config, "num_channels", None) or model_args.get("in_chans", 3)
+
+
 def _measure_feature_size(config: RBIConfig) -> int:
     """Runs the backbone on the meta device: the size stands under no common name in the backbones' configs."""
     config = copy.deepcopy(config)
@@ -758,13 +817,14 @@ def _measure_feature_size(config: RBIConfig) -> int:
         backbone = _build_backbone(config).eval()
         pixel_values = torch.zeros(1, len(config.image_mean), *image_size, dtype=backbone.dtype)
         try:
-            return _pool(backbone(pixel_values, return_dict=True), config, image_size).shape[-1]
-        except (NotImplementedError, RuntimeError, TypeError) as error:
+            outputs = backbone(pixel_values, return_dict=True)
+        except Exception as error:  # a model that is made for other inputs fails in any way
             raise ValueError(
                 f"The features of {type(backbone).__name__} for a picture of {image_size[0]} x {image_size[1]} pixels "
                 f"could not be measured ({error}): if it is a vision model that takes such pictures, set "
                 "`feature_size` in RBIConfig."
             ) from error
+        return _pool(outputs, config, image_size).shape[-1]
 
 
 def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) -> torch.Tensor:
@@ -772,6 +832,15 @@ def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) 
     backbone_name = config.backbone_config.model_type
     pooler_output = getattr(outputs, "pooler_output", None)
     pooling = config.pooling
+    if backbone_name == "timm_wrapper":
+        if pooling not in ("auto", "pooler"):
+            raise ValueError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
+        if pooler_output is None or pooler_output.ndim != 2:
+            raise ValueError(
+                "The TimmWrapperConfig turns the pooling of its model off: leave its `do_pooling`, and `features_only` "
+                "and `global_pool` of its `model_args`, at their defaults."
+            )
+        return pooler_output
     if pooling == "auto":
         pooling = _AUTO_POOLING.get(backbone_name, "mean" if pooler_output is None else "pooler")
     if pooling == "pooler":
@@ -781,9 +850,9 @@ def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) 
             )
         return pooler_output.flatten(1)
 
-    hidden_state = outputs.last_hidden_state
-    if backbone_name == "timm_wrapper":
-        raise ValueError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
+    hidden_state = getattr(outputs, "last_hidden_state", None)
+    if hidden_state is None:
+        raise ValueError(f"{backbone_name} gives no `last_hidden_state` to pool: RBI needs another backbone.")
     if hidden_state.ndim == 4:  # (N, C, H, W)
         tokens, num_prefix_tokens = hidden_state.flatten(2).transpose(1, 2), 0
     else:  # (N, L, C)
@@ -894,14 +963,14 @@ def _resolve_pixel_statistics(
             "are not."
         )
         return {}
-    mean, std = pixel_statistics(image_processor, getattr(backbone_config, "num_channels", 3))
+    mean, std = pixel_statistics(image_processor, _num_channels(backbone_config))
     return {"image_mean": mean, "image_std": std} | config_kwargs
 
 
 def _find_classifier(classifier: PreTrainedModel) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
     """Runs the classifier on noise to see which linear layer gives the logits, from which features."""
     config = getattr(classifier.config, "vision_config", classifier.config)
-    shape = (2, getattr(config, "num_channels", 3), *_expected_image_size(config))
+    shape = (2, _num_channels(config), *_expected_image_size(config))
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand(shape, generator=generator).to(classifier.device, classifier.dtype)
     calls = []
@@ -936,9 +1005,13 @@ def _find_backbone(
         backbone.load_state_dict(classifier.state_dict(), strict=False)
     with torch.no_grad():
         outputs = backbone(probe, return_dict=True)
+    statistics = [1.0] * probe.shape[1]  # pooling does not need them, but the config checks their number
     for pooling in ("pooler", "cls", "mean", "cls_mean"):
+        config = RBIConfig(
+            backbone_config=backbone_config, pooling=pooling, image_mean=statistics, image_std=statistics
+        )
         try:
-            pooled = _pool(outputs, RBIConfig(backbone_config=backbone_config, pooling=pooling), probe.shape[-2:])
+            pooled = _pool(outputs, config, probe.shape[-2:])
         except ValueError:
             continue
         if pooled.shape == features.shape and torch.allclose(pooled, features, rtol=1e-4, atol=1e-5):
