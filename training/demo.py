@@ -70,8 +70,8 @@ class DemoArguments:
         default=128, metadata={"help": "About how many test pictures attend to each other in a batch."}
     )
     num_shuffles: int = field(default=5, metadata={"help": "Random orders of the test pictures. At least 2."})
-    num_train_epochs: int = field(default=10, metadata={"help": "Epochs of the fine-tuning end to end."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the fine-tuning end to end."})
+    num_train_epochs: int = field(default=8, metadata={"help": "Epochs of the fine-tuning end to end."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the fine-tuning end to end."})
     seed: int = field(default=0, metadata={"help": "Random seed; draw k uses seed + k."})
 
     def __post_init__(self):
