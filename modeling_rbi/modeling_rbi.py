@@ -77,8 +77,8 @@ class RBIModelOutput(BaseModelOutputWithPooling):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
     """
 
-    relation_attentions: torch.FloatTensor | None = None
-    relation_similarities: torch.FloatTensor | None = None
+    relation_attentions: torch.Tensor | None = None
+    relation_similarities: torch.Tensor | None = None
 
 
 @auto_docstring(
@@ -99,8 +99,8 @@ class RBIImageClassifierOutput(ImageClassifierOutput):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
     """
 
-    relation_attentions: torch.FloatTensor | None = None
-    relation_similarities: torch.FloatTensor | None = None
+    relation_attentions: torch.Tensor | None = None
+    relation_similarities: torch.Tensor | None = None
 
 
 def pairwise_mean_squared_error(images: torch.Tensor) -> torch.Tensor:
@@ -831,7 +831,7 @@ def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) 
     """The backbone's output as one vector for each image, (batch_size, feature_size)."""
     backbone_name = config.backbone_config.model_type
     pooler_output = getattr(outputs, "pooler_output", None)
-    pooling = config.pooling
+    pooling: str = config.pooling
     if backbone_name == "timm_wrapper":
         if pooling not in ("auto", "pooler"):
             raise ValueError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')

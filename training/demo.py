@@ -356,7 +356,7 @@ def main(args: DemoArguments, console: Console | None = None):
         f"\nBetter RBI preset on the validation pictures: [bold]{chosen}[/bold]. Fine-tuning it end to end on draw 1, "
         f"{args.num_train_epochs} epochs."
     )
-    model = first_heads[chosen].model
+    model: RBIForImageClassification = first_heads[chosen].model  # type: ignore[assignment]
     model.rbi.backbone.load_state_dict(base.backbone.state_dict())
     draft = output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
     draft.mkdir(parents=True)

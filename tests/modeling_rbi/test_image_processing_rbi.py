@@ -49,7 +49,7 @@ def test_statistics_restore_the_picture(name, picture):
     pixel_values = processor(picture, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"][0]
     restored = pixel_values * np.array(std)[:, None, None] + np.array(mean)[:, None, None]
     expected = np.asarray(picture).transpose(2, 0, 1) / 255
-    # A hundredth of a grey level, but for the rounding of the statistics.
+    # A twentieth of a grey level: the statistics are rounded.
     np.testing.assert_allclose(restored, expected, atol=2e-4)
 
 
@@ -58,12 +58,20 @@ def test_statistics_of_a_plain_processor_are_its_own(name):
     assert pixel_statistics(PROCESSORS[name]) == (MEAN, STD)
 
 
-def test_statistics_of_other_processors_are_not():
-    # Here `image_mean` and `image_std` of the processor would not do.
-    for name in ("efficientnet_normalised_twice", "efficientnet_offset", "not_normalised"):
-        mean, std = pixel_statistics(PROCESSORS[name])
-        assert not np.allclose(mean, MEAN, atol=0.01) and not np.allclose(std, STD, atol=0.01)
-    assert pixel_statistics(PROCESSORS["not_normalised"]) == ([0.0] * 3, [1.0] * 3)
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        # ((x - mean) / std) / std
+        ("efficientnet_normalised_twice", MEAN, [value**2 for value in STD]),
+        # (2 x - 1 - mean) / std
+        ("efficientnet_offset", [(1 + value) / 2 for value in MEAN], [value / 2 for value in STD]),
+        ("not_normalised", [0.0] * 3, [1.0] * 3),
+        ("neither_normalised_nor_rescaled", [0.0] * 3, [1 / 255] * 3),
+    ],
+)
+def test_statistics_of_other_processors_are_not_their_own(name, mean, std):
+    measured_mean, measured_std = pixel_statistics(PROCESSORS[name])
+    assert measured_mean == pytest.approx(mean, abs=1e-6) and measured_std == pytest.approx(std, abs=1e-6)
 
 
 def test_statistics_of_grey_pictures():

@@ -469,9 +469,8 @@ def test_trainer(tmp_path, train_dataset, eval_dataset, backbone, preset):
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "final")
     assert type(model) is RBIForImageClassification
     assert_same_weights(model, trainer.model)
-    answers = pipeline("image-classification", str(tmp_path / "final"), top_k=1)(
-        eval_dataset.with_format(None)["image"]
-    )
+    pictures = list(eval_dataset.with_format(None)["image"])
+    answers = pipeline("image-classification", str(tmp_path / "final"), top_k=1)(pictures)
     predicted = prediction.predictions.argmax(-1)
     assert [answer["label"] for (answer,) in answers] == [LABELS[index] for index in predicted]
 

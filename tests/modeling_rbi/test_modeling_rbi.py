@@ -1223,25 +1223,24 @@ def test_models_are_built_on_the_meta_device_to_load(saved, monkeypatch):
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
 
 
-def test_a_checkpoint_without_a_head_gets_a_new_one(config, saved, pixel_values):
-    """Weights of the head that are not in the file get the start of the config, and no leftovers of memory."""
+def test_weights_of_the_head_that_are_not_saved_get_their_start(saved, config):
+    """As the config has it, and nothing that was left in memory."""
     path = saved / "config.json"
-    values = json.loads(path.read_text()) | {
+    fields = {
         "relation_position_encoding": "bias",
         "residual_gate": "learned",
         "attention_type": "cosine",
         "relation_gain": 0.75,
         "attention_temperature": 0.125,
     }
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     loaded, info = RBIForImageClassification.from_pretrained(saved, output_loading_info=True)
-    rra = loaded.rbi.rra
-    new = {name.rpartition("rra.")[-1] for name in info["missing_keys"]}
-    assert new
-    if "relation_gain" in new:
+    rra, new = loaded.rbi.rra, {name.removeprefix("rbi.rra.") for name in info["missing_keys"]}
+    if config.head_initialization == "standard":
+        assert new == {"relation_gain", "logit_scale"}
         assert torch.equal(rra.relation_gain, torch.tensor([0.75]))
-    if "logit_scale" in new:
         torch.testing.assert_close(rra.logit_scale.exp(), torch.tensor([8.0]))
-    if "gate.weight" in new:
-        assert rra.gate.weight.abs().max() <= (3 * FEATURE_SIZE) ** -0.5
-    assert logits_of(loaded, pixel_values).isfinite().all()
+    else:
+        assert new == {"residual.weight", "residual.bias", "gate.weight"}
+        assert torch.equal(rra.residual.weight, torch.eye(FEATURE_SIZE))
+        assert not rra.residual.bias.any() and not rra.gate.weight.any()
