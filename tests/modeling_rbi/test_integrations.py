@@ -200,6 +200,17 @@ def test_half():
     assert_close_to_float32(model.half()(pixel_values.half()).logits, expected, torch.float16)
 
 
+def test_large_features_in_half_precision():
+    """Their sum over the batch is beyond what fp16 holds; what is made of them is not."""
+    rra = make_model(preset="kernel").rbi.rra.half()
+    features, similarities = (1000 + 10 * torch.randn(100, 24)).half(), torch.rand(100, 100)
+    is_neighbor = torch.ones(100, dtype=torch.bool)
+    outputs, attention = rra(features, similarities, is_neighbor)
+    expected, expected_attention = rra.float()(features.float(), similarities, is_neighbor)
+    torch.testing.assert_close(outputs.float(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
+    torch.testing.assert_close(attention, expected_attention, rtol=0.05, atol=0.005)
+
+
 # Compilation and export
 
 
@@ -641,13 +652,13 @@ def test_pipeline_top_k(classifier, pictures):
 
 def test_pipeline_answers_do_not_depend_on_the_company(tmp_path, classifier, pictures):
     others = [make_picture(1, seed=index) for index in range(50, 56)]
-    alone, together = ([pictures[0], *company] for company in (pictures[1:], others))
+    first, second = ([pictures[0], *company] for company in (pictures[1:], others))
     # Batches of the same size, so that not even the rounding differs.
-    assert classifier(alone, batch_size=7)[0] == classifier(together, batch_size=7)[0]
+    assert classifier(first, batch_size=7)[0] == classifier(second, batch_size=7)[0]
 
     related = pipeline("image-classification", save(make_model(relation_scope="batch"), tmp_path))
-    answers = get_scores([related(pictures_, batch_size=7)[0] for pictures_ in (alone, together)])
-    assert max(abs(first - second) for first, second in zip(*answers, strict=True)) > 1e-3
+    answers = get_scores([related(batch, batch_size=7)[0] for batch in (first, second)])
+    assert max(abs(score - other) for score, other in zip(*answers, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16", "CMYK"])
@@ -728,7 +739,7 @@ def test_sharded(tmp_path, backbone):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_loads_without_a_second_copy(monkeypatch, saved_folder, backbone, tmp_path):
+def test_loads_without_a_second_copy(monkeypatch, tmp_path, backbone):
     """The model is built on the meta device, so that no weight is made to be overwritten by the one from the file."""
     folder = save(make_model(backbone), tmp_path)
     devices, initialized = [], []
