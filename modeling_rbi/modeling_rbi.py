@@ -43,7 +43,7 @@ from .image_processing_rbi import load_image_processor, pixel_statistics
 logger = logging.get_logger(__name__)
 
 # These fields are what the presets `paper` and `kernel`, and ablations between them, differ in.
-# trf-ignore: TRF041 config.feature_size, config.pooling, config.relation_position_encoding, config.residual_gate
+# trf-ignore: TRF041 config.feature_size, config.head_initialization, config.pooling, config.relation_position_encoding, config.residual_gate
 
 # The largest scale of cosine attention, 1 / temperature, as in SwinV2.
 _MAX_LOGIT_SCALE = 100.0

@@ -8,12 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import ConvNextConfig  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import pytest
+import torch
+from transformers import ConvNextConfig
+from transformers.utils import logging
 
-from modeling_rbi import RBIConfig  # noqa: E402
+from modeling_rbi import RBIConfig
 
 
 # The workers of pytest-xdist share the cores.

@@ -28,6 +28,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -214,9 +215,10 @@ def explain_table(args: DemoArguments, num_train: int, num_test: int) -> str:
         f"{args.num_draws} draws of {num_train} training pictures; {num_test} test pictures in batches of "
         f"{batch:.0f}, training batches of {args.batch_size}.\n"
         f"single: each picture alone. shuffled: random batches, ± standard deviation over {args.num_shuffles} "
-        "shuffles. sorted: class-ordered\nbatches; leak = sorted - shuffled: labels read off the neighbours, no "
-        "accuracy. gain: shuffled, over the same head without\nrelations (self; plain for the untrained one), paired "
-        "by draw, ± standard error. plain: the linear classifier alone."
+        "shuffles. sorted: class-ordered\n"
+        "batches; leak = sorted - shuffled: labels read off the neighbours, no accuracy. gain: shuffled, over the same "
+        "head without\n"
+        "relations (self, self-kernel; plain for the untrained one), paired by draw, ± standard error."
     )
 
 
@@ -277,6 +279,7 @@ def fine_tune(
         processing_class=image_processor,
         compute_metrics=lambda output: {"accuracy": (output.predictions.argmax(-1) == output.label_ids).mean()},
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 
@@ -349,7 +352,7 @@ def main(args: DemoArguments, console: Console | None = None):
                 results.setdefault(arm, []).append(measure(head, pictures, splits[draw], args, args.seed + draw))
             first_heads = first_heads or heads
     console.print(results_table(results))
-    console.print(explain_table(args, len(splits[0].train), len(splits[0].test)), highlight=False)
+    console.print(explain_table(args, len(splits[0].train), len(splits[0].test)), soft_wrap=True, highlight=False)
 
     chosen = choose_preset(results)
     console.print(
@@ -364,6 +367,10 @@ def main(args: DemoArguments, console: Console | None = None):
         trainer = fine_tune(model, faces, splits[0], args, draft / "checkpoints")
         shutil.rmtree(draft / "checkpoints")
         model = trainer.model.eval()
+        accuracies_by_epoch = [
+            100 * log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log
+        ]
+        console.print(f"Validation accuracy by epoch: {', '.join(f'{value:.1f}' for value in accuracies_by_epoch)}")
         tuned_pictures = CachedPictures.from_backbone(model.rbi, pictures.pixel_values, pictures.labels)
         before = results[chosen][0].test
         after = evaluate_protocols(

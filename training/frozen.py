@@ -139,7 +139,7 @@ def predict_with(model: RBIForImageClassification, pictures: CachedPictures, onl
 
 
 def _train(parameter_groups, loss_of, rows: torch.Tensor, budget: Budget, seed: int) -> float:
-    optimizer = torch.optim.AdamW(parameter_groups, weight_decay=budget.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups, weight_decay=budget.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
