@@ -63,7 +63,7 @@ class DemoArguments:
     """Options of the demo."""
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for the model and the results."})
-    num_draws: int = field(default=5, metadata={"help": "Random choices of the training pictures. At least 2."})
+    num_draws: int = field(default=10, metadata={"help": "Random choices of the training pictures. At least 2."})
     image_size: int = field(default=128, metadata={"help": "Height and width of the pictures, in pixels."})
     max_steps: int = field(default=100, metadata={"help": "Training steps of each head on the frozen backbone."})
     batch_size: int = field(default=40, metadata={"help": "Pictures of a training batch, which attend to each other."})
@@ -216,8 +216,8 @@ def explain_table(args: DemoArguments, num_train: int, num_test: int) -> str:
         f"{batch:.0f}, training batches of {args.batch_size}.\n"
         f"single: each picture alone. shuffled: random batches, ± standard deviation over {args.num_shuffles} "
         "shuffles. sorted: class-ordered\n"
-        "batches; leak = sorted - shuffled: labels read off the neighbours, no accuracy. gain: shuffled, over the same "
-        "head without\n"
+        "batches; leak = sorted - shuffled: labels read off the neighbours, no accuracy. gain: shuffled, over the "
+        "same head without\n"
         "relations (self, self-kernel; plain for the untrained one), paired by draw, ± standard error."
     )
 
