@@ -7,8 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import transformers
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 
@@ -25,6 +27,8 @@ def _blocks(language: str, text: str = README) -> list[str]:
 def checkpoints(tmp_path, monkeypatch):
     """Small random checkpoints under the names that the README loads from the Hub, and its two pictures."""
     monkeypatch.chdir(tmp_path)
+    # Without torchvision, transformers 5.17 has a placeholder under this name, though the class works without.
+    monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
     dinov2 = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 12], depths=[1, 1, 1, 1], layer_type="basic")
     for name, model in (

@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
     PrinterCallback,
@@ -33,6 +32,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, pixel_statistics
 

@@ -788,7 +788,7 @@ OFFLOADED_BACKBONE = {
         ({"device_map": "auto"}, False),
         ({"device_map": "cpu"}, False),
         ({"device_map": {"": "cpu"}}, False),
-        ({"device_map": "auto", "max_memory": {"cpu": "20KB"}}, True),
+        ({"device_map": "auto", "max_memory": {"cpu": "60KB"}}, True),
         ({"device_map": OFFLOADED_HEAD}, True),
         ({"device_map": OFFLOADED_BACKBONE}, True),
     ],

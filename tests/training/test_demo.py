@@ -8,7 +8,8 @@ import statistics
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from training import demo
 from training.data.orl import load_orl_faces
