@@ -2,7 +2,6 @@
 PYTHON ?= python3
 PYTEST_FLAGS ?= -n 2 --dist=loadfile
 
-# pip's message on a missing local index says nothing to a user.
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-fast test-timm test-oldest lint clean

@@ -268,7 +268,7 @@ def fine_tune(
             load_best_model_at_end=True,
             metric_for_best_model="accuracy",
             logging_strategy="no",
-            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=True,  # the figures stand beside those of the frozen backbone, which are the CPU's
             report_to="none",
             remove_unused_columns=False,
             seed=args.seed,

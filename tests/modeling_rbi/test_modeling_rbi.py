@@ -34,6 +34,7 @@ from transformers import (
     SiglipConfig,
     SwinConfig,
     ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessorPil,
     ViTModel,
 )
@@ -1253,3 +1254,92 @@ def test_weights_of_the_head_that_are_not_saved_get_their_start(saved, config):
         assert new == {"residual.weight", "residual.bias", "gate.weight"}
         assert torch.equal(rra.residual.weight, torch.eye(FEATURE_SIZE))
         assert not rra.residual.bias.any() and not rra.gate.weight.any()
+
+
+# --- Refusals of the constructors ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vit_config():
+    return ViTConfig(
+        hidden_size=FEATURE_SIZE,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+    )
+
+
+def test_features_that_are_not_finite_do_not_poison_gradients_in_scope_self(model, pixel_values, features):
+    features[BAD_ROW, 3] = math.nan
+    labels = torch.arange(7) % 5
+    labels[BAD_ROW] = -100
+    model(pixel_values, labels=labels, image_features=features, relation_scope="self").loss.backward()
+    assert model.rbi.rra.value.weight.grad.isfinite().all() and model.classifier.weight.grad.isfinite().all()
+    assert model.rbi.rra.value.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("model_type", ["pvt", "vit_mae", "yolos"])
+def test_backbones_that_would_be_silently_wrong_are_refused(model_type):
+    with pytest.raises(ValueError, match="cannot be a backbone: it"):
+        RBIModel(RBIConfig(backbone_config={"model_type": model_type}))
+
+
+def test_a_feature_size_that_is_not_the_backbones_is_named(backbone_config, pixel_values):
+    model = RBIModel(RBIConfig(backbone_config=backbone_config, feature_size=FEATURE_SIZE + 1))
+    with pytest.raises(ValueError, match="`feature_size` is 25, but the backbone gives 24 features"):
+        model(pixel_values)
+
+
+def test_a_backbone_checkpoint_without_some_weights_is_refused(vit_config, tmp_path):
+    shallow = copy.deepcopy(vit_config)
+    shallow.num_hidden_layers = 1
+    ViTModel(shallow).save_pretrained(tmp_path)
+    vit_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of ViTModel, for instance"):
+        RBIModel.from_backbone_pretrained(str(tmp_path))
+
+
+def test_a_truncated_backbone_checkpoint_is_refused(vit_config, tmp_path):
+    ViTModel(vit_config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(OSError, match=r"cannot be read .* truncated or was altered"):
+        RBIModel.from_backbone_pretrained(str(tmp_path))
+
+
+def test_the_folder_of_another_model_is_refused_with_the_mend(vit_config, tmp_path):
+    ViTModel(vit_config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'of a "vit" model, not of RBI.*from_backbone_pretrained'):
+        RBIForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 2 weights of ViTForImageClassification, for instance `classifier"):
+        RBIForImageClassification.from_image_classifier(str(tmp_path))
+    with pytest.raises(ValueError, match="not the output of one linear layer"):
+        RBIForImageClassification.from_image_classifier(ViTModel(vit_config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_labels": 3}, "The classifier has 5 classes"),
+        ({"id2label": {0: "a", 1: "b"}}, "The classifier has 5 classes"),
+        ({"pooling": "mean"}, "`pooling` is the classifier's own"),
+        ({"feature_size": 24}, "`feature_size` is the classifier's own"),
+    ],
+)
+def test_what_the_classifier_decides_cannot_be_given(vit_config, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RBIForImageClassification.from_image_classifier(ViTForImageClassification(vit_config), **arguments)
+
+
+def test_an_rbi_model_is_no_classifier_to_plug_into(model):
+    with pytest.raises(ValueError, match="is an RBI model already"):
+        RBIForImageClassification.from_image_classifier(model)
+
+
+def test_a_misspelt_argument_is_named(vit_config, tmp_path):
+    ViTModel(vit_config).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="no argument `num_label`: did you mean `num_labels`"):
+        RBIForImageClassification.from_backbone_pretrained(str(tmp_path), num_label=3)

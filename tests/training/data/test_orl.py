@@ -1,7 +1,11 @@
-"""The ORL faces as the package has them."""
+"""The ORL faces as the package has them, and what is said of PSNR on them."""
 
+import numpy as np
+import pytest
 import torch
+from scipy.stats import spearmanr
 
+from modeling_rbi import RBIConfig, RelationshipPositionEncoding
 from training.data.orl import load_orl_faces
 
 
@@ -12,3 +16,19 @@ def test_the_published_set():
     images = list(faces["image"])
     assert {(image.mode, image.size) for image in images} == {("RGB", (92, 112))}
     assert len({image.tobytes() for image in images}) == 400
+
+
+@pytest.mark.parametrize("preset", ["paper", "kernel", "default"])
+def test_psnr_of_small_pictures_ranks_pairs_as_full_size_does(preset):
+    images = [image.resize((224, 224)) for image in load_orl_faces().select(range(0, 400, 4))["image"]]
+    pixel_values = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
+    statistics = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    config = RBIConfig(**statistics) if preset == "default" else getattr(RBIConfig, preset)(**statistics)
+    pairs = torch.ones(100, 100).triu(1).bool()
+    small, full = (
+        RelationshipPositionEncoding(given)(pixel_values)[0][pairs].double()
+        for given in (config, RBIConfig(psnr_image_size=None, **statistics))
+    )
+    assert spearmanr(small, full).statistic >= 0.98
+    if config.psnr_image_size is not None:
+        assert not torch.equal(small, full)
