@@ -27,7 +27,7 @@ help:  ## What there is to make
 	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[test]'
 	@touch $@
 
-demo: .venv/.made  ## Train, measure, save and reload RBI on real photographs (about 3 minutes on 2 cores)
+demo: .venv/.made  ## Train, measure, save and reload RBI on real photographs (under 2 minutes on 2 cores)
 	.venv/bin/python -m training.demo $(ARGS)
 
 test: .venv/.made  ## All tests
