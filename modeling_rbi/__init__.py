@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from .configuration_rbi import RBIConfig
 from .image_processing_rbi import load_image_processor, pixel_statistics
 from .modeling_rbi import (
+    Neighborhood,
     RBIForImageClassification,
     RBIImageClassifierOutput,
     RBIModel,
@@ -38,6 +39,7 @@ RBIModel.register_for_auto_class("AutoModel")
 RBIForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
+    "Neighborhood",
     "RBIConfig",
     "RBIForImageClassification",
     "RBIImageClassifierOutput",

@@ -108,6 +108,9 @@ class RBIConfig(PreTrainedConfig):
         Whom an image attends to in evaluation. `"batch"`: every image of the batch; `"self"`: itself alone, so that
         its answer does not depend on the others. Training uses `"batch"`; the forward argument of the same name
         overrides both.
+    gather_across_processes (`bool`, *optional*, defaults to `False`):
+        Whether, in a distributed run, `"batch"` means the images of all processes: features and the images for PSNR
+        are gathered, with gradient. All processes must then call the model together.
     image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
         Mean that the image processor subtracts from pixels in [0, 1], undone before PSNR.
     image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
@@ -149,6 +152,7 @@ class RBIConfig(PreTrainedConfig):
     self_relation: Literal["one", "nearest"] = "one"
     head_initialization: Literal["standard", "identity"] = "standard"
     relation_scope: Literal["batch", "self"] = "self"
+    gather_across_processes: bool = False
     image_mean: list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
     image_std: list[float | int] | tuple[float | int, ...] = (0.229, 0.224, 0.225)
 

@@ -16,10 +16,12 @@
 import copy
 import difflib
 import inspect
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -80,9 +82,10 @@ class RBIModelOutput(BaseModelOutputWithPooling):
         The backbone's last hidden state, shaped as the backbone has it. `None` where `image_features` were given.
     pooler_output (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
         Features of each image after relationship batch integration, what the classifier reads.
-    relation_attentions (`torch.FloatTensor` of shape `(batch_size, num_attention_heads, batch_size)`, *optional*, returned when `output_relations=True`):
+    relation_attentions (`torch.FloatTensor` of shape `(batch_size, num_attention_heads, num_neighbors)`, *optional*, returned when `output_relations=True`):
         Attention that image i (first axis) pays to image j (last axis), after dropout. Rows sum to 1 without it.
-    relation_similarities (`torch.FloatTensor` of shape `(batch_size, batch_size)`, *optional*, returned when `output_relations=True`):
+        `num_neighbors` is the batch size, or that of all processes, in their order, with `gather_across_processes`.
+    relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
     """
 
@@ -102,9 +105,10 @@ class RBIImageClassifierOutput(ImageClassifierOutput):
         Classification (or regression if `config.num_labels == 1`) loss.
     logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
         Classification scores before softmax.
-    relation_attentions (`torch.FloatTensor` of shape `(batch_size, num_attention_heads, batch_size)`, *optional*, returned when `output_relations=True`):
+    relation_attentions (`torch.FloatTensor` of shape `(batch_size, num_attention_heads, num_neighbors)`, *optional*, returned when `output_relations=True`):
         Attention that image i (first axis) pays to image j (last axis), after dropout. Rows sum to 1 without it.
-    relation_similarities (`torch.FloatTensor` of shape `(batch_size, batch_size)`, *optional*, returned when `output_relations=True`):
+        `num_neighbors` is the batch size, or that of all processes, in their order, with `gather_across_processes`.
+    relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
     """
 
@@ -112,10 +116,67 @@ class RBIImageClassifierOutput(ImageClassifierOutput):
     relation_similarities: torch.Tensor | None = None
 
 
-def pairwise_mean_squared_error(images: torch.Tensor) -> torch.Tensor:
+class _AllGather(torch.autograd.Function):
+    """Rows of all processes, (B, ...) -> (processes, B, ...). The gradient of a row is the sum of all processes' ones."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        gathered = [
+            torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())
+        ]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
+class Neighborhood:
     r"""
-    Mean squared error between all pairs of images, as one matrix product: (G_ii + G_jj - 2 G_ij) / n with the Gram
-    matrix G = X X^T of the centred images.
+    The images that those of a batch can attend to: the batch itself, or the batches of all processes, one after the
+    other. Gathering is collective: all processes make their neighbourhoods, and gather, in the same order.
+
+    Args:
+        batch_size (`int`):
+            Images of this process. Processes can have different numbers.
+        device (`torch.device`):
+            Where the images are.
+        gather_across_processes (`bool`, *optional*, defaults to `False`):
+            Whether the images of all processes belong to it. Without `torch.distributed`, or with one process, they
+            do anyway.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device, gather_across_processes: bool = False):
+        self.is_gathered = (
+            gather_across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        )
+        self.batch_size = batch_size
+        # Where the batch stands in the neighbourhood; itself[i, j]: whether its image i is image j there.
+        self.own = slice(0, batch_size)
+        self.itself = torch.eye(batch_size, dtype=torch.bool, device=device)
+        if self.is_gathered:
+            self.sizes = _AllGather.apply(torch.tensor([batch_size], device=device)).flatten().tolist()
+            before, after = sum(self.sizes[: dist.get_rank()]), sum(self.sizes[dist.get_rank() + 1 :])
+            self.own = slice(before, before + batch_size)
+            self.itself = nn.functional.pad(self.itself, (before, after))
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of this batch, (batch_size, ...) -> those of the neighbourhood, (num_neighbors, ...), with gradient."""
+        if not self.is_gathered:
+            return rows
+        sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
+        padding = sent.new_zeros(max(self.sizes) - self.batch_size, *sent.shape[1:])
+        gathered = _AllGather.apply(torch.cat([sent, padding]))
+        return torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)]).to(rows.dtype)
+
+
+def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    Mean squared error between all pairs of images, as one matrix product: (|x|^2 + |y|^2 - 2 x y) / n on centred
+    images.
 
     Centring leaves the differences as they are and keeps the cancellation small. The product is in float64 where the
     device has it: in float32, as on Apple's GPUs, it is off by up to 0.1 dB at 45 dB for pictures of high contrast, and
@@ -125,15 +186,23 @@ def pairwise_mean_squared_error(images: torch.Tensor) -> torch.Tensor:
     Args:
         images (`torch.FloatTensor` of shape `(batch_size, n)`):
             Flattened images, float32.
+        neighbors (`torch.FloatTensor` of shape `(num_neighbors, n)`, *optional*):
+            The images to compare them with. `None`: themselves.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, batch_size)`: not negative, exactly 0 on the diagonal.
+        `torch.FloatTensor` of shape `(batch_size, num_neighbors)`: not negative, and without `neighbors` symmetric and
+        exactly 0 on the diagonal.
     """
     precise = images.double() if images.device.type in ("cpu", "cuda") else images
-    gram = precise @ precise.T
-    norms = gram.diagonal()
-    error = (norms[:, None] + norms[None, :] - 2 * gram) / images.shape[1]
-    return ((error + error.T) / 2).clamp(min=0).to(images.dtype)
+    if neighbors is None:
+        gram = precise @ precise.T
+        norms = gram.diagonal()
+        error = norms[:, None] + norms[None, :] - 2 * gram
+        error = (error + error.T) / 2
+    else:
+        others = neighbors.to(precise.dtype)
+        error = precise.square().sum(1)[:, None] + others.square().sum(1)[None, :] - 2 * precise @ others.T
+    return (error / images.shape[1]).clamp(min=0).to(images.dtype)
 
 
 class RelationshipPositionEncoding(nn.Module):
@@ -153,32 +222,41 @@ class RelationshipPositionEncoding(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, pixel_values: torch.Tensor, relation_mask: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor,
+        relation_mask: torch.Tensor | None = None,
+        neighborhood: Neighborhood | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
                 Images as the image processor gives them, of any float dtype.
-            relation_mask (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
-                `False` where an image is no neighbour of the others.
+            relation_mask (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
+                `False` where an image is no neighbour, of anyone or of the image of the row.
+            neighborhood (`Neighborhood`, *optional*):
+                The images to relate those of the batch to. `None`: the batch itself.
 
         Returns:
-            The relations, `torch.FloatTensor` of shape `(batch_size, batch_size)`, float32 in [0, 1]; and which
-            images are finite, `torch.BoolTensor` of shape `(batch_size,)`. Those that are not have the relation 0.
+            The relations, `torch.FloatTensor` of shape `(batch_size, num_neighbors)`, float32 in [0, 1]; and which
+            neighbours are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. Those that are not have the
+            relation 0.
         """
+        if neighborhood is None:
+            neighborhood = Neighborhood(pixel_values.shape[0], pixel_values.device)
         with maybe_autocast(device_type=pixel_values.device.type, enabled=False):
-            images = self._unit_range_images(pixel_values)
+            images = neighborhood.gather(self._unit_range_images(pixel_values))
             is_finite = images.isfinite().all(-1)
             is_neighbor = is_finite if relation_mask is None else is_finite & relation_mask
             images = torch.where(is_finite[:, None], images, 0.0)
-            weights = is_neighbor.float()[:, None]
-            images = images - (images * weights).sum(0) / weights.sum().clamp(min=1)
+            images = images - _neighbors_mean(images, is_neighbor)
 
             floor = 10.0 ** (-self.psnr_max / 10)
-            psnr = -10 * pairwise_mean_squared_error(images).clamp(min=floor).log10()
+            own = neighborhood.own
+            error = pairwise_mean_squared_error(images[own], images if neighborhood.is_gathered else None)
+            psnr = -10 * error.clamp(min=floor).log10()
             similarities = (psnr / self.psnr_max).clamp(0, 1)
-            similarities = torch.where(is_finite[:, None] & is_finite[None, :], similarities, 0.0)
-            return self._set_self_relation(similarities, is_neighbor), is_finite
+            similarities = torch.where(is_finite[own, None] & is_finite[None, :], similarities, 0.0)
+            return self._set_self_relation(similarities, is_neighbor, neighborhood.itself), is_finite
 
     def _unit_range_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Undoes the normalisation, (B, C, H, W) -> (B, C * size * size) in float32."""
@@ -192,14 +270,21 @@ class RelationshipPositionEncoding(nn.Module):
             images = nn.functional.adaptive_avg_pool2d(images, size)
         return images.flatten(1)
 
-    def _set_self_relation(self, similarities: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
-        itself = torch.eye(similarities.shape[0], dtype=torch.bool, device=similarities.device)
+    def _set_self_relation(
+        self, similarities: torch.Tensor, is_neighbor: torch.Tensor, itself: torch.Tensor
+    ) -> torch.Tensor:
         diagonal = torch.ones_like(similarities)
         if self.self_relation == "nearest":
-            others = is_neighbor[None, :] & ~itself
+            others = is_neighbor & ~itself
             nearest = torch.where(others, similarities, 0.0).amax(-1, keepdim=True)
             diagonal = torch.where(others.any(-1, keepdim=True), nearest, diagonal)
         return torch.where(itself, diagonal, similarities)
+
+
+def _neighbors_mean(rows: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
+    """Mean row of those that are neighbours, of anyone where `is_neighbor` is pairwise, (N, ...) -> (...)."""
+    weights = (is_neighbor if is_neighbor.ndim == 1 else is_neighbor.any(0)).float()[:, None]
+    return ((rows * weights).sum(0) / weights.sum().clamp(min=1)).to(rows.dtype)
 
 
 class ResidualRelationshipAttention(nn.Module):
@@ -246,19 +331,22 @@ class ResidualRelationshipAttention(nn.Module):
         features: torch.Tensor,
         similarities: torch.Tensor | None = None,
         is_neighbor: torch.Tensor | None = None,
+        neighborhood: Neighborhood | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""
         Args:
             features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
                 Features of the images, finite.
-            similarities (`torch.FloatTensor` of shape `(batch_size, batch_size)`, *optional*):
+            similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*):
                 The relations p in [0, 1]; needed with `is_neighbor` unless RPE enters nowhere.
-            is_neighbor (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
-                Whether an image is a neighbour of the others; each attends to itself besides. `None`: each image
-                attends to itself alone, and nothing is computed across images.
+            is_neighbor (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
+                Whether an image is a neighbour, of all or of the image of the row; each attends to itself besides.
+                `None`: each image attends to itself alone, and nothing is computed across images.
+            neighborhood (`Neighborhood`, *optional*):
+                The images that can be attended to. `None`: the batch itself.
 
         Returns:
-            Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, batch_size)`
+            Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, num_neighbors)`
             (`None` without `is_neighbor`).
         """
         if is_neighbor is None:
@@ -266,7 +354,9 @@ class ResidualRelationshipAttention(nn.Module):
             if self.relation_position_encoding == "key_value":
                 message = message + self._relation_vector(features).flatten()
         else:
-            message, attention = self._attend(features, similarities, is_neighbor)
+            if neighborhood is None:
+                neighborhood = Neighborhood(features.shape[0], features.device)
+            message, attention = self._attend(features, similarities, is_neighbor, neighborhood)
 
         if self.residual is None:
             return message, attention
@@ -277,19 +367,28 @@ class ResidualRelationshipAttention(nn.Module):
         return beta * residual + (1 - beta) * message, attention
 
     def _attend(
-        self, features: torch.Tensor, similarities: torch.Tensor | None, is_neighbor: torch.Tensor
+        self,
+        features: torch.Tensor,
+        similarities: torch.Tensor | None,
+        is_neighbor: torch.Tensor,
+        neighborhood: Neighborhood,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        compared = self._center(features, is_neighbor) if self.is_cosine else features
-        # (B, d) -> (heads, B, d_head)
+        neighbors = neighborhood.gather(features)
+        # Pooled features of one network all point much the same way: what tells images apart is off their mean.
+        compared = neighbors - _neighbors_mean(neighbors, is_neighbor) if self.is_cosine else neighbors
+        # (rows, d) -> (heads, rows, d_head)
         query, key, value = (
             projected.view(-1, self.num_heads, self.head_size).transpose(0, 1)
-            for projected in (self.query(compared), self.key(compared), self.value(features))
+            for projected in (
+                self.query(compared[neighborhood.own]),
+                self.key(compared),
+                self.value(neighbors),
+            )
         )
         relation = None if self.relation is None else self._relation_vector(features)
         with maybe_autocast(device_type=features.device.type, enabled=False):
             attention = self._scores(query.float(), key.float(), relation, similarities)
-            itself = torch.eye(features.shape[0], dtype=torch.bool, device=features.device)
-            attention = attention.masked_fill(~(is_neighbor[None, :] | itself), -math.inf).softmax(dim=-1)
+            attention = attention.masked_fill(~(is_neighbor | neighborhood.itself), -math.inf).softmax(dim=-1)
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
 
         message = attention.to(value.dtype) @ value
@@ -297,12 +396,6 @@ class ResidualRelationshipAttention(nn.Module):
             message = message + (attention * similarities).sum(-1, keepdim=True).to(relation.dtype) * relation
         message = message.transpose(0, 1).flatten(1)
         return message.to(value.dtype), attention.transpose(0, 1)
-
-    @staticmethod
-    def _center(features: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
-        """Pooled features of one network all point much the same way: what tells images apart is off their mean."""
-        weights = is_neighbor.float()[:, None]
-        return features - ((features * weights).sum(0) / weights.sum().clamp(min=1)).to(features.dtype)
 
     def _relation_vector(self, features: torch.Tensor) -> torch.Tensor:
         """The vector w, (heads, 1, d_head), from a call of its layer: weights that are offloaded come with a call."""
@@ -315,7 +408,7 @@ class ResidualRelationshipAttention(nn.Module):
         relation: torch.Tensor | None,
         similarities: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention logits, 2 x (heads, B, d_head) -> (heads, B, B), in float32."""
+        """Attention logits, (heads, B, d_head) and (heads, N, d_head) -> (heads, B, N), in float32."""
         if self.is_cosine:
             query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
             scale = self.logit_scale.float().clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()[:, None, None]
@@ -576,17 +669,21 @@ class RBIModel(RBIPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         relation_mask: torch.Tensor | None = None,
         relation_scope: str | None = None,
+        relation_batch_size: int | None = None,
         image_features: torch.Tensor | None = None,
         output_relations: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RBIModelOutput:
         r"""
-        relation_mask (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+        relation_mask (`torch.BoolTensor` of shape `(batch_size,)` or `(batch_size, batch_size)`, *optional*):
             `False` (or 0) for images that take no part as neighbours of the others, such as padding. They get an
-            answer themselves.
+            answer themselves. With two axes it says of each pair whether the first image may attend to the second;
+            its diagonal then says whether an image is a neighbour of other processes' images.
         relation_scope (`str`, *optional*):
             `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone. By default `"batch"`
             in training and `config.relation_scope` in evaluation.
+        relation_batch_size (`int`, *optional*):
+            The batch is split, in its order, into equal neighbourhoods of at most this many images.
         image_features (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*):
             Features of the images if they are known already (see `extract_features`): the backbone is skipped, and
             `pixel_values` serve PSNR alone.
@@ -602,24 +699,92 @@ class RBIModel(RBIPreTrainedModel):
             outputs.hidden_states = backbone_outputs.get("hidden_states")
             outputs.attentions = backbone_outputs.get("attentions")
 
-        is_finite = image_features.detach().isfinite().all(-1)
-        is_neighbor, similarities = None, None
-        if relation_scope == "batch":
-            is_neighbor, similarities, has_finite_pixels = self._relate_batch(is_finite, pixel_values, relation_mask)
-            is_finite = is_finite & has_finite_pixels
-        # A row that is not finite must not reach the others' answers or gradients, not even times 0.
-        features = torch.where(is_finite[:, None], image_features, 0.0)
-        features, attention = self.rra(features, similarities, is_neighbor)
-        outputs.pooler_output = torch.where(is_finite[:, None], features, math.nan)
+        attentions, similarities = [], []
+        if relation_scope == "self":
+            outputs.pooler_output = self._integrate_alone(image_features)
+        else:
+            relation_mask = _check_relation_mask(relation_mask, image_features)
+            integrated = []
+            for rows in self._split_batch(image_features.shape[0], relation_batch_size):
+                mask = relation_mask if relation_mask is None else relation_mask[(rows,) * relation_mask.ndim]
+                pixels = pixel_values if pixel_values is None else pixel_values[rows]
+                features, attention, similarity = self._integrate_batch(image_features[rows], pixels, mask)
+                integrated.append(features)
+                attentions.append(attention)
+                similarities.append(similarity)
+            outputs.pooler_output = torch.cat(integrated)
         if output_relations:
-            batch_size = image_features.shape[0]
-            itself = torch.eye(batch_size, device=image_features.device)
-            has_relations = self.config.relation_position_encoding != "none"
-            outputs.relation_attentions = (
-                itself[:, None].expand(-1, self.rra.num_heads, -1) if attention is None else attention
-            )
-            outputs.relation_similarities = itself if similarities is None and has_relations else similarities
+            self._add_relations(outputs, attentions, similarities)
         return outputs
+
+    def _split_batch(self, batch_size: int, relation_batch_size: int | None) -> list[slice]:
+        if relation_batch_size is None:
+            return [slice(0, batch_size)]
+        if relation_batch_size < 1:
+            raise ValueError(f"`relation_batch_size` must be at least 1, got {relation_batch_size}.")
+        if self.config.gather_across_processes:
+            raise ValueError(
+                "`relation_batch_size` splits the batch of one process, and `config.gather_across_processes` joins "
+                "those of all: use one of them."
+            )
+        num_groups = math.ceil(batch_size / relation_batch_size)
+        bounds = [group * batch_size // num_groups for group in range(num_groups + 1)]
+        return [slice(first, last) for first, last in itertools.pairwise(bounds)]
+
+    def _integrate_alone(self, image_features: torch.Tensor) -> torch.Tensor:
+        is_finite = image_features.detach().isfinite().all(-1)
+        features, _ = self.rra(torch.where(is_finite[:, None], image_features, 0.0))
+        return torch.where(is_finite[:, None], features, math.nan)
+
+    def _integrate_batch(
+        self, image_features: torch.Tensor, pixel_values: torch.Tensor | None, relation_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Integrated features, (B, d), attention, (B, heads, N), and relations, (B, N), with N neighbours."""
+        neighborhood = Neighborhood(
+            image_features.shape[0], image_features.device, self.config.gather_across_processes
+        )
+        own = neighborhood.own
+        is_finite = neighborhood.gather(image_features.detach().isfinite().all(-1))
+        is_neighbor = is_finite
+        if relation_mask is not None:
+            is_pairwise = relation_mask.ndim == 2
+            is_neighbor = is_neighbor & neighborhood.gather(relation_mask.diagonal() if is_pairwise else relation_mask)
+            if is_pairwise:
+                is_neighbor = is_neighbor.repeat(relation_mask.shape[0], 1)
+                is_neighbor[:, own] = is_finite[own] & relation_mask
+        similarities = None
+        if self.config.relation_position_encoding != "none":
+            if pixel_values is None:
+                raise ValueError('`pixel_values` are needed for PSNR with `relation_scope="batch"`: pass them too.')
+            similarities, has_finite_pixels = self.rpe(pixel_values, is_neighbor, neighborhood)
+            is_finite, is_neighbor = is_finite & has_finite_pixels, is_neighbor & has_finite_pixels
+        # A row that is not finite must not reach the others' answers or gradients, not even times 0.
+        is_finite = is_finite[own, None]
+        features = torch.where(is_finite, image_features, 0.0)
+        features, attention = self.rra(features, similarities, is_neighbor, neighborhood)
+        return torch.where(is_finite, features, math.nan), attention, similarities
+
+    def _add_relations(
+        self,
+        outputs: RBIModelOutput,
+        attentions: list[torch.Tensor],
+        similarities: list[torch.Tensor | None],
+    ):
+        """Relations of the whole batch; images of different neighbourhoods have none."""
+        batch_size = outputs.pooler_output.shape[0]
+        has_relations = self.config.relation_position_encoding != "none"
+        if not attentions:
+            itself = torch.eye(batch_size, device=outputs.pooler_output.device)
+            outputs.relation_attentions = itself[:, None].expand(-1, self.rra.num_heads, -1)
+            outputs.relation_similarities = itself if has_relations else None
+        elif len(attentions) == 1:
+            outputs.relation_attentions, outputs.relation_similarities = attentions[0], similarities[0]
+        else:
+            heads = [
+                torch.block_diag(*blocks) for blocks in zip(*(each.unbind(1) for each in attentions), strict=True)
+            ]
+            outputs.relation_attentions = torch.stack(heads, dim=1)
+            outputs.relation_similarities = torch.block_diag(*similarities) if has_relations else None
 
     def _resolve_scope(self, relation_scope: str | None) -> str:
         if relation_scope is None:
@@ -627,26 +792,6 @@ class RBIModel(RBIPreTrainedModel):
         if relation_scope not in ("batch", "self"):
             raise ValueError(f'`relation_scope` must be "batch" or "self", got {relation_scope!r}.')
         return relation_scope
-
-    def _relate_batch(
-        self, is_finite: torch.Tensor, pixel_values: torch.Tensor | None, relation_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Who is a neighbour, (B,); the relations, (B, B); and whose pixels are finite, (B,)."""
-        is_neighbor = is_finite
-        if relation_mask is not None:
-            relation_mask = torch.as_tensor(relation_mask, device=is_finite.device)
-            if relation_mask.shape != is_finite.shape:
-                raise ValueError(
-                    f"`relation_mask` must have the shape ({is_finite.shape[0]},), one value for each image, got "
-                    f"{tuple(relation_mask.shape)}."
-                )
-            is_neighbor = is_finite & relation_mask.bool()
-        if self.config.relation_position_encoding == "none":
-            return is_neighbor, None, torch.ones_like(is_finite)
-        if pixel_values is None:
-            raise ValueError('`pixel_values` are needed for PSNR with `relation_scope="batch"`: pass them too.')
-        similarities, has_finite_pixels = self.rpe(pixel_values, is_neighbor)
-        return is_neighbor & has_finite_pixels, similarities, has_finite_pixels
 
 
 @auto_docstring(
@@ -674,6 +819,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
         labels: torch.Tensor | None = None,
         relation_mask: torch.Tensor | None = None,
         relation_scope: str | None = None,
+        relation_batch_size: int | None = None,
         image_features: torch.Tensor | None = None,
         output_relations: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -682,12 +828,15 @@ class RBIForImageClassification(RBIPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Labels for computing the classification loss, in `[0, ..., config.num_labels - 1]`, or -100 for images
             that the loss leaves out. If `config.num_labels == 1` a regression loss is computed (mean square loss).
-        relation_mask (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+        relation_mask (`torch.BoolTensor` of shape `(batch_size,)` or `(batch_size, batch_size)`, *optional*):
             `False` (or 0) for images that take no part as neighbours of the others, such as padding. They get an
-            answer themselves.
+            answer themselves. With two axes it says of each pair whether the first image may attend to the second;
+            its diagonal then says whether an image is a neighbour of other processes' images.
         relation_scope (`str`, *optional*):
             `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone. By default `"batch"`
             in training and `config.relation_scope` in evaluation.
+        relation_batch_size (`int`, *optional*):
+            The batch is split, in its order, into equal neighbourhoods of at most this many images.
         image_features (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*):
             Features of the images if they are known already (see `RBIModel.extract_features`): the backbone is
             skipped, and `pixel_values` serve PSNR alone.
@@ -698,6 +847,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
             pixel_values,
             relation_mask=relation_mask,
             relation_scope=relation_scope,
+            relation_batch_size=relation_batch_size,
             image_features=image_features,
             output_relations=output_relations,
             **kwargs,
@@ -957,6 +1107,19 @@ def _check_images(pixel_values: torch.Tensor | None, image_features: torch.Tenso
         )
 
 
+def _check_relation_mask(relation_mask: torch.Tensor | None, image_features: torch.Tensor) -> torch.Tensor | None:
+    if relation_mask is None:
+        return None
+    batch_size = image_features.shape[0]
+    relation_mask = torch.as_tensor(relation_mask, device=image_features.device)
+    if tuple(relation_mask.shape) not in ((batch_size,), (batch_size, batch_size)):
+        raise ValueError(
+            f"`relation_mask` must have the shape ({batch_size},), one value for each image, or ({batch_size}, "
+            f"{batch_size}), one for each pair, got {tuple(relation_mask.shape)}."
+        )
+    return relation_mask.bool()
+
+
 def _check_labels(labels: torch.Tensor, logits: torch.Tensor, config: RBIConfig):
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(f"`labels` are for {labels.shape[0]} images, but the batch holds {logits.shape[0]}.")
@@ -1075,6 +1238,7 @@ def _find_backbone(
 
 
 __all__ = [
+    "Neighborhood",
     "RBIForImageClassification",
     "RBIImageClassifierOutput",
     "RBIModel",

@@ -136,6 +136,7 @@ WRONG_TYPES = {
     "self_relation": ["two"],
     "head_initialization": ["zeros"],
     "relation_scope": ["all", None],
+    "gather_across_processes": ["yes", None],
     "image_mean": [0.5, ["a", "b", "c"], None],
     "image_std": [0.5, ["a", "b", "c"], None],
 }

@@ -5,10 +5,13 @@ import itertools
 import json
 import math
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.nn import TransformerConv
@@ -632,10 +635,153 @@ def test_with_all_rows_masked_each_attends_to_itself(model, pixel_values, featur
     torch.testing.assert_close(outputs.logits, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(6), torch.ones(7, 1), torch.ones(7, 7)], ids=lambda mask: str(mask.shape))
+@pytest.mark.parametrize("mask", [torch.ones(6), torch.ones(7, 1), torch.ones(6, 7)], ids=lambda mask: str(mask.shape))
 def test_a_mask_of_another_shape_is_refused(model, pixel_values, mask):
-    with pytest.raises(ValueError, match=r"`relation_mask` must have the shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"`relation_mask` must have the shape \(7,\).* or \(7, 7\)"):
         model(pixel_values, relation_mask=mask, relation_scope="batch")
+
+
+def test_a_pairwise_mask_of_equal_rows_is_the_mask_of_images(model, pixel_values, features):
+    expected = logits_of(model, pixel_values, image_features=features, relation_mask=MASK)
+    logits = logits_of(model, pixel_values, image_features=features, relation_mask=MASK.expand(7, 7))
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_pairwise_mask_says_who_attends_to_whom(model, pixel_values, features):
+    mask = torch.rand(7, 7) < 0.5
+    outputs = model(
+        pixel_values, image_features=features, relation_scope="batch", relation_mask=mask, output_relations=True
+    )
+    expected = (mask | torch.eye(7, dtype=torch.bool))[:, None]
+    assert torch.equal(outputs.relation_attentions > 0, expected.expand_as(outputs.relation_attentions))
+
+
+# --- Neighbourhoods smaller than the batch ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "groups"), [(7, [7]), (10, [7]), (4, [3, 4]), (3, [2, 2, 3]), (1, [1] * 7)])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+def test_a_batch_is_split_into_equal_neighbourhoods(model, pixel_values, features, size, groups, mask):
+    outputs = model(
+        pixel_values,
+        image_features=features,
+        relation_scope="batch",
+        relation_mask=mask,
+        relation_batch_size=size,
+        output_relations=True,
+    )
+    attentions = torch.zeros_like(outputs.relation_attentions)
+    similarities = torch.zeros_like(outputs.relation_similarities)
+    for rows in torch.arange(7).split(groups):
+        alone = model(
+            pixel_values[rows],
+            image_features=features[rows],
+            relation_scope="batch",
+            relation_mask=None if mask is None else mask[rows],
+            output_relations=True,
+        )
+        torch.testing.assert_close(outputs.logits[rows], alone.logits, atol=1e-6, rtol=1e-5)
+        attentions[rows[0] : rows[-1] + 1, :, rows] = alone.relation_attentions
+        similarities[rows[0] : rows[-1] + 1, rows] = alone.relation_similarities
+    torch.testing.assert_close(outputs.relation_attentions, attentions, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(outputs.relation_similarities, similarities, atol=1e-6, rtol=1e-5)
+
+
+def test_a_pairwise_mask_is_split_with_the_batch(model, pixel_values, features):
+    mask = torch.rand(7, 7) < 0.5
+    logits = logits_of(model, pixel_values, image_features=features, relation_mask=mask, relation_batch_size=4)
+    for rows in (slice(0, 3), slice(3, 7)):
+        alone = logits_of(model, pixel_values[rows], image_features=features[rows], relation_mask=mask[rows, rows])
+        torch.testing.assert_close(logits[rows], alone, atol=1e-6, rtol=1e-5)
+
+
+def test_splits_that_make_no_sense_are_refused(model, pixel_values):
+    with pytest.raises(ValueError, match="`relation_batch_size` must be at least 1, got 0"):
+        model(pixel_values, relation_scope="batch", relation_batch_size=0)
+    model.config.gather_across_processes = True
+    with pytest.raises(ValueError, match="use one of them"):
+        model(pixel_values, relation_scope="batch", relation_batch_size=4)
+
+
+# --- Neighbourhoods of several processes -----------------------------------------------------------------------------
+
+
+def test_gathering_in_one_process_changes_nothing(model, pixel_values):
+    expected = logits_of(model, pixel_values)
+    model.config.gather_across_processes = True
+    assert torch.equal(logits_of(model, pixel_values), expected)
+
+
+GATHERED = """
+import os
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_rbi import RBIForImageClassification
+
+torch.set_num_threads(1)
+rank, world_size, folder, mask_kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+)
+model = RBIForImageClassification.from_pretrained(f"{folder}/model", gather_across_processes=True).train()
+batch = load_file(f"{folder}/batch.safetensors")
+rows = torch.arange(7).tensor_split(world_size)[rank]
+mask = {"none": None, "images": batch["mask"][rows], "pairs": batch["pairs"][rows][:, rows]}[mask_kind]
+outputs = model(batch["pixel_values"][rows], relation_mask=mask, output_relations=True)
+loss = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"][rows], reduction="sum") / 7
+loss.backward()
+gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+for gradient in gradients.values():
+    torch.distributed.all_reduce(gradient)
+results = {"logits": outputs.logits.detach(), "attentions": outputs.relation_attentions.detach()}
+results["similarities"] = outputs.relation_similarities.contiguous()
+save_file(results, f"{folder}/results.{rank}")
+save_file(gradients, f"{folder}/gradients.{rank}")
+# All is written. gloo's threads can outlive the group and abort an orderly exit of the interpreter.
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "mask_kind"), [(2, "none"), (3, "images"), (3, "pairs")])
+def test_gathering_across_processes_is_one_batch(model, pixel_values, tmp_path, world_size, mask_kind):
+    model.save_pretrained(tmp_path / "model")  # apart from the script: it brings its own modeling_rbi.py
+    parts = torch.arange(7).tensor_split(world_size)
+    pairs = torch.ones(7, 7, dtype=torch.bool)
+    pairs[5, 6] = pairs[6, 5] = pairs[0, 1] = False  # pairs of one process, the only ones that it can speak of
+    labels = torch.arange(7) % 5
+    batch = {"pixel_values": pixel_values, "labels": labels, "mask": MASK, "pairs": pairs}
+    save_file(batch, tmp_path / "batch.safetensors")
+    (tmp_path / "gathered.py").write_text(GATHERED)
+    command = [sys.executable, str(tmp_path / "gathered.py")]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(world_size), str(tmp_path), mask_kind])
+        for rank in range(world_size)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0] * world_size
+    finally:
+        for process in processes:
+            process.kill()
+
+    mask = {"none": None, "images": MASK, "pairs": pairs}[mask_kind]
+    outputs = model.train()(pixel_values, relation_mask=mask, output_relations=True)
+    torch.nn.functional.cross_entropy(outputs.logits, labels).backward()
+    expected = {
+        "logits": outputs.logits,
+        "attentions": outputs.relation_attentions,
+        "similarities": outputs.relation_similarities,
+    }
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    for rank, rows in enumerate(parts):
+        results = load_file(tmp_path / f"results.{rank}")
+        wanted = {name: value[rows].detach() for name, value in expected.items()}
+        torch.testing.assert_close(results, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(load_file(tmp_path / f"gradients.{rank}"), gradients, atol=1e-5, rtol=1e-4)
 
 
 BAD_ROW = 2
