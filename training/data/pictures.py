@@ -1,0 +1,107 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The step from data sets to batches: decode, transform, stack."""
+
+from collections.abc import Callable
+
+import datasets
+import torch
+from PIL import Image
+
+from .decode import DEFAULT_MAX_PIXELS, decode_image
+from .mixing import Mixing
+from .samplers import Draw
+
+
+class Pictures(torch.utils.data.Dataset):
+    r"""
+    A split of a data set in its canonical form (columns `image`, `label` and, where it is published, `box`), as a data
+    set for `DataLoader` or `Trainer`. Its items have `pixel_values` and `labels`.
+
+    Args:
+        split (`datasets.Dataset`):
+            The pictures.
+        transform (`Callable`):
+            Makes `pixel_values` of a PIL picture: an [`EvalTransform`], or with `augment` a [`TrainTransform`], which
+            takes a seed too.
+        augment (`bool`, *optional*, defaults to `False`):
+            Whether the transform takes a seed: that of the [`Draw`] that asks for the item, or, asked by a plain
+            number, one from torch's global generator.
+        crop_to_boxes (`bool`, *optional*, defaults to `False`):
+            Whether pictures are cropped to their published boxes.
+        max_pixels (`int`, *optional*):
+            Pictures with more pixels are refused.
+
+    Raises:
+        UnreadableImageError: from an item that cannot be decoded; names the file.
+    """
+
+    def __init__(
+        self,
+        split: datasets.Dataset,
+        transform: Callable[..., torch.Tensor],
+        *,
+        augment: bool = False,
+        crop_to_boxes: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ):
+        if crop_to_boxes and "box" not in split.column_names:
+            raise ValueError("`crop_to_boxes` is on, but the data set has no boxes: leave it off.")
+        self.split, self.transform, self.augment = split, transform, augment
+        self.crop_to_boxes, self.max_pixels = crop_to_boxes, max_pixels
+
+    @property
+    def labels(self) -> list[int]:
+        """Class of each picture."""
+        return list(self.split["label"])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def picture(self, row: int) -> Image.Image:
+        """A picture as it is decoded, RGB, cropped to its box if asked to."""
+        example = self.split[row]
+        return decode_image(
+            example["image"], box=example["box"] if self.crop_to_boxes else None, max_pixels=self.max_pixels
+        )
+
+    def __getitem__(self, item: int | Draw) -> dict:
+        draw = item if isinstance(item, Draw) else None
+        row = draw.row if draw else item
+        picture = self.picture(row)
+        if self.augment:
+            seed = draw.seed if draw else int(torch.randint(2**63 - 1, ()))
+            pixel_values = self.transform(picture, seed)
+        else:
+            pixel_values = self.transform(picture)
+        example = {"pixel_values": pixel_values, "labels": self.split[row]["label"]}
+        return example if draw is None else example | {"draw": draw}
+
+
+class Collator:
+    r"""
+    Stacks items of [`Pictures`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding, and
+    `relation_mask`, (B,), `False` for padding. With `mixing`, also `targets` (B, num_labels), and the mask is (B, B).
+    """
+
+    def __init__(self, mixing: Mixing | None = None):
+        self.mixing = mixing
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        draws = [item.get("draw") for item in items]
+        is_real = torch.tensor([draw is None or not draw.is_padding for draw in draws])
+        labels = torch.tensor([item["labels"] for item in items]).masked_fill(~is_real, -100)
+        batch = {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            "labels": labels,
+            "relation_mask": is_real,
+        }
+        if self.mixing is None:
+            return batch
+        seed = draws[0].seed if draws[0] else int(torch.randint(2**63 - 1, ()))
+        pixel_values, targets, relation_mask = self.mixing(batch["pixel_values"], labels, seed)
+        return batch | {
+            "pixel_values": pixel_values,
+            "targets": targets,
+            "relation_mask": relation_mask & is_real[None, :],
+        }

@@ -1,0 +1,157 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Which pictures make up a training batch: for RBI, the batch is the neighbourhood.
+
+All samplers give the same global batches on any number of processes, each process its share of every one, and the same
+again after a resume: what is drawn depends on the seed and the epoch alone.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Draw(NamedTuple):
+    """A picture of a batch: its row in the data set, and the seed of its augmentation. Padding repeats a picture."""
+
+    row: int
+    seed: int
+    is_padding: bool = False
+
+
+class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
+    r"""
+    Batches for `DataLoader(batch_sampler=...)`. Each global batch is spread evenly over the processes, in order; where
+    it does not divide, the last processes get a padding row, which is no neighbour of anyone and has no loss.
+
+    Args:
+        batch_size (`int`):
+            Pictures of a global batch, of all processes together.
+        seed (`int`, *optional*, defaults to 0):
+            Of the order and of the augmentation.
+        num_processes (`int`, *optional*, defaults to 1), process_index (`int`, *optional*, defaults to 0):
+            The process that the batches are for.
+    """
+
+    def __init__(self, batch_size: int, *, seed: int = 0, num_processes: int = 1, process_index: int = 0):
+        if batch_size < num_processes:
+            raise ValueError(f"A batch of {batch_size} pictures cannot be spread over {num_processes} processes.")
+        self.batch_size, self.seed = batch_size, seed
+        self.num_processes, self.process_index = num_processes, process_index
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int):
+        """Chooses the epoch that the next iteration draws, from 0."""
+        self.epoch = epoch
+
+    @abstractmethod
+    def draw_batches(self, generator: np.random.Generator) -> Sequence[np.ndarray]:
+        """Row numbers of each global batch of an epoch."""
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        batches = self.draw_batches(generator)
+        for rows in batches:
+            seeds = generator.integers(2**63, size=len(rows))
+            share = math.ceil(len(rows) / self.num_processes)
+            own = np.array_split(np.arange(len(rows)), self.num_processes)[self.process_index]
+            draws = [Draw(int(rows[place]), int(seeds[place])) for place in own]
+            draws += [Draw(int(rows[0]), int(seeds[0]), is_padding=True)] * (share - len(own))
+            yield draws
+
+
+class ShuffledSampler(NeighborhoodSampler):
+    r"""
+    Every picture once an epoch, in random order.
+
+    Args:
+        num_rows (`int`):
+            Pictures of the data set.
+        drop_last (`bool`, *optional*, defaults to `False`):
+            `False`: the epoch is spread over ceil(num_rows / batch_size) batches of equal size, give or take one, so
+            that no neighbourhood is left with a few pictures. `True`: all batches are full and the rest of the epoch
+            is left out.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, *, drop_last: bool = False, **kwargs):
+        super().__init__(batch_size, **kwargs)
+        self.num_rows, self.drop_last = num_rows, drop_last
+        if len(self) == 0:
+            raise ValueError(
+                f"There are {num_rows} training pictures, fewer than a batch of {batch_size}: lower the batch size, or "
+                "leave `dataloader_drop_last` off."
+            )
+        if num_rows // len(self) < self.num_processes:
+            raise ValueError(f"{num_rows} training pictures cannot be spread over {self.num_processes} processes.")
+
+    def __len__(self) -> int:
+        return self.num_rows // self.batch_size if self.drop_last else math.ceil(self.num_rows / self.batch_size)
+
+    def draw_batches(self, generator: np.random.Generator) -> Sequence[np.ndarray]:
+        rows = generator.permutation(self.num_rows)
+        if self.drop_last:
+            rows = rows[: len(self) * self.batch_size]
+        return np.array_split(rows, len(self))
+
+
+class BalancedSampler(NeighborhoodSampler):
+    r"""
+    Every class equally often: classes are drawn in random order round after round, and of each class its pictures in
+    random order, again from the start when they have all been drawn. An epoch has as many batches as the data fill.
+
+    Args:
+        labels (`Sequence[int]`):
+            Class of each picture.
+        images_per_class (`int`, *optional*, defaults to 1):
+            Pictures of a class that come into a batch together: K of P x K batches, with P = batch_size / K classes. A
+            neighbour is then often of the same class, which it seldom is at test.
+    """
+
+    def __init__(self, labels: Sequence[int], batch_size: int, *, images_per_class: int = 1, **kwargs):
+        super().__init__(batch_size, **kwargs)
+        labels = np.asarray(labels)
+        self.rows_by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self.num_rows, self.images_per_class = len(labels), images_per_class
+        if images_per_class < 1 or batch_size % images_per_class:
+            raise ValueError(
+                f"Batches of {batch_size} pictures cannot hold {images_per_class} of each class: make the batch size a "
+                "multiple of `images_per_class`."
+            )
+        if images_per_class > 1 and batch_size // images_per_class > len(self.rows_by_class):
+            raise ValueError(
+                f"Batches of {batch_size} pictures, {images_per_class} of each class, need "
+                f"{batch_size // images_per_class} classes, but there are {len(self.rows_by_class)}: raise "
+                "`images_per_class` or lower the batch size."
+            )
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_rows / self.batch_size)
+
+    def draw_batches(self, generator: np.random.Generator) -> Sequence[np.ndarray]:
+        num_turns = self.batch_size // self.images_per_class
+        turns = _rounds(len(self.rows_by_class), len(self) * num_turns, generator, num_turns)
+        rows = np.empty((len(turns), self.images_per_class), dtype=np.int64)
+        for label, own in enumerate(self.rows_by_class):
+            places = np.flatnonzero(turns == label)
+            order = _rounds(len(own), rows[places].size, generator, self.images_per_class)
+            rows[places] = own[order].reshape(len(places), -1)
+        return list(rows.reshape(len(self), self.batch_size))
+
+
+def _rounds(number: int, length: int, generator: np.random.Generator, distinct: int) -> np.ndarray:
+    """Permutations of 0..number-1 one after the other, the first `length` entries. Runs of `distinct` hold no number
+    twice, as far as there are enough: within a run, a permutation goes on with those that the run has not had."""
+    order: list[int] = []
+    while len(order) < length:
+        started = order[len(order) - len(order) % distinct :] if distinct <= number else []
+        permutation = generator.permutation(number).tolist()
+        if started:
+            needed = distinct - len(started)
+            fresh = [value for value in permutation if value not in started][:needed]
+            permutation = fresh + [value for value in permutation if value not in fresh]
+        order += permutation
+    return np.array(order[:length], dtype=np.int64)

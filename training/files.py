@@ -1,0 +1,43 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any):
+    """Writes a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def filled_whole(folder: Path, last: str) -> Iterator[Path]:
+    r"""
+    A folder to write to, whose files move to `folder` when all are written, `last` after the others: without it the
+    folder is not taken for whole.
+
+    Args:
+        folder (`Path`):
+            Where the files go, in place of those of the same names.
+        last (`str`):
+            Name of the file that makes it whole.
+    """
+    draft = folder / f".{os.getpid()}.tmp"
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in sorted(draft.iterdir(), key=lambda path: (path.name == last, path.name)):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

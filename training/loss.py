@@ -1,0 +1,151 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The training loss, and the training step over a neighbourhood that is larger than what fits into memory at once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from modeling_rbi import RBIForImageClassification
+
+
+IGNORED = -100
+
+
+def count_targets(batch: dict[str, torch.Tensor], class_weights: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    What the sum of a batch's losses is divided by: its pictures that are no padding, weighted by class.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            With `labels`, (B,), -100 for padding, or `targets`, (B, num_labels), beside them.
+        class_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
+            Weight of each class.
+    """
+    labels = batch["labels"]
+    is_real = labels != IGNORED
+    if class_weights is None:
+        return is_real.sum().float()
+    class_weights = class_weights.to(labels.device)
+    if "targets" in batch:
+        return (batch["targets"][is_real] @ class_weights).sum()
+    return class_weights[labels[is_real]].sum()
+
+
+def classification_loss(
+    logits: torch.Tensor,
+    batch: dict[str, torch.Tensor],
+    num_targets: torch.Tensor,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    r"""
+    Cross entropy, summed over the batch and divided by `num_targets`: that of the batch alone, or of all the batches,
+    on all processes, that one optimizer step is made of, whose losses then add up to their mean.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(B, num_labels)`):
+            Scores of the model.
+        batch (`dict[str, torch.Tensor]`):
+            With `labels`, (B,), -100 for padding; or with the soft `targets`, (B, num_labels), of mixed pictures.
+        num_targets (`torch.Tensor`):
+            See [`count_targets`].
+        class_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
+            Weight of each class.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of a target that is spread over all classes.
+    """
+    is_real = batch["labels"] != IGNORED
+    targets = batch["targets" if "targets" in batch else "labels"][is_real]
+    loss = nn.functional.cross_entropy(
+        logits[is_real].float(),
+        targets,
+        weight=None if class_weights is None else class_weights.to(logits.device),
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return loss / num_targets
+
+
+def backward_in_two_passes(
+    model: RBIForImageClassification,
+    pixel_values: torch.Tensor,
+    relation_mask: torch.Tensor | None,
+    micro_batch_size: int,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+) -> torch.Tensor:
+    r"""
+    Gradients of a loss over a neighbourhood, with the memory of a small batch (as GradCache, Gao et al. 2021, does for
+    contrastive losses): the backbone runs over small batches without gradient; the head and the loss over all their
+    features give the gradient of each feature; and the backbone runs again, small batch by small batch, to take these
+    gradients on. What is kept of the whole are pictures and features. It costs one more forward of the backbone.
+
+    The gradients are those of the whole batch, to rounding: dropout draws the same in both passes. Batch
+    normalisation is the exception, as in any gradient accumulation: it normalises each small batch by itself.
+
+    Args:
+        model (`RBIForImageClassification`):
+            The model, not wrapped, in training mode.
+        pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`):
+            The neighbourhood's pictures.
+        relation_mask (`torch.BoolTensor` of shape `(B,)` or `(B, B)`, *optional*):
+            As in the model's forward.
+        micro_batch_size (`int`):
+            Pictures that the backbone takes at a time.
+        loss_of (`Callable`):
+            The loss of logits (B, num_labels).
+        backward (`Callable`):
+            Called on what is to be differentiated, as `accelerator.backward`, which may scale it.
+
+    Returns:
+        The loss, detached.
+    """
+    parts = pixel_values.split(micro_batch_size)
+    states, features = [], []
+    with torch.no_grad(), _batch_norm_statistics_kept(model):
+        for part in parts:
+            states.append(_get_rng_state(part.device))
+            features.append(model.base_model.extract_features(part)[0])
+    leaf = torch.cat(features).float().requires_grad_()
+    logits = model(pixel_values=pixel_values, image_features=leaf, relation_mask=relation_mask).logits
+    loss = loss_of(logits)
+    backward(loss)
+
+    after = _get_rng_state(pixel_values.device)
+    for part, state, gradient in zip(parts, states, leaf.grad.split(micro_batch_size), strict=True):
+        _set_rng_state(state, part.device)
+        part_features = model.base_model.extract_features(part)[0]
+        # Where mixed precision scales the loss, the gradient is scaled already.
+        torch.autograd.backward(part_features, gradient.to(part_features.dtype))
+    _set_rng_state(after, pixel_values.device)
+    return loss.detach()
+
+
+def _get_rng_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_rng_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device):
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextmanager
+def _batch_norm_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """The first pass is none of training: running statistics must count the second alone."""
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    kept = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, kept, strict=True):
+            for buffer, value in zip(layer.buffers(), buffers, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,209 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained and how fast: parameter groups, freezing, LoRA, and the moving average of the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from modeling_rbi import RBIForImageClassification
+
+
+# Beside AdamW and all that `--optim` of TrainingArguments offers. RAdam is the authors' optimizer.
+OPTIMIZERS = {
+    "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True}),
+    "sgd_nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+}
+
+
+def rbi_model(model: nn.Module) -> RBIForImageClassification:
+    """The RBI model in a `PeftModel`, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layer_numbers(backbone: nn.Module) -> dict[str, int]:
+    r"""
+    Depth of each parameter of a backbone: 0 for what comes before the first block, then one number for each block in
+    order, and the last number plus 1 for what comes after. Blocks are the members of the list of equal modules that
+    most backbones are made of, or, where these are stages, the members of the stages' lists.
+    """
+    blocks = list(_find_blocks(backbone, "", levels=2))
+    names = [name for name, _ in backbone.named_parameters()]
+    block_of = {
+        name: next((number for number, block in enumerate(blocks, start=1) if name.startswith(f"{block}.")), 0)
+        for name in names
+    }
+    last = max((place for place, name in enumerate(names) if block_of[name]), default=len(names))
+    numbers, depth = {}, 0
+    for place, name in enumerate(names):
+        # What stands between two blocks, as the downsampling of a stage, goes with the one before.
+        depth = max(depth, block_of[name]) if place <= last else len(blocks) + 1
+        numbers[name] = block_of[name] or depth
+    return numbers
+
+
+def _find_blocks(module: nn.Module, prefix: str, levels: int) -> Iterator[str]:
+    """Paths of the blocks, in order."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        members = list(child.named_children())
+        is_list = isinstance(child, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+        if is_list and members and len({type(member) for _, member in members}) == 1 and _count(members[0][1]):
+            for member_name, member in members:
+                start = f"{path}.{member_name}."
+                inner = list(_find_blocks(member, start, levels - 1)) if levels > 1 else []
+                inner_size = sum(_count(member.get_submodule(block.removeprefix(start))) for block in inner)
+                # A list that is but a part of a block does not make the block a stage.
+                yield from inner if inner_size > _count(member) / 2 else [start.removesuffix(".")]
+        else:
+            yield from _find_blocks(child, f"{path}.", levels)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    head_learning_rate: float | None = None,
+    layer_decay: float | None = None,
+) -> list[dict]:
+    r"""
+    Groups of an RBI model's trainable parameters for an optimizer.
+
+    Args:
+        model (`nn.Module`):
+            An RBI model, or a `PeftModel` of one.
+        learning_rate (`float`):
+            Of the backbone's last layer.
+        weight_decay (`float`):
+            Of matrices; biases, norms and single numbers (vectors of any kind) have none.
+        head_learning_rate (`float`, *optional*):
+            Of RRA and the classifier; `learning_rate` if `None`.
+        layer_decay (`float`, *optional*):
+            Each block of the backbone learns at this many times the rate of the block after it.
+    """
+    rbi = rbi_model(model)
+    numbers = {id(parameter): 0 for parameter in rbi.base_model.backbone.parameters()}
+    if layer_decay is not None:
+        by_name = layer_numbers(rbi.base_model.backbone)
+        deepest = max(by_name.values())
+        for name, parameter in rbi.base_model.backbone.named_parameters():
+            numbers[id(parameter)] = by_name[name] - deepest
+    groups: dict[tuple[float, float], dict] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in numbers:
+            rate = learning_rate * (layer_decay or 1.0) ** -numbers[id(parameter)]
+        else:
+            rate = learning_rate if head_learning_rate is None else head_learning_rate
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def freeze_backbone(model: RBIForImageClassification):
+    """Trains the head and the classifier alone; the backbone stays as it is, dropout and batch statistics included."""
+    backbone = model.base_model.backbone
+    backbone.requires_grad_(False)
+    backbone.register_forward_pre_hook(lambda module, _: module.eval() and None)
+
+
+def freeze_batch_norm(model: RBIForImageClassification):
+    """Keeps the running statistics of batch normalisation, and normalises with them in training too."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(lambda module, _: module.eval() and None)
+
+
+def add_lora(model: RBIForImageClassification, rank: int, alpha: float | None = None, dropout: float = 0.0) -> nn.Module:
+    r"""
+    Low-rank adapters (LoRA, Hu et al. 2022, with peft) on all linear and ungrouped convolution layers of the backbone;
+    RRA and the classifier are trained whole.
+
+    Raises:
+        ImportError: if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: `pip install peft`.") from error
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if ".backbone." in f".{name}"
+        and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+    ]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        modules_to_save=["rra", "classifier"],
+    )
+    return get_peft_model(model, config)
+
+
+class MovingAverage:
+    r"""
+    Exponential moving average of a model's weights. Its decay after n steps is min(decay, (1 + n) / (10 + n)), so that
+    short runs are not averaged with where they started. Buffers are those of the model.
+
+    Args:
+        model (`nn.Module`):
+            The model, not wrapped.
+        decay (`float`):
+            In (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0 < decay < 1:
+            raise ValueError(f"The decay of the moving average must be between 0 and 1, got {decay}.")
+        self.decay = decay
+        self.num_updates = 0
+        self.average = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module):
+        """Takes the weights after an optimizer step in."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(self.average, self._weights(model), 1 - decay)
+
+    @contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
+        """The model has the average as its weights, and its own back afterwards."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module):
+        """Exchanges the model's weights and the average."""
+        for average, weight in zip(self.average, self._weights(model), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        state = {f"average.{number}": value for number, value in enumerate(self.average)}
+        return state | {"num_updates": torch.tensor(self.num_updates)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        """Goes on from a checkpoint."""
+        self.num_updates = int(state["num_updates"])
+        for number, value in enumerate(self.average):
+            value.copy_(state[f"average.{number}"])
+
+    @staticmethod
+    def _weights(model: nn.Module) -> list[torch.Tensor]:
+        return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,191 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run, `run.json`: what was run, on what, with what, and what came out."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from .files import write_json
+
+
+RECORD_FILE = "run.json"
+_PACKAGES = (
+    "modeling-rbi",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "kornia",
+    "numpy",
+    "peft",
+    "pillow",
+    "safetensors",
+    "timm",
+    "torchmetrics",
+)
+# What may differ between a run and its resumption: none of it changes what is trained.
+_HARMLESS = {
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "hub_token",
+    "log_level",
+    "log_level_replica",
+    "logging_dir",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_total_limit",
+    "token",
+}
+
+
+class RunRecord:
+    r"""
+    The record of a run, written anew, whole, at each change.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run.
+        is_writer (`bool`, *optional*, defaults to `True`):
+            Whether this process writes it; the others only keep it in mind.
+    """
+
+    def __init__(self, output_dir: Path, is_writer: bool = True):
+        self.path = output_dir / RECORD_FILE
+        self.is_writer = is_writer
+        self.content: dict[str, Any] = {}
+
+    @classmethod
+    def read(cls, output_dir: Path) -> dict[str, Any] | None:
+        r"""
+        The record in a folder, if there is one.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        path = output_dir / RECORD_FILE
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no record of a run ({error}): move it away.") from error
+
+    def update(self, **values: Any):
+        """Adds to the record, and writes it."""
+        self.content |= values | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
+        if self.is_writer:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.content)
+
+
+class RecordCallback(TrainerCallback):
+    """Keeps the metrics of each epoch, and the best checkpoint, in the record."""
+
+    def __init__(self, record: RunRecord):
+        self.record = record
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.record.update(metrics_by_epoch=metrics_by_epoch(state.log_history))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.record.update(best=best_so_far(state))
+
+
+def best_so_far(state: TrainerState) -> dict[str, Any] | None:
+    """The best evaluation: its checkpoint, step and metric."""
+    if state.best_metric is None:
+        return None
+    checkpoint = state.best_model_checkpoint
+    return {
+        "checkpoint": None if checkpoint is None else Path(checkpoint).name,
+        "step": state.best_global_step,
+        "metric": state.best_metric,
+    }
+
+
+def metrics_by_epoch(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Training and validation metrics, one entry for each evaluation or, without one, each log."""
+    entries: dict[float, dict[str, float]] = {}
+    for log in log_history:
+        if "train_runtime" not in log:
+            entries.setdefault(log["step"], {}).update(log)
+    return [entries[step] for step in sorted(entries)]
+
+
+def describe_environment(args: TrainingArguments) -> dict[str, Any]:
+    """Versions, git revision and hardware."""
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "git": _git_revision(),
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": str(args.device),
+            "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+            "processes": args.world_size,
+        },
+    }
+
+
+def processor_name() -> str:
+    """Name of the CPU."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def resolved_arguments(*arguments: Any) -> dict[str, Any]:
+    """All arguments as they were resolved, secrets left out, as JSON has it."""
+    resolved: dict[str, Any] = {}
+    for each in arguments:
+        values = each.to_dict() if hasattr(each, "to_dict") else asdict(each) if is_dataclass(each) else each
+        resolved |= {name: value for name, value in values.items() if "token" not in name}
+    return json.loads(json.dumps(resolved, default=str))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Arguments that would change what is trained, in words."""
+    return [
+        f"--{name} was {before.get(name)}, now {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in _HARMLESS and before.get(name) != now.get(name)
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """Commit of the checkout that this code runs from, and whether files differ from it."""
+    folder = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,405 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""`Trainer` of transformers for RBI.
+
+A plain `Trainer` trains an RBI model as well. What [`RBITrainer`] adds: batches as neighbourhoods (equal sizes, the
+same on any number of processes), neighbourhoods larger or smaller than the device's batch, mixed pictures, learning
+rates by depth, class weights, and a moving average of the weights.
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from .data.pictures import Collator, Pictures
+from .data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
+from .loss import backward_in_two_passes, classification_loss, count_targets
+from .optimization import OPTIMIZERS, MovingAverage, parameter_groups, rbi_model
+
+
+MOVING_AVERAGE_FILE = "moving_average.safetensors"
+
+
+@dataclass
+class FineTuningArguments:
+    """Options of the training beside those of `TrainingArguments`."""
+
+    relation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures that attend to each other. By default those of a device's batch, or with "
+            "--gather_across_processes of all devices'. Smaller: the batch is split. Larger: a multiple of the batch, "
+            "within the accumulated one; the step then takes two passes, and no more memory than the batch."
+        },
+    )
+    gather_across_processes: bool = field(
+        default=False, metadata={"help": "Whether pictures attend to those of all processes (GPUs)."}
+    )
+    batch_sampler: str = field(
+        default="shuffled",
+        metadata={
+            "help": "shuffled: every picture once an epoch; balanced: every class equally often.",
+            "choices": ["shuffled", "balanced"],
+        },
+    )
+    images_per_class: int = field(
+        default=1,
+        metadata={"help": "With --batch_sampler balanced: pictures of a class in a batch, K of P x K batches."},
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "balanced: the loss weighs classes by one over their number of training pictures.",
+            "choices": ["balanced"],
+        },
+    )
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "radam (the authors') or sgd_nesterov (momentum 0.9), in place of what --optim says.",
+            "choices": sorted(OPTIMIZERS),
+        },
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of RRA and the classifier; --learning_rate is the backbone's."}
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={"help": "Each block of the backbone learns at this many times the rate of the one after it."},
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train RRA and the classifier alone."})
+    freeze_batch_norm: bool = field(
+        default=False,
+        metadata={"help": "Keep the statistics of batch normalisation: for few pictures or small batches."},
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train the backbone through low-rank adapters of this rank (needs peft)."}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scale of the adapters; twice the rank if unset."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and keep a moving average of the weights with this decay, such as 0.999."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better one."}
+    )
+
+    def __post_init__(self):
+        for name in ("relation_batch_size", "images_per_class", "lora_rank", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+        for name in ("layer_decay", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"--{name} must be between 0 and 1, got {value}.")
+        if self.lora_rank is not None and self.freeze_backbone:
+            raise ValueError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
+        if self.images_per_class > 1 and self.batch_sampler != "balanced":
+            raise ValueError("--images_per_class is for --batch_sampler balanced: add it.")
+        if self.class_weights is not None and self.batch_sampler == "balanced":
+            raise ValueError(
+                "--class_weights balanced and --batch_sampler balanced would balance the classes twice: use one of them."
+            )
+
+
+class RBITrainer(Trainer):
+    r"""
+    `Trainer` that makes the batch a neighbourhood.
+
+    Args:
+        model (`RBIForImageClassification` or a `PeftModel` of one):
+            The model.
+        args (`TrainingArguments`):
+            As for `Trainer`. Without `dataloader_drop_last` the pictures of an epoch are spread over batches of equal
+            size, give or take one, so that no neighbourhood is smaller than the others.
+        fine_tuning (`FineTuningArguments`, *optional*):
+            What RBI adds.
+        train_dataset (`Pictures`):
+            Training pictures.
+        data_collator (`Collator`, *optional*):
+            With its `mixing` for mixup and cutmix.
+        kwargs:
+            As for `Trainer`.
+
+    Raises:
+        ValueError: if the batch sizes do not fit each other, or an option does not go with FSDP or DeepSpeed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        fine_tuning: FineTuningArguments | None = None,
+        train_dataset: Pictures | None = None,
+        data_collator: Collator | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        self.fine_tuning = fine_tuning or FineTuningArguments()
+        if self.fine_tuning.gather_across_processes:
+            rbi_model(model).config.gather_across_processes = True
+        self.num_micro_batches, self.split_size = self._plan_neighborhoods(args)
+        # One batch of the loader is a neighbourhood, so that much of the accumulation happens within it.
+        args.gradient_accumulation_steps //= self.num_micro_batches
+        self.class_weights = None
+        if self.fine_tuning.class_weights == "balanced" and train_dataset is not None:
+            self.class_weights = balanced_class_weights(train_dataset.labels, rbi_model(model).num_labels)
+        self._moving_average: MovingAverage | None = None
+        self._resumed_from: Path | None = None
+        self._train_sampler: NeighborhoodSampler | None = None
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            data_collator=data_collator or Collator(),
+            callbacks=[*(callbacks or []), _RBICallback(self)],
+            **kwargs,
+        )
+        # The loss of the training smooths by itself; that of the validation stays plain.
+        self.label_smoother = None
+        self._refuse_what_cannot_be_sharded()
+
+    def _plan_neighborhoods(self, args: TrainingArguments) -> tuple[int, int | None]:
+        """Batches of a device that one neighbourhood takes, and the size that a device's batch is split to."""
+        size, gather = self.fine_tuning.relation_batch_size, self.fine_tuning.gather_across_processes
+        batch_size = args.per_device_train_batch_size
+        unit = batch_size * args.world_size if gather else batch_size
+        if size is None or size == unit:
+            return 1, None
+        whose = f"all {args.world_size} processes" if gather else "a device"
+        if size < unit:
+            if gather:
+                raise ValueError(
+                    f"--relation_batch_size {size} is smaller than the batches of {whose} together ({unit}): turn "
+                    "--gather_across_processes off."
+                )
+            return 1, size
+        if size % unit or args.gradient_accumulation_steps % (size // unit):
+            raise ValueError(
+                f"--relation_batch_size {size} must be a multiple of the batch of {whose} ({unit}), and that multiple "
+                f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighbourhood is "
+                "made of whole batches of one optimizer step."
+            )
+        return size // unit, None
+
+    def _refuse_what_cannot_be_sharded(self):
+        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return
+        options = {
+            "--relation_batch_size larger than a batch": self.num_micro_batches > 1,
+            "--ema_decay": self.fine_tuning.ema_decay is not None,
+        }
+        if chosen := [name for name, is_on in options.items() if is_on]:
+            raise ValueError(
+                f"{' and '.join(chosen)} cannot be used with {self.accelerator.distributed_type.value}, which shards "
+                "the weights: leave it out, or train with DDP (training/accelerate/multi_gpu.yaml)."
+            )
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Batches of this process, each its share of a neighbourhood. They are sharded here, not by Accelerate."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`.")
+        args = self.args
+        common = {
+            "batch_size": args.per_device_train_batch_size * self.num_micro_batches * args.world_size,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "num_processes": args.world_size,
+            "process_index": args.process_index,
+        }
+        if self.fine_tuning.batch_sampler == "balanced":
+            self._train_sampler = BalancedSampler(
+                self.train_dataset.labels, images_per_class=self.fine_tuning.images_per_class, **common
+            )
+        else:
+            self._train_sampler = ShuffledSampler(
+                len(self.train_dataset), drop_last=args.dataloader_drop_last, **common
+            )
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=self._train_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with the learning rates of the head and of each depth."""
+        if self.optimizer is None:
+            args, options = self.args, self.fine_tuning
+            groups = parameter_groups(
+                self.model if model is None else model,
+                args.learning_rate,
+                args.weight_decay,
+                options.head_learning_rate,
+                options.layer_decay,
+            )
+            if options.optimizer is not None:
+                optimizer_class, kwargs = OPTIMIZERS[options.optimizer]
+                if options.optimizer == "radam":
+                    kwargs = kwargs | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            else:
+                optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer = optimizer_class(groups, **{"lr": args.learning_rate} | kwargs)
+        return self.optimizer
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor]:
+        """As `Trainer.get_batch_samples`; the number of items is that of all processes, weighted by class."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = [count_targets(batch, self.class_weights) for batch in batches]
+        count = torch.stack(counts).sum() if counts else torch.zeros(())
+        return batches, self.accelerator.gather(count.to(self.args.device)).sum()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One neighbourhood, forward and backward; in two passes where it is larger than a device's batch."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        num_items = count_targets(inputs, self.class_weights) if num_items_in_batch is None else num_items_in_batch
+
+        def loss_of(logits: torch.Tensor) -> torch.Tensor:
+            # DDP and FSDP average the gradients over the processes, and num_items counts the targets of all.
+            loss = classification_loss(
+                logits, inputs, num_items, self.class_weights, self.args.label_smoothing_factor
+            )
+            return loss * self.accelerator.num_processes
+
+        if self.num_micro_batches > 1:
+            return self._training_step_in_two_passes(model, inputs, loss_of)
+        with self.compute_loss_context_manager():
+            logits = model(
+                pixel_values=inputs["pixel_values"],
+                relation_mask=inputs["relation_mask"],
+                relation_batch_size=self.split_size,
+            ).logits
+            loss = loss_of(logits)
+        kwargs = {}
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            kwargs["scale_wrt_gas"] = False  # num_items counts those of all accumulated batches
+        self.accelerator.backward(loss, **kwargs)
+        return loss.detach()
+
+    def _training_step_in_two_passes(self, model: nn.Module, inputs: dict[str, torch.Tensor], loss_of) -> torch.Tensor:
+        no_sync = model.no_sync if hasattr(model, "no_sync") else contextlib.nullcontext
+        with no_sync(), self.accelerator.autocast():
+            loss = backward_in_two_passes(
+                rbi_model(self.accelerator.unwrap_model(model, keep_torch_compile=False)),
+                inputs["pixel_values"],
+                inputs["relation_mask"],
+                self.args.per_device_train_batch_size,
+                loss_of,
+                self.accelerator.backward,
+            )
+        # The wrapper of DDP, which averages gradients in its one backward, is passed by: so they are averaged here.
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            flat /= self.accelerator.num_processes
+            for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        return loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`."""
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            self._resumed_from = Path(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As `Trainer.evaluation_loop`, of the moving average if there is one."""
+        if self._moving_average is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with self._moving_average.swapped_in(self.model):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # A pickle of the arguments, which nothing needs: the run's record has them, and pickles are not passed on.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self._moving_average is not None:  # in training, so this is a checkpoint
+            save_file(self._moving_average.state_dict(), folder / MOVING_AVERAGE_FILE)
+
+
+class _RBICallback(TrainerCallback):
+    """Tells the sampler the epoch, and keeps the moving average beside the weights."""
+
+    def __init__(self, trainer: RBITrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        trainer = self.trainer
+        if trainer.fine_tuning.ema_decay is None:
+            return
+        trainer._moving_average = MovingAverage(trainer.model, trainer.fine_tuning.ema_decay)
+        if trainer._resumed_from is not None:
+            file = trainer._resumed_from / MOVING_AVERAGE_FILE
+            trainer._moving_average.load_state_dict(load_file(file, device=str(args.device)))
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.trainer._moving_average is not None:
+            self.trainer._moving_average.update(self.trainer.model)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        average = self.trainer._moving_average
+        if average is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            average.load_state_dict(
+                load_file(Path(state.best_model_checkpoint) / MOVING_AVERAGE_FILE, device=str(args.device))
+            )
+        average.swap(self.trainer.model)
+        self.trainer._moving_average = None
+
+
+def balanced_class_weights(labels: list[int], num_labels: int) -> torch.Tensor:
+    r"""
+    Weight of each class for the loss, one over its number of pictures, scaled so that the mean over pictures is 1.
+
+    Args:
+        labels (`list[int]`):
+            Class of each training picture; each class has at least one.
+        num_labels (`int`):
+            Number of classes.
+    """
+    counts = torch.bincount(torch.tensor(labels), minlength=num_labels).float()
+    return len(labels) / (num_labels * counts)
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; one that a kill or a full disk cut off is not."""
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return next((path for path in reversed(checkpoints) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:  # the state is what `Trainer` writes last
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / "optimizer.pt").exists()
