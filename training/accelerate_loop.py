@@ -1,0 +1,174 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes RBI with a bare Accelerate loop: the training of `training.train` without `Trainer`, to read and to take
+away.
+
+    python -m training.accelerate_loop --train_dir pictures --model_name_or_path facebook/dinov2-small
+    accelerate launch -m training.accelerate_loop --train_dir pictures --model_name_or_path facebook/dinov2-small
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import EvalPrediction, get_scheduler
+
+from .arguments import parse_arguments
+from .data.pictures import Collator, Pictures
+from .data.reading import DataArguments, load_pictures
+from .data.samplers import ShuffledSampler
+from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
+from .files import filled_whole, write_json
+from .loss import classification_loss, count_targets
+from .metrics import compute_metrics
+from .models import ModelArguments, load_model
+from .optimization import parameter_groups
+
+
+@dataclass
+class LoopArguments:
+    """Options of the loop, named as those of `TrainingArguments`."""
+
+    output_dir: str = field(metadata={"help": "Folder for the best model and the checkpoints."})
+    num_train_epochs: int = field(default=3, metadata={"help": "Epochs."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training pictures of a process at a time."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation pictures, the same."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of AdamW after the warm-up."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
+    gather_across_processes: bool = field(default=False, metadata={"help": "Attend to the pictures of all processes."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16.", "choices": ["no", "bf16", "fp16"]})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures."})
+    checkpointing_steps: int | None = field(default=None, metadata={"help": "Steps between checkpoints; else an epoch."})
+    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU."})
+    seed: int = field(default=42, metadata={"help": "Random seed."})
+
+
+def main(argv: Sequence[str] | None = None):
+    """Trains, keeps the model that is best on the validation pictures, and prints its metrics."""
+    model_args, data_args, augmentation, args, _ = parse_arguments(
+        sys.argv[1:] if argv is None else argv,
+        (ModelArguments, DataArguments, AugmentationArguments, LoopArguments),
+        defaults={},
+        description=__doc__,
+    )
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()) and not args.resume_from_checkpoint:
+        raise ValueError(f"--output_dir {output_dir} is not empty: name another, or add --resume_from_checkpoint.")
+    accelerator = Accelerator(
+        cpu=args.use_cpu,
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    set_seed(args.seed)
+
+    # Data: pixels and labels. The sampler spreads each batch over the processes, so the loader is not prepared.
+    pictures = load_pictures(data_args, args.seed)
+    model, image_processor = load_model(model_args, pictures["train"].features["label"].names)
+    train_set = Pictures(pictures["train"], TrainTransform(image_processor, augmentation), augment=True)
+    sampler = ShuffledSampler(
+        len(train_set),
+        args.per_device_train_batch_size * accelerator.num_processes,
+        seed=args.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
+    workers = {"num_workers": args.dataloader_num_workers, "collate_fn": Collator()}
+    train_loader = DataLoader(train_set, batch_sampler=sampler, **workers)
+    validation_set = Pictures(pictures["validation"], EvalTransform(image_processor))
+    validation_loader = accelerator.prepare(
+        DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, **workers)
+    )
+
+    # Model and optimizer. The batch is the neighbourhood: that of this process, or of all.
+    model.config.gather_across_processes = args.gather_across_processes
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate, args.weight_decay))
+    num_steps = args.num_train_epochs * len(sampler)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+
+    step, history = 0, []
+    if args.resume_from_checkpoint and (checkpoint := newest_checkpoint(output_dir)):
+        accelerator.load_state(str(checkpoint))
+        state = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        step, history = state["step"], state["history"]
+
+    progress = tqdm(total=num_steps, initial=step, disable=not accelerator.is_local_main_process)
+    for epoch in range(step // len(sampler), args.num_train_epochs):
+        model.train()
+        sampler.set_epoch(epoch)
+        losses = []
+        for batch in skip_first_batches(train_loader, step % len(sampler)):
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            num_targets = accelerator.reduce(count_targets(batch))
+            outputs = model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"])
+            # The loss is a mean over all processes' pictures, and DDP takes the mean of their gradients.
+            loss = classification_loss(outputs.logits, batch, num_targets) * accelerator.num_processes
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            step += 1
+            progress.update()
+            if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step % len(sampler):
+                save_checkpoint(accelerator, output_dir, step, history)
+
+        model.eval()
+        logits, labels = [], []
+        for batch in validation_loader:
+            with torch.no_grad():
+                outputs = model(pixel_values=batch["pixel_values"])
+            parts = accelerator.gather_for_metrics((outputs.logits.float(), batch["labels"]))
+            logits.append(parts[0].cpu())
+            labels.append(parts[1].cpu())
+        metrics = compute_metrics(EvalPrediction(torch.cat(logits).numpy(), torch.cat(labels).numpy()))
+        train_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        history.append({"epoch": epoch + 1, "train_loss": train_loss} | metrics)
+        accelerator.print(json.dumps(history[-1]))
+        is_best = metrics["accuracy"] > max((each["accuracy"] for each in history[:-1]), default=-math.inf)
+        if is_best and accelerator.is_main_process:
+            with filled_whole(output_dir, last="config.json") as draft:
+                accelerator.unwrap_model(model).save_pretrained(draft)
+                image_processor.save_pretrained(draft)
+        save_checkpoint(accelerator, output_dir, step, history)
+    if accelerator.is_main_process:
+        write_json(output_dir / "all_results.json", history)
+    accelerator.print(f"The model that is best on the validation pictures: {output_dir.resolve()}")
+    accelerator.end_training()
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, history: list[dict]):
+    """All that it takes to go on as if nothing had happened, whole or not at all."""
+    draft = output_dir / f".checkpoint-{step}.tmp"
+    accelerator.save_state(str(draft))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(draft / "progress.json", {"step": step, "history": history})
+        draft.replace(output_dir / f"checkpoint-{step}")
+    accelerator.wait_for_everyone()
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint with the most steps."""
+    return max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

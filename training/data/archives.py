@@ -1,0 +1,147 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Archives of pictures, unpacked once into the cache and never out of their folder."""
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ..packages import cache_dir
+
+
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name ends as an archive's that [`unpack`] reads."""
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def unpack(path: Path) -> Path:
+    r"""
+    Folder with the contents of an archive, unpacked into `unpacked/` of the cache if it is not there yet.
+
+    An archive is known by its name, size and time of change. It is unpacked whole or not at all, also if several
+    processes do it at the same time.
+
+    Args:
+        path (`Path`):
+            A `.tar`, `.tar.gz`, `.tgz` or `.zip` file; or a folder, which is returned as it is.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: if it is no archive of these kinds, broken, cut off or encrypted, or if a member is a link or a
+            device or would land outside the folder.
+        OSError: with the code `ENOSPC`, if the disk of the cache is full.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there.")
+    if not is_archive(path):
+        raise ValueError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)}).")
+    target = _target(path)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Unpacking {path} to {target}", flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+        content = Path(folder) / "content"
+        content.mkdir()
+        try:
+            _extract(path, content)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise _no_space(path) from error
+        try:
+            os.replace(content, target)
+        except OSError:
+            # Another process was first.
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _target(path: Path) -> Path:
+    state = path.stat()
+    digest = hashlib.sha256(f"{path.name}\n{state.st_size}\n{state.st_mtime_ns}".encode()).hexdigest()
+    return cache_dir() / "unpacked" / f"{path.name.split('.')[0]}-{digest[:16]}"
+
+
+def _no_space(path: Path) -> OSError:
+    return OSError(
+        errno.ENOSPC, f"no space left in {cache_dir()} to unpack {path}: free some, or set RBI_CACHE to another disk"
+    )
+
+
+def _extract(path: Path, folder: Path):
+    try:
+        if path.name.lower().endswith(".zip"):
+            _extract_zip(path, folder)
+        else:
+            _extract_tar(path, folder)
+    except (tarfile.FilterError, tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise _broken(path, error) from error
+    except OSError as error:
+        # gzip's own errors are OSErrors without a code.
+        if error.errno is not None:
+            raise
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception | str) -> ValueError:
+    # tarfile says on more lines what each of its readers made of it.
+    reason = str(error).partition(":\n")[0]
+    return ValueError(f"{path} is broken or cut off ({reason}): download it again.")
+
+
+def _check_member(path: Path, name: str, is_plain: bool):
+    if not is_plain:
+        raise ValueError(f"{path} holds {name!r}, which is neither a file nor a folder: it was not unpacked.")
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise ValueError(f"{path} holds {name!r}, which points out of its folder: it was not unpacked.")
+
+
+def _extract_tar(path: Path, folder: Path):
+    with tarfile.open(path, "r:*") as archive:
+        for member in archive:
+            _check_member(path, member.name, member.isfile() or member.isdir())
+            archive.extract(member, folder, filter="data")
+        stream = archive.fileobj
+        if stream is None:
+            return
+        # tarfile takes a file that is cut off, or garbled, between two members as ended; a whole one ends in blocks of
+        # zeros. What follows them is read for the checksum that ends a gzip.
+        stream.seek(archive.offset)
+        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise _broken(path, "its end is missing")
+        while stream.read(tarfile.RECORDSIZE):
+            pass
+
+
+def _extract_zip(path: Path, folder: Path):
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > shutil.disk_usage(folder).free:
+            raise _no_space(path)
+        for member in members:
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            _check_member(path, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+            if member.flag_bits & 0x1:
+                raise ValueError(f"{path} is encrypted: unpack it yourself and hand over the folder.")
+            try:
+                archive.extract(member, folder)
+            except NotImplementedError as error:
+                raise ValueError(f"{path} can't be unpacked here ({error}): unpack it yourself.") from error

@@ -1,0 +1,173 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""From a stored picture to RGB pixels, the same way wherever a picture is opened."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+
+DEFAULT_MAX_PIXELS = 100_000_000
+
+_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
+# How the stored pixels are turned for each value of EXIF's Orientation (CIPA DC-008-2019, 4.6.4 A).
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImageError(ValueError):
+    """A picture that is absent, no picture, broken, cut off or too large; the message names it and says which."""
+
+
+def decode_image(
+    image: str | Path | bytes | Mapping[str, Any] | Image.Image,
+    box: Sequence[float] | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Image.Image:
+    r"""
+    Decodes a picture to RGB, upright.
+
+    EXIF's orientation is applied and dropped. Transparency is laid on white. Grey of 16 bits (modes `I;16` and `I`) is
+    scaled to 8; floats (mode `F`) are taken as 0 to 1, or as 0 to 255 where one is above 1. Of an animation, the first
+    frame counts. Colour profiles are not applied.
+
+    Args:
+        image (`str`, `Path`, `bytes`, `dict` or `PIL.Image.Image`):
+            A path, the bytes of a file, a row of `datasets.Image(decode=False)` (`{"path": ..., "bytes": ...}`, of
+            which the bytes are used if there are any), or an open picture, which is left as it is.
+        box (sequence of 4 floats, *optional*):
+            Left, top, right, bottom in pixels of the stored picture, before it is turned upright (but after, in a TIFF
+            file, which Pillow turns itself); cut out after rounding outwards and clipping to the picture.
+        max_pixels (`int`, *optional*, defaults to 100 million):
+            Largest number of pixels, checked before they are decoded. Pillow has a limit of its own,
+            `PIL.Image.MAX_IMAGE_PIXELS`: it warns above it, and refuses above twice as many.
+
+    Raises:
+        UnreadableImageError: if there is no such file, or it is no picture, broken, cut off or too large.
+        ValueError: if the box is not four finite numbers, or no part of the picture is in it.
+        TypeError: if `image` is none of the above.
+    """
+    if isinstance(image, Mapping):
+        name = str(image.get("path") or "the picture")
+        source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        if source is None:
+            raise UnreadableImageError("The picture has neither a path nor bytes.")
+    else:
+        name, source = _name(image), image
+    if isinstance(source, Image.Image):
+        return _finish(source, name, box, max_pixels)
+    if isinstance(source, bytes):
+        if not source:
+            raise UnreadableImageError(f"{name} is empty.")
+        source = io.BytesIO(source)
+    elif not isinstance(source, (str, Path)):
+        raise TypeError(f"A picture is a path, bytes, a dict of both or a PIL image, not {type(source).__name__}.")
+    try:
+        opened = Image.open(source, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"{name} is too large: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(_why_not_open(source, name, error)) from error
+    with opened:
+        return _finish(opened, name, box, max_pixels)
+
+
+def _name(image: Any) -> str:
+    if isinstance(image, (str, Path)):
+        return str(image)
+    return str(getattr(image, "filename", "") or "the picture")
+
+
+@cache
+def _formats() -> list[str]:
+    """All formats of Pillow but EPS, which is a program that Ghostscript would be started to run."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def _why_not_open(source: Any, name: str, error: Exception) -> str:
+    if isinstance(source, (str, Path)):
+        if not Path(source).exists():
+            return f"{name} is not there."
+        if Path(source).is_dir():
+            return f"{name} is a folder, not a picture."
+        if isinstance(error, PermissionError):
+            return f"{name} may not be read: {error.strerror}."
+        if not Path(source).stat().st_size:
+            return f"{name} is empty."
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"{name} is not a picture of a known format."
+    return f"{name} can't be opened: {error}"
+
+
+def _finish(picture: Image.Image, name: str, box: Sequence[float] | None, max_pixels: int) -> Image.Image:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise UnreadableImageError(
+            f"{name} has {width} x {height} = {width * height} pixels, more than the limit of {max_pixels}."
+        )
+    # Pillow's decoders raise errors of many kinds for broken files, and its EXIF reader for files that are not.
+    try:
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(f"{name} is broken or cut off: {error}") from error
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        orientation = 1
+    if box is not None:
+        picture = picture.crop(_whole_box(box, picture.size, name))
+    picture = _to_rgb(picture, name)
+    if orientation in _TRANSPOSES:
+        picture = picture.transpose(_TRANSPOSES[orientation])
+    # What is left there, such as the orientation, holds of the stored picture.
+    picture.info.clear()
+    return picture
+
+
+def _whole_box(box: Sequence[float], size: tuple[int, int], name: str) -> tuple[int, int, int, int]:
+    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
+        raise ValueError(f"The box of {name} must be 4 finite numbers (left, top, right, bottom), got {list(box)}.")
+    width, height = size
+    left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
+    right, bottom = min(width, math.ceil(box[2])), min(height, math.ceil(box[3]))
+    if right <= left or bottom <= top or box[2] <= box[0] or box[3] <= box[1]:
+        raise ValueError(
+            f"No part of {name}, {width} x {height}, is in its box {list(box)} (left, top, right, bottom)."
+        )
+    return left, top, right, bottom
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """A new RGB picture."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise UnreadableImageError(f"{name} has pixels that are not finite.")
+        if picture.mode != "F":
+            values /= 257
+        elif values.max() <= 1:
+            values *= 255
+        picture = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
+    elif picture.mode in _WITH_ALPHA or "transparency" in picture.info:
+        # Pillow converts La to nothing but LA.
+        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")

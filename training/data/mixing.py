@@ -1,0 +1,130 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Mixup and CutMix of a batch, and who may be a neighbour of whom afterwards."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .transforms import AugmentationArguments
+
+
+NO_LABEL = -100
+
+
+class MixedBatch(NamedTuple):
+    """What [`Mixing`] gives."""
+
+    pixel_values: torch.Tensor  # (batch_size, num_channels, height, width)
+    targets: torch.Tensor  # (batch_size, num_labels), float
+    relation_mask: torch.Tensor  # (batch_size, batch_size), bool
+
+
+class Mixing:
+    r"""
+    Mixes each picture of a batch with another one of it, the partner, and the labels alike: by
+    [mixup](https://huggingface.co/papers/1710.09412), `share * picture + (1 - share) * partner`, or by
+    [CutMix](https://huggingface.co/papers/1905.04899), which pastes a rectangle of the partner; there the share is
+    that of the pixels that are left. One share is drawn for a batch, from Beta(alpha, alpha), and each picture is the
+    partner of one, sometimes of itself. Where both are asked for, each batch takes one of them, with probability 1/2.
+
+    Relations need care. RPE reads the pixels that the model sees, which are the mixed ones. Two mixtures that contain
+    the same original are alike, and alike in their labels, because of the mixing alone: their PSNR would give the
+    labels away, and the head would learn a relation that exists in no evaluation batch. So such a pair is not to be
+    related, and `relation_mask` says so.
+
+    Args:
+        args (`AugmentationArguments`):
+            Of which `mixup_alpha` and `cutmix_alpha` are used. 0 is off; with both off nothing is mixed.
+        num_labels (`int`):
+            Number of classes.
+    """
+
+    def __init__(self, args: AugmentationArguments, num_labels: int):
+        self.num_labels = num_labels
+        self._methods = [
+            (alpha, mix)
+            for alpha, mix in ((args.mixup_alpha, self._mixup), (args.cutmix_alpha, self._cutmix))
+            if alpha > 0
+        ]
+
+    def __call__(self, pixel_values: torch.Tensor, labels: torch.Tensor, seed: int | Sequence[int]) -> MixedBatch:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+                The pictures. They are left as they are; the mixed ones are a new tensor.
+            labels (`torch.LongTensor` of shape `(batch_size,)`):
+                Their classes; -100 marks padding, which is not mixed with anything.
+            seed (`int` or sequence of `int`):
+                All that the draws depend on, not negative. No global generator is read or changed.
+
+        Returns:
+            `MixedBatch`: the pictures; the `targets`, which sum to 1 in each row, and to 0 for padding; and the
+            `relation_mask`, False where two different pictures contain the same original, True on the diagonal.
+
+        Raises:
+            ValueError: if the batch and its labels don't fit, or a label is neither a class nor -100.
+        """
+        if pixel_values.ndim != 4 or labels.shape != pixel_values.shape[:1]:
+            raise ValueError(
+                "Mixing takes pictures of shape (batch_size, num_channels, height, width) and labels of shape "
+                f"(batch_size,), got {tuple(pixel_values.shape)} and {tuple(labels.shape)}."
+            )
+        is_real = labels != NO_LABEL
+        if ((labels < 0) & is_real).any() or (labels >= self.num_labels).any():
+            raise ValueError(
+                f"The labels go from {labels[is_real].min()} to {labels.max()}; with {self.num_labels} classes they "
+                f"are 0 to {self.num_labels - 1}, or {NO_LABEL} for padding."
+            )
+        rng = np.random.default_rng(seed)
+        partners = torch.arange(len(labels), device=labels.device)
+        rows = partners[is_real]
+        partners[rows] = rows[torch.from_numpy(rng.permutation(len(rows))).to(rows.device)]
+
+        share = 1.0
+        if self._methods and len(rows) > 1:
+            alpha, mix = self._methods[rng.integers(len(self._methods))]
+            pixel_values, share = mix(pixel_values, partners, rng.beta(alpha, alpha), rng)
+
+        one_hot = torch.nn.functional.one_hot(labels.where(is_real, 0), self.num_labels) * is_real[:, None]
+        # Which originals are in which mixture, (batch_size, batch_size): a row for each mixture.
+        identity = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        contains = torch.zeros_like(identity)
+        if share > 0:
+            contains |= identity
+        if share < 1:
+            contains |= identity[partners]
+        return MixedBatch(
+            pixel_values,
+            targets=share * one_hot.float() + (1.0 - share) * one_hot[partners],
+            relation_mask=(contains.float() @ contains.float().T == 0) | identity,
+        )
+
+    @staticmethod
+    def _mixup(
+        pixel_values: torch.Tensor, partners: torch.Tensor, share: float, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, float]:
+        return pixel_values[partners].lerp(pixel_values, share), share
+
+    @staticmethod
+    def _cutmix(
+        pixel_values: torch.Tensor, partners: torch.Tensor, share: float, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, float]:
+        height, width = pixel_values.shape[-2:]
+        # A rectangle of the picture's form and (1 - share) of its area, around any point. What lies outside is lost.
+        side = (1.0 - share) ** 0.5
+        top, bottom = _interval(rng.random() * height, round(side * height), height)
+        left, right = _interval(rng.random() * width, round(side * width), width)
+        mixed = pixel_values.clone()
+        mixed[:, :, top:bottom, left:right] = pixel_values[partners, :, top:bottom, left:right]
+        return mixed, 1.0 - (bottom - top) * (right - left) / (height * width)
+
+
+def _interval(centre: float, length: int, limit: int) -> tuple[int, int]:
+    start = round(centre - length / 2)
+    return max(start, 0), min(start + length, limit)
+
+
+__all__ = ["MixedBatch", "Mixing"]

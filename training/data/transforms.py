@@ -1,0 +1,250 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""From a decoded picture to `pixel_values`, in training with random changes, in evaluation without.
+
+The size, the resampling and the normalisation are those of the model's image processor, so that training and
+evaluation differ in nothing but the augmentation. A random change depends on a seed alone: a picture looks the same in
+the same epoch on any number of processes and workers, and after a resume.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import kornia.augmentation as K
+import numpy as np
+import torch
+from kornia.augmentation.auto import RandAugment
+from PIL import Image
+from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
+
+from modeling_rbi import pixel_statistics
+
+
+# Width to height of a random crop, relative to that of the output.
+CROP_RATIOS = (3 / 4, 4 / 3)
+_CROP_TRIALS = 10
+# In units of 180 degrees, as kornia has it. The published shear (https://huggingface.co/papers/1805.09501) is a factor
+# of up to 0.3, which is an angle of 17 degrees; kornia's own default, 0.3 of 180 degrees, is one of 54.
+_SHEAR = math.atan(0.3) / math.pi
+# The operations of RandAugment, as kornia names them, with the ends of their ranges.
+_RAND_AUGMENT_POLICY: list[list[tuple[str, float, float | None]]] = [
+    [(name, low, high)]
+    for name, low, high in (
+        ("auto_contrast", 0.0, 1.0),  # these three have no magnitude
+        ("equalize", 0.0, 1.0),
+        ("invert", 0.0, 1.0),
+        ("rotate", -30.0, 30.0),  # degrees
+        ("posterize", 4.0, 8.0),  # bits
+        ("solarize", 0.0, 1.0),
+        ("solarize_add", 0.0, 0.43),
+        ("color", 0.1, 1.9),
+        ("contrast", 0.1, 1.9),
+        ("brightness", 0.1, 1.9),
+        ("sharpness", 0.1, 1.9),
+        ("shear_x", -_SHEAR, _SHEAR),
+        ("shear_y", -_SHEAR, _SHEAR),
+        ("translate_x", -0.1, 0.1),  # of the side
+        ("translate_y", -0.1, 0.1),
+    )
+]
+
+
+@dataclass
+class AugmentationArguments:
+    r"""
+    How training pictures are changed at random. Evaluation pictures never are.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    train_crop: Literal["random_resized", "resize"] = field(
+        default="random_resized",
+        metadata={
+            "help": "`random_resized`: a random part of the picture, of random form, resized to the model's size. "
+            "`resize`: the whole picture, resized directly."
+        },
+    )
+    # Above 1/3 with ratios from 3/4 to 4/3, each side of the crop is more than half of a square picture's, so that
+    # every crop holds its middle. ImageNet's usual 0.08 may leave nothing of what tells two species apart.
+    crop_scale_min: float = field(
+        default=0.35, metadata={"help": "Least share of the picture's area in a random crop, above 0, at most 1."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the pictures."})
+    rotation_degrees: float = field(
+        default=0.0,
+        metadata={"help": "Rotate by up to so many degrees to either side; 0 is off. The paper's code has 15."},
+    )
+    rand_augment_num_ops: int = field(
+        default=0, metadata={"help": "Operations of RandAugment for a picture; 0 is off, 2 is usual."}
+    )
+    rand_augment_magnitude: int = field(
+        default=9, metadata={"help": "Magnitude of RandAugment's operations, 1 to 29 (of 30)."}
+    )
+    color_jitter: float = field(
+        default=0.0,
+        metadata={"help": "Change brightness, contrast and saturation by factors in 1 ± this, at most 1; 0 is off."},
+    )
+    random_erasing: float = field(
+        default=0.0,
+        metadata={"help": "Probability of erasing a rectangle, a 50th to a third of the picture, to the mean colour."},
+    )
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mix pictures of a batch, with shares from Beta(alpha, alpha); 0 is off."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Paste parts of pictures of a batch, with shares from Beta(alpha, alpha); 0 is off."},
+    )
+
+    def __post_init__(self):
+        if self.train_crop not in ("random_resized", "resize"):
+            raise ValueError(f"--train_crop must be random_resized or resize, got {self.train_crop}.")
+        if not 0 < self.crop_scale_min <= 1:
+            raise ValueError(f"--crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}.")
+        for name, least, most in (
+            ("rotation_degrees", 0, 180),
+            ("rand_augment_num_ops", 0, len(_RAND_AUGMENT_POLICY)),
+            ("rand_augment_magnitude", 1, 29),
+            ("color_jitter", 0, 1),
+            ("random_erasing", 0, 1),
+            ("mixup_alpha", 0, math.inf),
+            ("cutmix_alpha", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not (least <= value <= most and math.isfinite(value)):
+                limits = f"at least {least}" if math.isinf(most) else f"between {least} and {most}"
+                raise ValueError(f"--{name} must be {limits}, got {value}.")
+
+
+def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    r"""
+    Height and width of what an image processor gives, measured on a wide and a high picture.
+
+    Raises:
+        ValueError: if they depend on the picture.
+    """
+    mode = _mode(image_processor)
+    sizes = {
+        tuple(image_processor(Image.new(mode, size), return_tensors="pt")["pixel_values"].shape[-2:])
+        for size in ((96, 64), (64, 96))
+    }
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{type(image_processor).__name__} keeps the form of a picture ({' and '.join(map(str, sorted(sizes)))}), "
+            "but pictures of a batch must have one size: set its `size` to a height and a width, or `do_center_crop`."
+        )
+    (height, width) = sizes.pop()
+    return height, width
+
+
+class TrainTransform:
+    r"""
+    Gives training pictures as the image processor does, changed at random: crop and resize, mirror, rotation,
+    RandAugment, colour jitter, normalisation, erasing, in this order, those that are on. What a rotation leaves empty
+    is black.
+
+    [RandAugment](https://huggingface.co/papers/1909.13719) is kornia's, with the published shear: of 15 operations it
+    draws so many different ones and applies them all, each at `magnitude / 30` of its range, in a random direction
+    where it has two. As published, solarize is milder at greater magnitudes, and contrast, colour, brightness and
+    sharpness change nothing at 15.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            The model's, for 3 channels, or for 1 (which shows in an `image_mean` of one value).
+        args (`AugmentationArguments`):
+            What to do.
+
+    Raises:
+        ValueError: see [`processed_size`].
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, args: AugmentationArguments):
+        self.args = args
+        self.height, self.width = processed_size(image_processor)
+        self.resample = getattr(image_processor, "resample", None)
+        self.mode = _mode(image_processor)
+        mean, std = pixel_statistics(image_processor, num_channels=len(self.mode))
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.change_pixels = nn.Sequential(*_pixel_augmentations(args))
+        self.erase = K.RandomErasing(p=args.random_erasing) if args.random_erasing else nn.Identity()
+
+    def __call__(self, image: Image.Image, seed: int | Sequence[int]) -> torch.Tensor:
+        r"""
+        Args:
+            image (`PIL.Image.Image`):
+                A decoded picture.
+            seed (`int` or sequence of `int`):
+                All that the draws depend on, not negative; for example the run's seed, the epoch and the row. No
+                global generator is changed.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_channels, height, width)`: its `pixel_values`.
+        """
+        # kornia draws from torch's generator for the CPU, which is put back. torch.manual_seed would reseed those of
+        # the accelerators too. That generator takes 32 bits of a seed and no more, so they are mixed from all of it.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            box = self._draw_box(*image.size) if self.args.train_crop == "random_resized" else None
+            image = image.convert(self.mode).resize((self.width, self.height), self.resample, box=box)
+            pixels = torch.from_numpy(np.array(image)).view(self.height, self.width, -1).permute(2, 0, 1) / 255
+            num_channels = len(pixels)
+            # Grey is three equal channels to them, and remains so.
+            pixels = self.change_pixels(pixels.expand(1, 3, -1, -1))[:, :num_channels].clamp(0, 1)
+            return self.erase((pixels - self.mean) / self.std)[0].contiguous()
+
+    def _draw_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of a part of the picture, of random area and form, anywhere; in pixels."""
+        low, high = (math.log(ratio * self.width / self.height) for ratio in CROP_RATIOS)
+        for _ in range(_CROP_TRIALS):
+            draw_area, draw_ratio, draw_left, draw_top = torch.rand(4, dtype=torch.float64).tolist()
+            area = width * height * (self.args.crop_scale_min + (1 - self.args.crop_scale_min) * draw_area)
+            ratio = math.exp(low + (high - low) * draw_ratio)
+            crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if 1 <= crop_width <= width and 1 <= crop_height <= height:
+                left, top = draw_left * (width - crop_width), draw_top * (height - crop_height)
+                return left, top, min(left + crop_width, width), min(top + crop_height, height)
+        # The picture is so wide or so high that hardly any crop of that area fits: the greatest of a permitted form.
+        ratio = min(max(width / height, math.exp(low)), math.exp(high))
+        crop_width, crop_height = min(width, height * ratio), min(height, width / ratio)
+        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        return left, top, min(left + crop_width, width), min(top + crop_height, height)
+
+
+class EvalTransform:
+    """Gives evaluation pictures as the image processor does, `(num_channels, height, width)`."""
+
+    def __init__(self, image_processor: BaseImageProcessor):
+        self.image_processor = image_processor
+        self.mode = _mode(image_processor)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.image_processor(image.convert(self.mode), return_tensors="pt")["pixel_values"][0]
+
+
+def _mode(image_processor: BaseImageProcessor) -> Literal["L", "RGB"]:
+    """PIL's mode of the pictures that the processor takes."""
+    mean = getattr(image_processor, "image_mean", None)
+    return "L" if isinstance(mean, Sequence) and len(mean) == 1 else "RGB"
+
+
+def _pixel_augmentations(args: AugmentationArguments) -> list[nn.Module]:
+    """Those on pixels in [0, 1], before the normalisation."""
+    augmentations: list[nn.Module] = []
+    if args.horizontal_flip:
+        augmentations.append(K.RandomHorizontalFlip(p=0.5))
+    if args.rotation_degrees:
+        augmentations.append(K.RandomRotation(args.rotation_degrees, p=1.0))
+    if args.rand_augment_num_ops:
+        augmentations.append(
+            RandAugment(args.rand_augment_num_ops, args.rand_augment_magnitude, policy=_RAND_AUGMENT_POLICY)
+        )
+    if args.color_jitter:
+        augmentations.append(K.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter, p=1.0))
+    return augmentations
+
+
+__all__ = ["AugmentationArguments", "EvalTransform", "TrainTransform", "processed_size"]

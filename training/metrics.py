@@ -1,0 +1,250 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of image classification, for `Trainer` and as modules of `evaluate` that need no network and write no files.
+
+All take scores of shape `(n, num_classes)`, logits or probabilities, with labels of shape `(n,)`. [`Accuracy`] and
+[`MacroF1`] take class numbers of shape `(n,)` as well, as `evaluate.evaluator` hands them over. All give fractions in
+[0, 1]. Common to them:
+
+- Rows with the label -100 are left out.
+- A row with a score that is not finite is no answer, and counts as wrong: in accuracy and top-k accuracy as a miss, in
+  F1 as missed in its own class and as an answer of no other, in the calibration error as wrong with confidence 1.
+- Among equal scores it is not said which comes first.
+"""
+
+import datasets
+import evaluate
+import torch
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_f1_score,
+)
+from transformers import EvalPrediction
+
+
+NO_LABEL = -100
+NUM_CALIBRATION_BINS = 15
+# How far from 1 a row may sum and still be probabilities: bfloat16 rounds each of them to 3 digits.
+_SUM_TOLERANCE = 1e-2
+# torchmetrics makes several one-hot tables of the rows that it gets at a time.
+_TOP_K_ROWS = 1024
+
+_SCORES = datasets.Features(
+    {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+)
+_CLASS_NUMBERS = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+
+
+def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
+    r"""
+    Metrics for `Trainer(compute_metrics=...)`.
+
+    Args:
+        eval_prediction (`EvalPrediction`):
+            `predictions` are the scores, `(n, num_classes)`, or a tuple of arrays with the scores first; `label_ids`
+            the classes, `(n,)`.
+
+    Returns:
+        `dict[str, float]`: `accuracy`, `top5_accuracy`, `macro_f1` and `calibration_error`; see [`Accuracy`],
+        [`TopKAccuracy`], [`MacroF1`] and [`CalibrationError`].
+
+    Raises:
+        ValueError: if the shapes don't fit, a label is no class, or no row has a label.
+    """
+    predictions = eval_prediction.predictions
+    scores, labels = _labelled_rows(
+        predictions[0] if isinstance(predictions, tuple) else predictions, eval_prediction.label_ids
+    )
+    return {
+        "accuracy": _accuracy(scores, labels),
+        "top5_accuracy": _top_k_accuracy(scores, labels, 5),
+        "macro_f1": _macro_f1(scores, labels),
+        "calibration_error": _calibration_error(scores, labels, NUM_CALIBRATION_BINS),
+    }
+
+
+class _ClassificationMetric(evaluate.Metric):
+    """What the metrics share. All rows are kept in memory, so one process gathers those of all, as Trainer does."""
+
+    _description: str
+    _citation = ""
+    _accepts_class_numbers = False
+
+    def __init__(self, **kwargs):
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self._description,
+            citation=self._citation,
+            inputs_description=__doc__,
+            features=[_SCORES, _CLASS_NUMBERS] if self._accepts_class_numbers else _SCORES,
+        )
+
+    def _build_data_dir(self) -> str:
+        # The base class makes this folder, even where it will never write to it.
+        return self._data_dir_root
+
+
+class Accuracy(_ClassificationMetric):
+    """`accuracy`: the share of rows whose best class is the label."""
+
+    _description = __doc__
+    _accepts_class_numbers = True
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"accuracy": _accuracy(*_labelled_rows(predictions, references))}
+
+
+class TopKAccuracy(_ClassificationMetric):
+    r"""
+    `top{k}_accuracy`: the share of rows whose label is among the best k classes. With k classes or fewer, that is
+    every row with finite scores.
+
+    Args:
+        k (`int`, *optional*, defaults to 5):
+            How many classes count.
+        kwargs:
+            Passed to `evaluate.Metric`.
+
+    Raises:
+        ValueError: if `k` is less than 1.
+    """
+
+    _description = "`top{k}_accuracy`: the share of rows whose label is among the best k classes."
+
+    def __init__(self, k: int = 5, **kwargs):
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}.")
+        super().__init__(**kwargs)
+        self.k = k
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {f"top{self.k}_accuracy": _top_k_accuracy(*_labelled_rows(predictions, references), self.k)}
+
+
+class MacroF1(_ClassificationMetric):
+    """`macro_f1`: the mean of F1 over the classes that are the label or the answer of some row, as scikit-learn's. So
+    a class that is answered and nowhere a label counts as 0, and one that is neither doesn't count."""
+
+    _description = __doc__
+    _accepts_class_numbers = True
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"macro_f1": _macro_f1(*_labelled_rows(predictions, references))}
+
+
+class CalibrationError(_ClassificationMetric):
+    r"""
+    `calibration_error`: the expected calibration error of [Guo et al. (2017)](https://huggingface.co/papers/1706.04599).
+    The rows are sorted into bins of equal width by the probability of their best class; it is the mean distance,
+    weighted by rows, of accuracy and mean probability in a bin. Bins hold their lower edge, the last one also 1.
+
+    Scores are read as probabilities if all finite rows are, i.e. not negative and with a sum of 1, otherwise as
+    logits.
+
+    Args:
+        num_bins (`int`, *optional*, defaults to 15):
+            Number of bins.
+        kwargs:
+            Passed to `evaluate.Metric`.
+
+    Raises:
+        ValueError: if `num_bins` is less than 1.
+    """
+
+    _description = "`calibration_error`: the expected calibration error of the best class's probability."
+    _citation = """@inproceedings{guo2017calibration,
+  title     = {On Calibration of Modern Neural Networks},
+  author    = {Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2017}
+}"""
+
+    def __init__(self, num_bins: int = NUM_CALIBRATION_BINS, **kwargs):
+        if num_bins < 1:
+            raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+        super().__init__(**kwargs)
+        self.num_bins = num_bins
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"calibration_error": _calibration_error(*_labelled_rows(predictions, references), self.num_bins)}
+
+
+def _labelled_rows(predictions, references) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores, `(n, num_classes)`, or class numbers, `(n,)`, of the rows that have a label; and the labels, `(n,)`."""
+    predictions, labels = torch.as_tensor(predictions), torch.as_tensor(references).long()
+    if predictions.ndim not in (1, 2) or labels.shape != predictions.shape[:1]:
+        raise ValueError(
+            "Metrics take scores of shape (n, num_classes) or class numbers of shape (n,), with labels of shape (n,); "
+            f"got {tuple(predictions.shape)} and {tuple(labels.shape)}."
+        )
+    has_label = labels != NO_LABEL
+    predictions, labels = predictions[has_label], labels[has_label]
+    if not len(labels):
+        raise ValueError(f"No row has a label (all are {NO_LABEL}, or there are none): there is nothing to measure.")
+    if predictions.ndim == 2:
+        num_classes = predictions.shape[1]
+        if num_classes < 2:
+            raise ValueError(f"Classification metrics need scores of at least 2 classes, got {num_classes}.")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(
+                f"The labels go from {labels.min()} to {labels.max()}, but there are scores of {num_classes} classes, "
+                f"0 to {num_classes - 1}."
+            )
+        return predictions.float(), labels
+    if predictions.is_floating_point() or min(predictions.min(), labels.min()) < 0:
+        raise ValueError("Class numbers must be whole numbers that are not negative.")
+    return predictions, labels
+
+
+def _answers(predictions: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The class that each row answers, `(n,)`, and the number of classes; that number itself stands for no answer."""
+    if predictions.ndim == 1:
+        return predictions, int(torch.cat([predictions, labels]).max()) + 1
+    num_classes = predictions.shape[1]
+    return predictions.argmax(-1).where(predictions.isfinite().all(-1), num_classes), num_classes
+
+
+def _accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:
+    classes, num_classes = _answers(predictions, labels)
+    return multiclass_accuracy(classes, labels, num_classes=num_classes + 1, average="micro").item()
+
+
+def _top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
+    is_answer, num_classes = scores.isfinite().all(-1), scores.shape[1]
+    parts = zip(scores[is_answer].split(_TOP_K_ROWS), labels[is_answer].split(_TOP_K_ROWS), strict=True)
+    hits = sum(
+        len(rows)
+        * multiclass_accuracy(rows, own, num_classes=num_classes, average="micro", top_k=min(k, num_classes)).item()
+        for rows, own in parts
+        if len(rows)
+    )
+    return hits / len(labels)
+
+
+def _macro_f1(predictions: torch.Tensor, labels: torch.Tensor) -> float:
+    classes, num_classes = _answers(predictions, labels)
+    scores = multiclass_f1_score(classes, labels, num_classes=num_classes + 1, average="none")[:num_classes]
+    occurs = torch.cat([classes, labels]).bincount(minlength=num_classes)[:num_classes] > 0
+    return scores[occurs].mean().item()
+
+
+def _calibration_error(scores: torch.Tensor, labels: torch.Tensor, num_bins: int) -> float:
+    is_answer = scores.isfinite().all(-1, keepdim=True)
+    scores = scores.where(is_answer, 1 / scores.shape[1])
+    is_probability = scores.min() >= 0 and (scores.sum(-1) - 1).abs().max() <= _SUM_TOLERANCE
+    probabilities = scores if is_probability else scores.softmax(-1)
+    # One more class, which is never the label, stands for no answer.
+    no_answer = (~is_answer).to(probabilities.dtype)
+    probabilities = torch.cat([probabilities * is_answer, no_answer], dim=-1)
+    # torchmetrics puts a confidence of exactly 1, which softmax often rounds to, into a bin of its own.
+    below_one = torch.nextafter(torch.ones(()), torch.zeros(())).item()
+    error = multiclass_calibration_error(
+        probabilities.clamp(max=below_one), labels, num_classes=probabilities.shape[1], n_bins=num_bins, norm="l1"
+    )
+    return error.item()
+
+
+__all__ = ["Accuracy", "CalibrationError", "MacroF1", "TopKAccuracy", "compute_metrics"]
