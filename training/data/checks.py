@@ -299,7 +299,7 @@ def _look_at_all(
                 progress.advance(task, len(chunk))
     finally:
         pool.shutdown(cancel_futures=True)
-    # A picture that was not there may be there next time, with the same key.
+    # A file that may not be read now may be next time, with the same key.
     lasting = {key: value for key, value in facts.items() if value.content is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -320,6 +320,24 @@ class TestKeptFacts:
         _save(folder.parent / "later.png")
         assert _check(folder)[1].findings == ()
 
+    def test_a_file_that_may_be_read_later_is_seen(self, folder, monkeypatch):
+        def refuse(path):
+            raise PermissionError(13, "Permission denied")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checks.Path, "read_bytes", refuse)
+            report = _check(folder)[1]
+        assert (
+            _kinds(report) == {"unreadable": 20} and "can't be read: Permission denied" in report.findings[0].message
+        )
+        assert _check(folder)[1].findings == ()
+
+    def test_the_same_bytes_are_decoded_once(self, decoded):
+        split = _bytes_dataset([_encoded(_image(1))] * 5, [0] * 5)
+        report = check_pictures(datasets.DatasetDict({"train": split}), min_per_class=0)
+        assert len(report.by_kind()["duplicate"][0].places) == 5
+        assert len(decoded) == 1
+
     @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [1]}', "{"])
     def test_a_broken_file_is_made_anew(self, folder, decoded, content):
         first = _check(folder)[1]

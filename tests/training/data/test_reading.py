@@ -492,6 +492,13 @@ class TestCopiesOfHubDataSets:
         names = dataset["validation"].features["label"].int2str(labels_of(dataset["validation"]))
         assert names == ["a", "b", "c"] * 4
 
+    def test_a_name_that_no_training_picture_has(self, faces, tmp_path):
+        train = faces.filter(lambda row: row["label"] != 2)
+        dataset = _load(dataset_name=self._saved(tmp_path, train=train))
+        assert dataset["train"].features["label"].names == ["c", "a", "b"]
+        with pytest.raises(BadDataError, match="test split has labels that train does not have: b"):
+            _load(dataset_name=self._saved(tmp_path, train=train, test=faces))
+
     def test_splits_of_other_names(self, faces, tmp_path, caplog):
         assert len(_load(dataset_name=self._saved(tmp_path, full=faces), train_val_split=0)["train"]) == 12
         dataset = _load(dataset_name=self._saved(tmp_path, train=faces, dev=faces, extra=faces))
