@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from .data.checks import DEFAULT_MIN_PER_CLASS, KINDS, DataReport, check_pictures, write_json
+from .data.checks import DEFAULT_MIN_PER_CLASS, KINDS, DataReport, check_pictures
 from .data.reading import BadDataError, DataArguments, fingerprint, ignored_files, load_pictures
+from .files import write_json
 
 
 @dataclass

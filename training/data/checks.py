@@ -27,6 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from ..files import write_json
 from ..packages import cache_dir
 from .decode import DEFAULT_MAX_PIXELS, UnreadableImageError, decode_image
 from .reading import SPLITS, BadDataError, classes_missing_from, iter_rows, labels_of
@@ -235,16 +236,6 @@ def drop_bad(dataset: datasets.DatasetDict, report: DataReport) -> datasets.Data
             f"No training picture of {', '.join(lost[:10])} is fit to be used: mend them, or leave the classes out."
         )
     return datasets.DatasetDict(kept)
-
-
-def write_json(path: Path, content: Any):
-    """Writes a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _list_pictures(dataset: datasets.DatasetDict) -> Iterator[_Picture]:

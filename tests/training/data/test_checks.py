@@ -20,7 +20,6 @@ from training.data.checks import (
     check_pictures,
     drop_bad,
     refuse_bad,
-    write_json,
 )
 from training.data.reading import BOX, IMAGE, BadDataError, DataArguments, ignored_files, load_pictures
 from training.packages import cache_dir
@@ -406,15 +405,6 @@ def test_errors_name_the_first_of_many():
     with pytest.raises(BadDataError) as error:
         refuse_bad(report)
     assert "n2" in str(error.value) and "n3" not in str(error.value) and "and 6 more" in str(error.value)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.glob("*")) == [path] and not list(tmp_path.glob(".*"))
 
 
 def test_kinds_are_those_that_are_found():
