@@ -1,0 +1,390 @@
+"""RBITrainer: the same training on any number of processes and in any parts, and a plain Trainer trains RBI too."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments, ViTConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.data.layouts import LAYOUTS
+from training.data.pictures import Collator, Pictures
+from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
+from training.metrics import compute_metrics
+from training.trainer import (
+    MOVING_AVERAGE_FILE,
+    FineTuningArguments,
+    RBITrainer,
+    balanced_class_weights,
+    last_complete_checkpoint,
+)
+
+
+ROOT = Path(__file__).parents[2]
+# Without Adam's normalisation, which blows rounding up where a gradient is 0 by nature, as that of the keys' bias.
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+
+
+@pytest.fixture
+def make_trainer(published, tmp_path, backbone_config):
+    """Gives a trainer of a tiny model on 20 training pictures; keywords go to where they are known."""
+
+    def make(trainer_class=RBITrainer, preset="paper", rows=20, backbone=backbone_config, **kwargs):
+        torch.manual_seed(0)
+        model = RBIForImageClassification(getattr(RBIConfig, preset)(backbone_config=backbone, num_labels=4))
+        processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+        pictures = LAYOUTS["cub_200_2011"](published)
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in FineTuningArguments.__dataclass_fields__}
+        more = {name: kwargs.pop(name) for name in ("callbacks", "data_collator") if name in kwargs}
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            **{
+                "per_device_train_batch_size": 6,
+                "max_steps": 5,
+                "learning_rate": 1e-3,
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "remove_unused_columns": False,
+                "report_to": "none",
+                "logging_steps": 1,
+                "save_strategy": "no",
+            }
+            | kwargs,
+        )
+        if trainer_class is RBITrainer:
+            more["fine_tuning"] = FineTuningArguments(**options)
+        more.setdefault("data_collator", Collator())
+        return trainer_class(
+            model=model,
+            args=args,
+            train_dataset=Pictures(
+                pictures["train"].shuffle(seed=0).select(range(rows)),
+                TrainTransform(processor, AugmentationArguments()),
+                augment=True,
+            ),
+            eval_dataset=Pictures(pictures["test"], EvalTransform(processor)),
+            compute_metrics=compute_metrics,
+            processing_class=processor,
+            **more,
+        )
+
+    return make
+
+
+def weights_of(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def losses_of(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_a_plain_trainer_trains_rbi(make_trainer):
+    trainer = make_trainer(Trainer, max_steps=40, learning_rate=1e-2, eval_strategy="epoch", logging_steps=10)
+    before = weights_of(trainer)
+    trainer.train()
+    changed = [name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])]
+    assert {"classifier.weight", "rbi.rra.query.weight"} <= set(changed)
+    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    assert trainer.evaluate()["eval_accuracy"] > 0.5  # 4 classes by colour
+
+
+def test_it_learns_what_a_plain_trainer_learns_from_the_same_batches(make_trainer):
+    """With one full batch an epoch, both see the same pictures in another order."""
+    results = []
+    for trainer_class in (Trainer, RBITrainer):
+        trainer = make_trainer(trainer_class, rows=8, per_device_train_batch_size=8, max_steps=3, **SGD)
+        trainer.train_dataset.augment = False
+        trainer.train_dataset.transform = trainer.eval_dataset.transform
+        trainer.train()
+        results.append(weights_of(trainer))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_batches_are_equal_neighbourhoods(make_trainer):
+    sizes = []
+    trainer = make_trainer(rows=20)
+    for batch in trainer.get_train_dataloader():
+        sizes.append(len(batch["labels"]))
+        assert batch["relation_mask"].all()
+    assert sizes == [5, 5, 5, 5]
+    dropped = make_trainer(rows=20, dataloader_drop_last=True).get_train_dataloader()
+    assert [len(batch["labels"]) for batch in dropped] == [6, 6, 6]
+
+
+def test_epochs_differ_and_are_those_of_the_seed(make_trainer):
+    def draws(**kwargs):
+        trainer = make_trainer(**kwargs)
+        trainer.get_train_dataloader()
+        orders = []
+        for epoch in (0, 1):
+            trainer._train_sampler.set_epoch(epoch)
+            orders.append([draw for batch in trainer._train_sampler for draw in batch])
+        return orders
+
+    assert draws() == draws()
+    assert draws()[0] != draws()[1]
+    assert draws()[0] != draws(seed=1)[0]
+
+
+# --- Neighbourhoods of other sizes than the device's batch --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "kernel"])
+def test_two_passes_are_the_large_batch(make_trainer, preset):
+    large = make_trainer(preset=preset, per_device_train_batch_size=6, **SGD)
+    small = make_trainer(
+        preset=preset, per_device_train_batch_size=2, gradient_accumulation_steps=3, relation_batch_size=6, **SGD
+    )
+    for trainer in (large, small):
+        trainer.train()
+    torch.testing.assert_close(losses_of(small), losses_of(large), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights_of(small), weights_of(large), atol=1e-5, rtol=1e-4)
+
+
+def test_two_passes_go_with_accumulation(make_trainer):
+    """Two neighbourhoods of 6 in a step: as two batches of 6."""
+    large = make_trainer(per_device_train_batch_size=6, gradient_accumulation_steps=2, **SGD)
+    small = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=6, relation_batch_size=6, **SGD)
+    for trainer in (large, small):
+        trainer.train()
+    torch.testing.assert_close(weights_of(small), weights_of(large), atol=1e-5, rtol=1e-4)
+
+
+def test_a_split_batch_is_accumulation(make_trainer):
+    """A batch of 6 in neighbourhoods of 3 gives the gradients of two batches of 3."""
+    whole = make_trainer(rows=18, per_device_train_batch_size=6, relation_batch_size=3, **SGD)
+    parts = make_trainer(rows=18, per_device_train_batch_size=3, gradient_accumulation_steps=2, **SGD)
+    for trainer in (whole, parts):
+        trainer.train()
+    torch.testing.assert_close(weights_of(whole), weights_of(parts), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relation_batch_size": 9}, r"9 must be a multiple of the batch of a device \(6\)"),
+        ({"relation_batch_size": 12}, r"divisor of --gradient_accumulation_steps \(1\)"),
+        ({"relation_batch_size": 3, "gather_across_processes": True}, "turn --gather_across_processes off"),
+        ({"relation_batch_size": 0}, "--relation_batch_size must be at least 1"),
+        ({"lora_rank": 2, "freeze_backbone": True}, "use one of them"),
+        ({"images_per_class": 2}, "--batch_sampler balanced"),
+        ({"layer_decay": 1.5}, "--layer_decay must be between 0 and 1"),
+        ({"class_weights": "balanced", "batch_sampler": "balanced"}, "twice"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+
+
+# --- Several processes ----------------------------------------------------------------------------------------------
+
+
+DISTRIBUTED = """
+import json
+import os
+import sys
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+torch.set_num_threads(1)
+from training import train
+
+results = sys.argv[1]
+
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 0 and args.process_index == 0:
+            gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+            save_file(gradients, os.path.join(results, "gradients.safetensors"))
+
+
+original = train.RBITrainer.__init__
+
+
+def init(self, *args, callbacks, **kwargs):
+    original(self, *args, callbacks=[*callbacks, Gradients()], **kwargs)
+
+
+train.RBITrainer.__init__ = init
+code = train.main(sys.argv[2:])
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+# gloo's threads can outlive the group and abort an orderly exit of the interpreter.
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+def run_distributed(folder, arguments, num_processes, **kwargs):
+    """A training in processes of its own, launched as users do; its losses, first gradients and weights."""
+    folder.mkdir()
+    (folder / "script.py").write_text(DISTRIBUTED)
+    config = "multi_cpu" if num_processes > 1 else "cpu"
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "training" / "accelerate" / f"{config}.yaml")]
+    if num_processes > 1:
+        command += ["--num_processes", str(num_processes)]
+    command += [str(folder / "script.py"), str(folder)]
+    options = {"max_steps": 5, "logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "save_strategy": "no", "max_train_samples": 20} | kwargs
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *arguments(folder / "out", **options)], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = json.loads((folder / "out" / "run.json").read_text())
+    losses = [entry["loss"] for entry in record["metrics_by_epoch"] if "loss" in entry]
+    return losses, load_file(folder / "gradients.safetensors"), load_file(folder / "out" / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper", "kernel"])
+def test_any_number_of_processes_is_one_process(arguments, tmp_path, preset):
+    """20 pictures in 4 batches of 5: 3 + 2 on two processes, 2 + 2 + 1 on three."""
+    common = {"preset": preset, "gather_across_processes": True} | SGD
+    one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=6, **common)
+    assert len(one[0]) == 5
+    for number, batch_size in ((2, 3), (3, 2)):
+        many = run_distributed(
+            tmp_path / str(number), arguments, number, per_device_train_batch_size=batch_size, **common
+        )
+        for value, expected in zip(many, one, strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_passes_on_two_processes_are_one_large_batch(arguments, tmp_path):
+    common = {"gather_across_processes": True} | SGD
+    one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=12, **common)
+    two = run_distributed(
+        tmp_path / "2",
+        arguments,
+        2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        relation_batch_size=12,
+        **common,
+    )
+    for value, expected in zip(two, one, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+# --- What is trained, and what is kept --------------------------------------------------------------------------------
+
+
+def test_the_learning_rates_are_those_asked_for(make_trainer):
+    trainer = make_trainer(
+        optimizer="radam", head_learning_rate=1e-2, layer_decay=0.5, weight_decay=0.1, lr_scheduler_type="constant"
+    )
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.RAdam)
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    # 4 blocks, what comes before and what comes after.
+    assert rates == {1e-2, *(1e-3 * 0.5**depth for depth in range(6))}
+    names = {id(value): name for name, value in trainer.model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
+        is_head = {not names[id(value)].startswith("rbi.backbone.") for value in group["params"]}
+        assert is_head == {group["lr"] == 1e-2}
+
+
+def test_class_weights_make_classes_count_alike():
+    labels = [0] * 6 + [1] * 2 + [2]
+    weights = balanced_class_weights(labels, 3)
+    assert weights[labels].mean().item() == pytest.approx(1)
+    per_class = weights * torch.bincount(torch.tensor(labels))
+    torch.testing.assert_close(per_class, per_class[0].expand(3))
+
+
+def test_label_smoothing_smooths_the_training_alone(make_trainer):
+    trainer = make_trainer(label_smoothing_factor=0.5, max_steps=1)
+    trainer.train()
+    metrics = trainer.evaluate()
+    output = trainer.predict(trainer.eval_dataset)
+    expected = torch.nn.functional.cross_entropy(torch.tensor(output.predictions), torch.tensor(output.label_ids))
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_moving_average_is_what_is_evaluated_and_kept(make_trainer):
+    trainer = make_trainer(
+        ema_decay=0.9, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=1e-2
+    )
+    trainer.train()
+    final = weights_of(trainer)
+    folders = sorted(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    assert [folder.name for folder in folders] == [f"checkpoint-{step}" for step in range(1, 6)]
+    trained = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
+    last = load_file(folders[-1] / MOVING_AVERAGE_FILE)
+    raw = load_file(folders[-1] / "model.safetensors")
+    for number, name in enumerate(trained):
+        assert torch.equal(last[f"average.{number}"], final[name])
+    assert any(not torch.equal(raw[name], final[name]) for name in trained)
+    logged = [log for log in trainer.state.log_history if "eval_loss" in log][-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged["eval_loss"], abs=1e-6)
+
+
+def test_the_best_moving_average_is_taken_back(make_trainer):
+    trainer = make_trainer(
+        ema_decay=0.5,
+        learning_rate=3e-2,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_checkpoints_hold_no_pickled_arguments(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=5)
+    trainer.train()
+    names = {path.name for path in Path(trainer.args.output_dir, "checkpoint-5").iterdir()}
+    assert "model.safetensors" in names and "training_args.bin" not in names
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert last_complete_checkpoint(folder).name == "checkpoint-5"
+    (folder / "checkpoint-5" / "trainer_state.json").unlink()
+    assert last_complete_checkpoint(folder).name == "checkpoint-4"
+    (folder / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.')
+    assert last_complete_checkpoint(folder).name == "checkpoint-3"
+    assert last_complete_checkpoint(folder / "nothing") is None
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}])
+def test_memory_savers(make_trainer, options):
+    vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    plain, saving = make_trainer(backbone=vit), make_trainer(backbone=vit, **options)
+    for trainer in (plain, saving):
+        trainer.train()
+    tolerance = 0.05 if "bf16" in options else 1e-4
+    torch.testing.assert_close(losses_of(saving), losses_of(plain), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.slow
+def test_torch_compile(make_trainer):
+    plain, compiled = make_trainer(), make_trainer(torch_compile=True)
+    for trainer in (plain, compiled):
+        trainer.train()
+    torch.testing.assert_close(losses_of(compiled), losses_of(plain), atol=1e-3, rtol=1e-3)
+
+
