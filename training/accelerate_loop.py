@@ -84,11 +84,12 @@ def main(argv: Sequence[str] | None = None):
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    workers = {"num_workers": args.dataloader_num_workers, "collate_fn": Collator()}
-    train_loader = DataLoader(train_set, batch_sampler=sampler, **workers)
+    # A generator of their own: a loader that is started again after a resume must not take of the model's numbers.
+    common = {"num_workers": args.dataloader_num_workers, "collate_fn": Collator(), "generator": torch.Generator()}
+    train_loader = DataLoader(train_set, batch_sampler=sampler, **common)
     validation_set = Pictures(pictures["validation"], EvalTransform(image_processor))
     validation_loader = accelerator.prepare(
-        DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, **workers)
+        DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, **common)
     )
 
     # Model and optimizer. The batch is the neighbourhood: that of this process, or of all.

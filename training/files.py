@@ -4,7 +4,7 @@
 
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +33,11 @@ def filled_whole(folder: Path, last: str) -> Iterator[Path]:
         last (`str`):
             Name of the file that makes it whole.
     """
-    draft = folder / f".{os.getpid()}.tmp"
-    draft.mkdir(parents=True)
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp", ignore_cleanup_errors=True) as name:
+        draft = Path(name)
         yield draft
+        # While some files are old and some are new, the folder is not whole.
+        (folder / last).unlink(missing_ok=True)
         for path in sorted(draft.iterdir(), key=lambda path: (path.name == last, path.name)):
             os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loss, and the training step over a neighbourhood that is larger than what fits into memory at once."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -94,7 +95,7 @@ def backward_in_two_passes(
         relation_mask (`torch.BoolTensor` of shape `(B,)` or `(B, B)`, *optional*):
             As in the model's forward.
         micro_batch_size (`int`):
-            Pictures that the backbone takes at a time.
+            Pictures that the backbone takes at a time, at most.
         loss_of (`Callable`):
             The loss of logits (B, num_labels).
         backward (`Callable`):
@@ -103,7 +104,9 @@ def backward_in_two_passes(
     Returns:
         The loss, detached.
     """
-    parts = pixel_values.split(micro_batch_size)
+    # Of equal size, give or take one: a last part of one picture would have no batch statistics.
+    num_parts = math.ceil(len(pixel_values) / micro_batch_size)
+    parts = pixel_values.tensor_split(num_parts)
     states, features = [], []
     with torch.no_grad(), _batch_norm_statistics_kept(model):
         for part in parts:
@@ -114,8 +117,10 @@ def backward_in_two_passes(
     loss = loss_of(logits)
     backward(loss)
 
+    if not any(parameter.requires_grad for parameter in model.base_model.backbone.parameters()):
+        return loss.detach()
     after = _get_rng_state(pixel_values.device)
-    for part, state, gradient in zip(parts, states, leaf.grad.split(micro_batch_size), strict=True):
+    for part, state, gradient in zip(parts, states, leaf.grad.tensor_split(num_parts), strict=True):
         _set_rng_state(state, part.device)
         part_features = model.base_model.extract_features(part)[0]
         # Where mixed precision scales the loss, the gradient is scaled already.

@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model to fine-tune, and its image processor, from the arguments of a training."""
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
@@ -36,7 +38,10 @@ class ModelArguments:
     )
     preset: str = field(
         default="paper",
-        metadata={"help": "Form of the head: paper or kernel.", "choices": ["paper", "kernel"]},
+        metadata={
+            "help": "Form of a new head: paper or kernel. An RBI model keeps its own.",
+            "choices": ["paper", "kernel"],
+        },
     )
     rbi_config: str | None = field(
         default=None, metadata={"help": 'Fields of RBIConfig, as JSON, such as {"num_attention_heads": 2}.'}
@@ -67,9 +72,16 @@ class ModelArguments:
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image_size must be at least 1, got {self.image_size}.")
         if (self.image_mean is not None or self.image_std is not None) and self.image_size is None:
-            raise ValueError("--image_mean and --image_std go with --image_size: the backbone's processor has its own.")
+            raise ValueError(
+                "--image_mean and --image_std go with --image_size: the backbone's processor has its own."
+            )
         for name in ("backbone_config", "rbi_config"):
             self._parse(name)
+        known = set(RBIConfig.own_fields()) - {"backbone_config"}
+        for name in self.rbi_fields.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"its fields are {', '.join(sorted(known))}."
+            raise ValueError(f"--rbi_config has the unknown field `{name}`: {hint}")
 
     def _parse(self, name: str) -> dict[str, Any]:
         text = getattr(self, name)
@@ -113,38 +125,58 @@ def load_model(
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: number for number, name in enumerate(label_names)},
     }
-    if args.model_name_or_path is None or (from_scratch and args.backbone_config is not None):
-        fields = args.backbone_fields
-        if fields.get("model_type") not in CONFIG_MAPPING:
-            raise ValueError(
-                f"--backbone_config has the model_type {fields.get('model_type')!r}, which transformers does not know."
-            )
-        backbone_config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        image_processor = _direct_resize(args, _image_size(fields), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        image_mean, image_std = pixel_statistics(image_processor)
-        config = getattr(RBIConfig, args.preset)(
-            backbone_config=backbone_config,
-            **{"image_mean": image_mean, "image_std": image_std} | labels | args.rbi_fields,
-        )
-        return RBIForImageClassification(config), image_processor
+    starts_at_random = args.model_name_or_path is None or (from_scratch and args.backbone_config is not None)
+    try:
+        return _start_at_random(args, labels) if starts_at_random else _load_pretrained(args, labels)
+    except StrictDataclassError as error:
+        raise ValueError(f"The config of the model is wrong: {error.__cause__ or error}") from error
 
-    name = args.model_name_or_path
+
+def _start_at_random(
+    args: ModelArguments, labels: dict[str, Any]
+) -> tuple[RBIForImageClassification, BaseImageProcessor]:
+    fields = args.backbone_fields
+    if fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"--backbone_config has the model_type {fields.get('model_type')!r}, which transformers does not know."
+        )
+    backbone_config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    image_processor = _direct_resize(args, _image_size(fields), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    image_mean, image_std = pixel_statistics(image_processor)
+    config = getattr(RBIConfig, args.preset)(
+        backbone_config=backbone_config,
+        **{"image_mean": image_mean, "image_std": image_std} | labels | args.rbi_fields,
+    )
+    return RBIForImageClassification(config), image_processor
+
+
+def _load_pretrained(
+    args: ModelArguments, labels: dict[str, Any]
+) -> tuple[RBIForImageClassification, BaseImageProcessor]:
+    name = args.model_name_or_path or ""
     name = str(packaged_model(name)) if name.startswith("packaged/") else name
     hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
     image_processor = load_image_processor(name, **hub)
     if args.image_size is not None:
         image_processor = _direct_resize(args, args.image_size, *pixel_statistics(image_processor))
-    if AutoConfig.from_pretrained(name, **hub).model_type == RBIConfig.model_type:
-        image_mean, image_std = pixel_statistics(image_processor)
-        model = RBIForImageClassification.from_pretrained(
-            name,
-            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-            **{"image_mean": image_mean, "image_std": image_std} | labels | args.rbi_fields | hub,
-        )
-    else:
+    config = AutoConfig.from_pretrained(name, **hub)
+    if config.model_type != RBIConfig.model_type:
         model = RBIForImageClassification.from_backbone_pretrained(
             name, preset=args.preset, image_processor=image_processor, **labels | args.rbi_fields | hub
         )
+        return model, image_processor
+    num_labels = len(labels["id2label"])
+    if config.num_labels != num_labels and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"The classifier of {args.model_name_or_path} is of {config.num_labels} classes, not of {num_labels}: add "
+            "--ignore_mismatched_sizes to start it anew."
+        )
+    image_mean, image_std = pixel_statistics(image_processor)
+    model = RBIForImageClassification.from_pretrained(
+        name,
+        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+        **{"image_mean": image_mean, "image_std": image_std} | labels | args.rbi_fields | hub,
+    )
     return model, image_processor
 
 

@@ -29,7 +29,7 @@ def layer_numbers(backbone: nn.Module) -> dict[str, int]:
     order, and the last number plus 1 for what comes after. Blocks are the members of the list of equal modules that
     most backbones are made of, or, where these are stages, the members of the stages' lists.
     """
-    blocks = list(_find_blocks(backbone, "", levels=2))
+    blocks = list(_find_blocks(backbone, levels=2))
     names = [name for name, _ in backbone.named_parameters()]
     block_of = {
         name: next((number for number, block in enumerate(blocks, start=1) if name.startswith(f"{block}.")), 0)
@@ -44,21 +44,22 @@ def layer_numbers(backbone: nn.Module) -> dict[str, int]:
     return numbers
 
 
-def _find_blocks(module: nn.Module, prefix: str, levels: int) -> Iterator[str]:
+def _find_blocks(module: nn.Module, path: str = "", *, levels: int) -> Iterator[str]:
     """Paths of the blocks, in order."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        members = list(child.named_children())
-        is_list = isinstance(child, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
-        if is_list and members and len({type(member) for _, member in members}) == 1 and _count(members[0][1]):
-            for member_name, member in members:
-                start = f"{path}.{member_name}."
-                inner = list(_find_blocks(member, start, levels - 1)) if levels > 1 else []
-                inner_size = sum(_count(member.get_submodule(block.removeprefix(start))) for block in inner)
-                # A list that is but a part of a block does not make the block a stage.
-                yield from inner if inner_size > _count(member) / 2 else [start.removesuffix(".")]
-        else:
-            yield from _find_blocks(child, f"{path}.", levels)
+    if hasattr(module, "base_layer"):
+        return  # a layer with adapters of peft, which keeps them in lists
+    start = f"{path}." if path else ""
+    members = [(f"{start}{name}", child) for name, child in module.named_children()]
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+    if is_list and members and len({type(member) for _, member in members}) == 1 and _count(members[0][1]):
+        for member_path, member in members:
+            inner = list(_find_blocks(member, member_path, levels=levels - 1)) if levels > 1 else []
+            inner_size = sum(_count(member.get_submodule(block.removeprefix(f"{member_path}."))) for block in inner)
+            # A list that is but a part of a block does not make the block a stage.
+            yield from inner if inner_size > _count(member) / 2 else [member_path]
+    else:
+        for member_path, member in members:
+            yield from _find_blocks(member, member_path, levels=levels)
 
 
 def _count(module: nn.Module) -> int:
@@ -122,7 +123,9 @@ def freeze_batch_norm(model: RBIForImageClassification):
             module.register_forward_pre_hook(lambda module, _: module.eval() and None)
 
 
-def add_lora(model: RBIForImageClassification, rank: int, alpha: float | None = None, dropout: float = 0.0) -> nn.Module:
+def add_lora(
+    model: RBIForImageClassification, rank: int, alpha: float | None = None, dropout: float = 0.0
+) -> nn.Module:
     r"""
     Low-rank adapters (LoRA, Hu et al. 2022, with peft) on all linear and ungrouped convolution layers of the backbone;
     RRA and the classifier are trained whole.

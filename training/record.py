@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,21 +36,36 @@ _PACKAGES = (
     "timm",
     "torchmetrics",
 )
-# What may differ between a run and its resumption: none of it changes what is trained.
+# What may differ between a run and its resumption: none of it changes what is trained, or which model is kept.
 _HARMLESS = {
+    "cache_dir",
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
+    "ddp_timeout",
     "disable_tqdm",
-    "hub_token",
+    "hub_always_push",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "local_rank",
     "log_level",
     "log_level_replica",
-    "logging_dir",
+    "log_on_each_node",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "logging_steps",
+    "logging_strategy",
+    "output_dir",
+    "project",
+    "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
+    "run_name",
     "save_total_limit",
-    "token",
+    "skip_memory_metrics",
 }
 
 
@@ -81,9 +97,12 @@ class RunRecord:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no record of a run ({error}): move it away.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no record of a run: move it away.")
+        return content
 
     def update(self, **values: Any):
         """Adds to the record, and writes it."""
@@ -122,7 +141,8 @@ def metrics_by_epoch(log_history: list[dict[str, float]]) -> list[dict[str, floa
     """Training and validation metrics, one entry for each evaluation or, without one, each log."""
     entries: dict[float, dict[str, float]] = {}
     for log in log_history:
-        if "train_runtime" not in log:
+        # Not the summary of the training, nor the tests that may follow.
+        if "loss" in log or any(name.startswith("eval_") for name in log):
             entries.setdefault(log["step"], {}).update(log)
     return [entries[step] for step in sorted(entries)]
 
@@ -158,8 +178,20 @@ def resolved_arguments(*arguments: Any) -> dict[str, Any]:
     resolved: dict[str, Any] = {}
     for each in arguments:
         values = each.to_dict() if hasattr(each, "to_dict") else asdict(each) if is_dataclass(each) else each
-        resolved |= {name: value for name, value in values.items() if "token" not in name}
+        resolved |= {name: value for name, value in values.items() if not name.endswith("token")}
     return json.loads(json.dumps(resolved, default=str))
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, with `***` in place of what follows `--token`, `--hub_token` and the like."""
+    words: list[str] = []
+    hides_next = False
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        is_secret = flag.startswith("--") and flag.endswith("token")
+        words.append("***" if hides_next else f"{flag}=***" if is_secret and equals else word)
+        hides_next = is_secret and not equals
+    return words
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -289,7 +289,9 @@ def train(
         if trained is not model:
             trained.merge_and_unload()
             trainer.model = trainer.model_wrapped = model
-        results = {"train": _plain(result.metrics)} | _evaluate(trainer, parts, args)
+        # Its mean loss is of the steps since a resume; that of each epoch is in the record.
+        speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
+        results = {"train": speed} | _evaluate(trainer, parts, args)
         if args.training.should_save:
             with filled_whole(output_dir, last="config.json") as draft:
                 trainer.save_model(str(draft))

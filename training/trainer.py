@@ -24,11 +24,13 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .data.pictures import Collator, Pictures
 from .data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
+from .files import write_json
 from .loss import backward_in_two_passes, classification_loss, count_targets
 from .optimization import OPTIMIZERS, MovingAverage, parameter_groups, rbi_model
 
 
 MOVING_AVERAGE_FILE = "moving_average.safetensors"
+RUNNING_LOSS_FILE = "running_loss.json"
 
 
 @dataclass
@@ -340,22 +342,29 @@ class RBITrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self._moving_average is not None:  # in training, so this is a checkpoint
             save_file(self._moving_average.state_dict(), folder / MOVING_AVERAGE_FILE)
+        if self.is_in_train:
+            loss = {"sum": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
+            write_json(folder / RUNNING_LOSS_FILE, loss)
 
 
 class _RBICallback(TrainerCallback):
-    """Tells the sampler the epoch, and keeps the moving average beside the weights."""
+    """Tells the sampler the epoch, and takes up what a checkpoint keeps beside what `Trainer` does."""
 
     def __init__(self, trainer: RBITrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        trainer = self.trainer
-        if trainer.fine_tuning.ema_decay is None:
-            return
-        trainer._moving_average = MovingAverage(trainer.model, trainer.fine_tuning.ema_decay)
-        if trainer._resumed_from is not None:
-            file = trainer._resumed_from / MOVING_AVERAGE_FILE
-            trainer._moving_average.load_state_dict(load_file(file, device=str(args.device)))
+        trainer, checkpoint = self.trainer, self.trainer._resumed_from
+        if trainer.fine_tuning.ema_decay is not None:
+            trainer._moving_average = MovingAverage(trainer.model, trainer.fine_tuning.ema_decay)
+            if checkpoint is not None:
+                state = load_file(checkpoint / MOVING_AVERAGE_FILE, device=str(args.device))
+                trainer._moving_average.load_state_dict(state)
+        if checkpoint is not None and (checkpoint / RUNNING_LOSS_FILE).exists():
+            # `Trainer` itself starts the mean that it logs next anew.
+            loss = json.loads((checkpoint / RUNNING_LOSS_FILE).read_text(encoding="utf-8"))
+            trainer._tr_loss += loss["sum"]
+            trainer._globalstep_last_logged = loss["last_logged"]
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.trainer._train_sampler.set_epoch(int(state.epoch or 0))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import datasets
 import torch
-from PIL import Image
 
 from .decode import DEFAULT_MAX_PIXELS, decode_image
 from .mixing import Mixing
@@ -58,24 +57,18 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def picture(self, row: int) -> Image.Image:
-        """A picture as it is decoded, RGB, cropped to its box if asked to."""
-        example = self.split[row]
-        return decode_image(
-            example["image"], box=example["box"] if self.crop_to_boxes else None, max_pixels=self.max_pixels
-        )
-
     def __getitem__(self, item: int | Draw) -> dict:
         draw = item if isinstance(item, Draw) else None
-        row = draw.row if draw else item
-        picture = self.picture(row)
+        example = self.split[draw.row if draw else item]
+        box = example["box"] if self.crop_to_boxes else None
+        picture = decode_image(example["image"], box=box, max_pixels=self.max_pixels)
         if self.augment:
             seed = draw.seed if draw else int(torch.randint(2**63 - 1, ()))
             pixel_values = self.transform(picture, seed)
         else:
             pixel_values = self.transform(picture)
-        example = {"pixel_values": pixel_values, "labels": self.split[row]["label"]}
-        return example if draw is None else example | {"draw": draw}
+        result = {"pixel_values": pixel_values, "labels": example["label"]}
+        return result if draw is None else result | {"draw": draw}
 
 
 class Collator:

@@ -39,7 +39,10 @@ class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
 
     def __init__(self, batch_size: int, *, seed: int = 0, num_processes: int = 1, process_index: int = 0):
         if batch_size < num_processes:
-            raise ValueError(f"A batch of {batch_size} pictures cannot be spread over {num_processes} processes.")
+            raise ValueError(
+                f"A batch of {batch_size} pictures cannot be spread over {num_processes} processes: raise the batch "
+                "size, or use fewer processes."
+            )
         self.batch_size, self.seed = batch_size, seed
         self.num_processes, self.process_index = num_processes, process_index
         self.epoch = 0
@@ -86,7 +89,10 @@ class ShuffledSampler(NeighborhoodSampler):
                 "leave `dataloader_drop_last` off."
             )
         if num_rows // len(self) < self.num_processes:
-            raise ValueError(f"{num_rows} training pictures cannot be spread over {self.num_processes} processes.")
+            raise ValueError(
+                f"{num_rows} training pictures make {len(self)} batches of {num_rows // len(self)}, which cannot be "
+                f"spread over {self.num_processes} processes: raise the batch size, or use fewer processes."
+            )
 
     def __len__(self) -> int:
         return self.num_rows // self.batch_size if self.drop_last else math.ceil(self.num_rows / self.batch_size)
@@ -133,25 +139,31 @@ class BalancedSampler(NeighborhoodSampler):
 
     def draw_batches(self, generator: np.random.Generator) -> Sequence[np.ndarray]:
         num_turns = self.batch_size // self.images_per_class
-        turns = _rounds(len(self.rows_by_class), len(self) * num_turns, generator, num_turns)
+        turns = _rounds(len(self.rows_by_class), [num_turns] * len(self), generator)
         rows = np.empty((len(turns), self.images_per_class), dtype=np.int64)
         for label, own in enumerate(self.rows_by_class):
-            places = np.flatnonzero(turns == label)
-            order = _rounds(len(own), rows[places].size, generator, self.images_per_class)
-            rows[places] = own[order].reshape(len(places), -1)
+            is_own = turns == label
+            sizes = is_own.reshape(len(self), num_turns).sum(1) * self.images_per_class
+            order = _rounds(len(own), sizes[sizes > 0], generator)
+            rows[is_own] = own[order].reshape(-1, self.images_per_class)
         return list(rows.reshape(len(self), self.batch_size))
 
 
-def _rounds(number: int, length: int, generator: np.random.Generator, distinct: int) -> np.ndarray:
-    """Permutations of 0..number-1 one after the other, the first `length` entries. Runs of `distinct` hold no number
-    twice, as far as there are enough: within a run, a permutation goes on with those that the run has not had."""
+def _rounds(number: int, lengths: Sequence[int], generator: np.random.Generator) -> np.ndarray:
+    """Permutations of 0..number-1, one after the other, cut into runs of these lengths. In a run, no number comes
+    again before all have come: a permutation that begins in its middle begins with those that the run has not had."""
     order: list[int] = []
-    while len(order) < length:
-        started = order[len(order) - len(order) % distinct :] if distinct <= number else []
-        permutation = generator.permutation(number).tolist()
-        if started:
-            needed = distinct - len(started)
-            fresh = [value for value in permutation if value not in started][:needed]
-            permutation = fresh + [value for value in permutation if value not in fresh]
-        order += permutation
-    return np.array(order[:length], dtype=np.int64)
+    waiting: list[int] = []  # the rest of the permutation
+    for length in lengths:
+        run: list[int] = []
+        while len(run) < length:
+            needed = length - len(run)
+            if not waiting:
+                permutation = generator.permutation(number).tolist()
+                had = set(run[len(run) // number * number :])
+                fresh = [value for value in permutation if value not in had][:needed]
+                first = set(fresh)
+                waiting = fresh + [value for value in permutation if value not in first]
+            run, waiting = run + waiting[:needed], waiting[needed:]
+        order += run
+    return np.array(order, dtype=np.int64)

@@ -1,0 +1,463 @@
+"""`python -m training.train`: what a run leaves, that it can be killed and go on, and that faults cost nothing."""
+
+import errno
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from training import train
+from training.data.layouts import LAYOUTS
+from training.trainer import RBITrainer, last_complete_checkpoint
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(published, tmp_path_factory):
+    """The folder of a run of two epochs with everything on that leaves a trace."""
+    output_dir = tmp_path_factory.mktemp("finished") / "out"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    try:
+        assert train.main(_arguments(published, output_dir)) == 0
+    finally:
+        patch.undo()
+    return output_dir
+
+
+def _arguments(published, output_dir):
+    backbone = {"model_type": "convnext", "hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "image_size": 32}
+    return [
+        *("--dataset_format", "cub_200_2011", "--dataset_dir", str(published), "--output_dir", str(output_dir)),
+        *("--backbone_config", json.dumps(backbone), "--image_size", "32", "--learning_rate", "1e-2"),
+        *("--num_train_epochs", "3", "--per_device_train_batch_size", "8", "--use_cpu", "--disable_tqdm", "True"),
+    ]
+
+
+def everything_in(folder):
+    """All files below a folder with their contents."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class TestWhatARunLeaves:
+    def test_a_model_that_loads_with_the_metrics_of_the_record(self, finished, published):
+        record = json.loads((finished / "run.json").read_text())
+        model = AutoModelForImageClassification.from_pretrained(finished)
+        processor = AutoImageProcessor.from_pretrained(finished)
+        test = LAYOUTS["cub_200_2011"](published)["test"]
+        images = [Image.open(row["path"]).convert("RGB") for row in test["image"]]
+        with torch.no_grad():
+            answers = model(processor(images, return_tensors="pt")["pixel_values"]).logits.argmax(-1)
+        accuracy = (answers == torch.tensor(test["label"])).float().mean().item()
+        assert accuracy == pytest.approx(record["results"]["test_single"]["accuracy"])
+        assert accuracy > 0.5  # 4 classes by colour
+        assert list(model.config.id2label.values()) == test.features["label"].names == record["data"]["label_names"]
+
+    def test_a_record_of_all_there_is_to_know(self, finished):
+        record = json.loads((finished / "run.json").read_text())
+        assert record["status"] == "finished"
+        assert record["arguments"]["learning_rate"] == 0.01 and record["arguments"]["image_size"] == 32
+        assert record["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+        assert record["environment"]["hardware"]["processes"] == 1
+        assert set(record["data"]["fingerprint"]["splits"]) == {"train", "validation", "test"}
+        epochs = record["metrics_by_epoch"]
+        assert [entry["epoch"] for entry in epochs] == [1, 2, 3]
+        assert all({"loss", "eval_loss", "eval_accuracy"} <= entry.keys() for entry in epochs)
+        assert record["best"]["metric"] == max(entry["eval_accuracy"] for entry in epochs)
+        assert (finished / record["best"]["checkpoint"]).is_dir()
+        assert json.loads((finished / "all_results.json").read_text()) == record["results"]
+
+    def test_the_model_is_that_of_the_best_epoch(self, finished):
+        best = json.loads((finished / "run.json").read_text())["best"]["checkpoint"]
+        kept = load_file(finished / "model.safetensors")
+        expected = load_file(finished / best / "model.safetensors")
+        assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+    def test_nothing_half_written_and_no_pickle_beside_the_model(self, finished):
+        names = {path.name for path in finished.iterdir()}
+        assert not [name for name in names if name.startswith(".") or name.endswith((".bin", ".pt", ".pkl", ".pth"))]
+
+    def test_validation_is_held_out_and_the_test_untouched(self, finished, published):
+        record = json.loads((finished / "run.json").read_text())
+        sizes = {name: split["pictures"] for name, split in record["data"]["fingerprint"]["splits"].items()}
+        assert sizes["train"] + sizes["validation"] == 40 and sizes["validation"] == 8 and sizes["test"] == 40
+
+    def test_a_finished_run_is_not_run_over(self, finished, published, capsys):
+        before = everything_in(finished)
+        assert train.main(_arguments(published, finished)) == 1
+        assert "holds a finished run: name another folder" in capsys.readouterr().err
+        assert everything_in(finished) == before
+
+
+# --- Killed, and resumed ------------------------------------------------------------------------------------------------
+
+
+HARD = {
+    "num_train_epochs": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "epoch",
+    "load_best_model_at_end": False,
+    "rand_augment_num_ops": 1,
+    "random_erasing": 0.5,
+    "mixup_alpha": 0.2,
+    "ema_decay": 0.9,
+    "optimizer": "radam",
+    "lr_scheduler_type": "cosine",
+    "save_total_limit": 2,
+    "rbi_config": '{"attention_dropout": 0.2, "classifier_dropout": 0.2}',
+}
+
+
+def comparable(record):
+    """What must be the same to the bit: the metrics by epoch and the results, without timings."""
+    timings = ("runtime", "per_second", "train_loss", "flos")
+    clean = lambda metrics: {k: v for k, v in metrics.items() if not any(part in k for part in timings)}  # noqa: E731
+    return [clean(entry) for entry in record["metrics_by_epoch"]], {
+        part: clean(metrics) for part, metrics in record["results"].items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["training.train", "training.accelerate_loop"])
+def test_killed_in_mid_epoch_it_goes_on_to_the_bit(arguments, tmp_path, module):
+    if module == "training.train":
+        options, resume = HARD, ["--resume_from_checkpoint", "last"]
+    else:
+        options = {"num_train_epochs": 4, "checkpointing_steps": 1, "rand_augment_num_ops": 1}
+        options |= {"rbi_config": HARD["rbi_config"]}
+        resume = ["--resume_from_checkpoint", "True"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def command(folder):
+        line = arguments(folder, **options)
+        if module == "training.accelerate_loop":
+            place = line.index("--disable_tqdm")
+            del line[place : place + 2]
+        return [sys.executable, "-m", module, *line]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, cwd=ROOT, env=environment, capture_output=True)
+
+    process = subprocess.Popen(
+        command(killed), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    # 4 steps an epoch: after step 6 it is in the second epoch.
+    while not any((killed / f"checkpoint-{step}").exists() for step in (6, 7)) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "all_results.json").exists()
+
+    result = subprocess.run([*command(killed), *resume], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected, weights = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    if module == "training.train":
+        records = [json.loads((folder / "run.json").read_text()) for folder in (whole, killed)]
+        assert records[1]["status"] == "finished"
+        assert comparable(records[1]) == comparable(records[0])
+    else:
+        histories = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, killed)]
+        for entries in histories:
+            # The mean over the epoch's steps is of those since the checkpoint.
+            del entries[1]["train_loss"]
+        assert histories[1] == histories[0]
+
+
+class _Stop(TrainerCallback):
+    """Stops a training with an error after some steps."""
+
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise self.error
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Makes the next trainings stop with an error after so many steps."""
+    original = RBITrainer.__init__
+
+    def set_up(step, error):
+        def init(self, *args, callbacks, **kwargs):
+            original(self, *args, callbacks=[*callbacks, _Stop(step, error)], **kwargs)
+
+        monkeypatch.setattr(RBITrainer, "__init__", init)
+        return lambda: monkeypatch.setattr(RBITrainer, "__init__", original)
+
+    return set_up
+
+
+def test_stopped_by_the_user_it_says_how_to_go_on(arguments, tmp_path, stop_at, capsys):
+    go_on = stop_at(7, KeyboardInterrupt())
+    line = arguments(tmp_path / "out")
+    assert train.main(line) == 130
+    assert "Go on with: " in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "interrupted"
+    go_on()
+    before = everything_in(tmp_path / "out")
+    assert train.main(line) == 1
+    assert "holds a run that is not finished" in capsys.readouterr().err
+    assert everything_in(tmp_path / "out") == before
+    assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "finished" and "error" not in record
+
+
+def test_it_does_not_go_on_with_other_arguments(arguments, tmp_path, stop_at, capsys):
+    go_on = stop_at(7, KeyboardInterrupt())
+    train.main(arguments(tmp_path / "out"))
+    go_on()
+    before = everything_in(tmp_path / "out")
+    other = arguments(tmp_path / "out", learning_rate=0.5, resume_from_checkpoint="last")
+    assert train.main(other) == 1
+    assert "--learning_rate was 0.001, now 0.5" in capsys.readouterr().err
+    assert everything_in(tmp_path / "out") == before
+    harmless = arguments(tmp_path / "out", dataloader_num_workers=1, resume_from_checkpoint="last")
+    assert train.main(harmless) == 0
+
+
+def test_killed_before_its_first_checkpoint_it_starts_again(arguments, tmp_path, stop_at, capsys):
+    go_on = stop_at(2, KeyboardInterrupt())
+    train.main(arguments(tmp_path / "out"))
+    assert "There is no checkpoint yet" in capsys.readouterr().err
+    go_on()
+    assert train.main(arguments(tmp_path / "out", resume_from_checkpoint="last")) == 0
+
+
+def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, capsys):
+    original = RBITrainer._save_optimizer_and_scheduler
+
+    def fill(self, output_dir):
+        if self.state.global_step > 4:
+            Path(output_dir, "optimizer.pt").write_bytes(b"cut off")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, output_dir)
+
+    monkeypatch.setattr(RBITrainer, "_save_optimizer_and_scheduler", fill)
+    line = arguments(tmp_path / "out")
+    assert train.main(line) == 1
+    message = capsys.readouterr().err
+    assert "the disk is full" in message and "--resume_from_checkpoint last" in message
+    assert last_complete_checkpoint(tmp_path / "out").name == "checkpoint-4"
+    monkeypatch.setattr(RBITrainer, "_save_optimizer_and_scheduler", original)
+    assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
+
+
+def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path, published, monkeypatch, capsys):
+    """It was whole when the data were checked, and the training can go on from the last checkpoint."""
+    original = train.check_pictures
+    broken = {}
+
+    def check_then_break(pictures, **kwargs):
+        report = original(pictures, **kwargs)
+        path = Path(pictures["train"][3]["image"]["path"])
+        broken[path] = path.read_bytes()
+        path.write_bytes(broken[path][: len(broken[path]) // 2])
+        return report
+
+    monkeypatch.setattr(train, "check_pictures", check_then_break)
+    try:
+        assert train.main(arguments(tmp_path / "out", dataloader_num_workers=1)) == 1
+    finally:
+        for path, content in broken.items():
+            path.write_bytes(content)
+    assert next(iter(broken)).name in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+# --- Bad data, and what is done about it -----------------------------------------------------------------------------
+
+
+def make_folder(folder, classes=("a", "b"), number=6):
+    """A folder of pictures that differ."""
+    for place, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for count in range(number):
+            Image.new("RGB", (40, 40), (80 * place, 5 * count, 90)).save(folder / name / f"{count}.png")
+    return folder
+
+
+def folder_arguments(arguments, folder, output_dir, **more):
+    line = arguments(output_dir, train_dir=folder, **more)
+    for flag in ("--dataset_format", "--dataset_dir"):
+        place = line.index(flag)
+        del line[place : place + 2]
+    return line
+
+
+def test_bad_pictures_are_refused_or_skipped_and_recorded(arguments, tmp_path, capsys):
+    folder = make_folder(tmp_path / "pictures")
+    (folder / "a" / "3.png").write_bytes((folder / "a" / "3.png").read_bytes()[:60])
+    line = folder_arguments(arguments, folder, tmp_path / "out")
+    assert train.main(line) == 1
+    assert "3.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert train.main([*line, "--skip_bad_images"]) == 0
+    skipped = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["skipped"]
+    assert len(skipped) == 1 and skipped[0]["pictures"][0].endswith("3.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_dir": "nothing"}, "nothing"),
+        ({"classes": ()}, "no pictures|No pictures|empty|no folder"),
+        ({"classes": ("a",)}, "one class|only"),
+        ({"number": 1}, "validation"),
+    ],
+)
+def test_bad_data_are_refused_before_any_work(arguments, tmp_path, capsys, change, message):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    make_folder(folder, **{name: value for name, value in change.items() if name != "train_dir"})
+    line = folder_arguments(arguments, change.get("train_dir", folder), tmp_path / "out")
+    assert train.main(line) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and any(part in error for part in message.split("|"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learnig_rate", "did you mean `--learning_rate`?"),
+        ("--train_dirs", "did you mean `--train_dir`?"),
+        ("--relation_batch_sizes", "did you mean `--relation_batch_size`?"),
+    ],
+)
+def test_unknown_flags_are_refused_with_the_nearest(arguments, tmp_path, capsys, flag, message):
+    assert train.main([*arguments(tmp_path / "out"), flag, "1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_folder_of_something_else_is_left_alone(arguments, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("all of it")
+    assert train.main(arguments(tmp_path / "out")) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+# --- Ways to train ------------------------------------------------------------------------------------------------------
+
+
+def results_of(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def test_cross_validation_gives_mean_and_spread(arguments, tmp_path, capsys):
+    line = arguments(tmp_path / "out", num_folds=2, num_train_epochs=1)
+    assert train.main(line) == 0
+    summary = json.loads((tmp_path / "out" / "folds.json").read_text())["results"]["validation"]["accuracy"]
+    folds = [results_of(tmp_path / "out" / f"fold-{number}")["validation"]["accuracy"] for number in (1, 2)]
+    assert summary["mean"] == pytest.approx(sum(folds) / 2)
+    assert summary["std"] == pytest.approx(abs(folds[0] - folds[1]) / 2**0.5)
+    assert "±" in capsys.readouterr().out
+    records = [json.loads((tmp_path / "out" / f"fold-{number}" / "run.json").read_text()) for number in (1, 2)]
+    assert [record["data"]["fingerprint"]["splits"]["validation"]["pictures"] for record in records] == [20, 20]
+
+
+def test_finished_folds_are_not_trained_again(arguments, tmp_path, stop_at):
+    line = arguments(tmp_path / "out", num_folds=2, num_train_epochs=1)
+    assert train.main(line) == 0
+    stop_at(1, AssertionError("trained again"))
+    (tmp_path / "out" / "folds.json").unlink()
+    assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
+    assert (tmp_path / "out" / "folds.json").exists()
+
+
+def test_lora_leaves_a_plain_rbi_model(arguments, tmp_path):
+    assert train.main(arguments(tmp_path / "out", lora_rank=2, num_train_epochs=1)) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["model"]["trainable_parameters"] < record["model"]["parameters"]
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert not [name for name in model.state_dict() if "lora" in name]
+
+
+def test_without_validation_the_last_epoch_is_kept(arguments, tmp_path):
+    assert train.main(arguments(tmp_path / "out", train_val_split=0, num_train_epochs=1)) == 0
+    assert set(results_of(tmp_path / "out")) == {"train", "test_single", "test_shuffled"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_sampler": "balanced", "images_per_class": 2},
+        {"class_weights": "balanced", "label_smoothing_factor": 0.1},
+        {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "color_jitter": 0.2, "rotation_degrees": 15},
+        {"freeze_backbone": True, "optimizer": "sgd_nesterov", "head_learning_rate": 0.01},
+        {"early_stopping_patience": 1, "num_train_epochs": 3},
+        {"crop_to_boxes": True, "preset": "kernel"},
+        {"report_to": "tensorboard"},
+        {"warmup_steps": 0.1, "lr_scheduler_type": "cosine", "layer_decay": 0.8},
+        {"bf16": True},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_people_expect_of_a_trainer(arguments, tmp_path, options):
+    assert train.main(arguments(tmp_path / "out", **options)) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "finished"
+    for name, value in options.items():
+        assert record["arguments"][name] in (value, [value])
+    assert record["data"]["cropped_to_boxes"] == ("crop_to_boxes" in options)
+
+
+def read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    boards = [EventAccumulator(str(path)).Reload() for path in folder.rglob("events.out.*")]
+    boards = [board for board in boards if "eval/accuracy" in board.Tags()["scalars"]]
+    return [event.value for board in boards for event in board.Scalars("eval/accuracy")]
+
+
+def read_trackio(folder):
+    (database,) = folder.glob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
+    return [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "place", "read"),
+    [("tensorboard", "TENSORBOARD_LOGGING_DIR", read_tensorboard), ("trackio", "TRACKIO_DIR", read_trackio)],
+)
+def test_trackers_get_the_metrics(arguments, tmp_path, name, place, read):
+    result = subprocess.run(
+        [sys.executable, "-m", "training.train", *arguments(tmp_path / "out", report_to=name)],
+        cwd=ROOT,
+        env=os.environ | {place: str(tmp_path / "logged"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    epochs = json.loads((tmp_path / "out" / "run.json").read_text())["metrics_by_epoch"]
+    assert read(tmp_path / "logged") == pytest.approx([entry["eval_accuracy"] for entry in epochs])
+
+
+def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*arguments(tmp_path / "out"), "--dry_run"]) == 0
+    assert "Dry run passed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
