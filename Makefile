@@ -12,7 +12,7 @@ help:  ## What there is to make
 .venv/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP_INSTALL) -c constraints.txt torch
-	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]'
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test,trackio]'
 	@touch $@
 
 .venv-timm/.made: pyproject.toml constraints.txt

@@ -74,9 +74,13 @@ def main(argv: Sequence[str] | None = None):
     set_seed(args.seed)
 
     # Data: pixels and labels. The sampler spreads each batch over the processes, so the loader is not prepared.
-    pictures = load_pictures(data_args, args.seed)
+    with accelerator.main_process_first():
+        pictures = load_pictures(data_args, args.seed)
+    if "validation" not in pictures:
+        raise ValueError("The best model is chosen by validation pictures: leave --train_val_split above 0.")
     model, image_processor = load_model(model_args, pictures["train"].features["label"].names)
-    train_set = Pictures(pictures["train"], TrainTransform(image_processor, augmentation), augment=True)
+    options = {"crop_to_boxes": data_args.crop_to_boxes, "max_pixels": data_args.max_pixels}
+    train_set = Pictures(pictures["train"], TrainTransform(image_processor, augmentation), augment=True, **options)
     sampler = ShuffledSampler(
         len(train_set),
         args.per_device_train_batch_size * accelerator.num_processes,
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None):
     # A generator of their own: a loader that is started again after a resume must not take of the model's numbers.
     common = {"num_workers": args.dataloader_num_workers, "collate_fn": Collator(), "generator": torch.Generator()}
     train_loader = DataLoader(train_set, batch_sampler=sampler, **common)
-    validation_set = Pictures(pictures["validation"], EvalTransform(image_processor))
+    validation_set = Pictures(pictures["validation"], EvalTransform(image_processor), **options)
     validation_loader = accelerator.prepare(
         DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, **common)
     )

@@ -120,7 +120,8 @@ def backward_in_two_passes(
     if not any(parameter.requires_grad for parameter in model.base_model.backbone.parameters()):
         return loss.detach()
     after = _get_rng_state(pixel_values.device)
-    for part, state, gradient in zip(parts, states, leaf.grad.tensor_split(num_parts), strict=True):
+    gradients = leaf.grad.tensor_split(num_parts)  # type: ignore[union-attr]
+    for part, state, gradient in zip(parts, states, gradients, strict=True):
         _set_rng_state(state, part.device)
         part_features = model.base_model.extract_features(part)[0]
         # Where mixed precision scales the loss, the gradient is scaled already.

@@ -20,7 +20,7 @@ OPTIMIZERS = {
 
 def rbi_model(model: nn.Module) -> RBIForImageClassification:
     """The RBI model in a `PeftModel`, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
 def layer_numbers(backbone: nn.Module) -> dict[str, int]:
@@ -145,7 +145,7 @@ def add_lora(
     ]
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=["rra", "classifier"],

@@ -177,7 +177,7 @@ def resolved_arguments(*arguments: Any) -> dict[str, Any]:
     """All arguments as they were resolved, secrets left out, as JSON has it."""
     resolved: dict[str, Any] = {}
     for each in arguments:
-        values = each.to_dict() if hasattr(each, "to_dict") else asdict(each) if is_dataclass(each) else each
+        values = each.to_dict() if hasattr(each, "to_dict") else asdict(each) if is_dataclass(each) else each  # type: ignore[arg-type]
         resolved |= {name: value for name, value in values.items() if not name.endswith("token")}
     return json.loads(json.dumps(resolved, default=str))
 

@@ -85,8 +85,8 @@ class ShuffledSampler(NeighborhoodSampler):
         self.num_rows, self.drop_last = num_rows, drop_last
         if len(self) == 0:
             raise ValueError(
-                f"There are {num_rows} training pictures, fewer than a batch of {batch_size}: lower the batch size, or "
-                "leave `dataloader_drop_last` off."
+                f"There are {num_rows} training pictures, fewer than a batch of {batch_size}: lower the batch size, "
+                "or leave `dataloader_drop_last` off."
             )
         if num_rows // len(self) < self.num_processes:
             raise ValueError(
@@ -119,13 +119,13 @@ class BalancedSampler(NeighborhoodSampler):
 
     def __init__(self, labels: Sequence[int], batch_size: int, *, images_per_class: int = 1, **kwargs):
         super().__init__(batch_size, **kwargs)
-        labels = np.asarray(labels)
-        self.rows_by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        classes = np.asarray(labels)
+        self.rows_by_class = [np.flatnonzero(classes == label) for label in np.unique(classes)]
         self.num_rows, self.images_per_class = len(labels), images_per_class
         if images_per_class < 1 or batch_size % images_per_class:
             raise ValueError(
-                f"Batches of {batch_size} pictures cannot hold {images_per_class} of each class: make the batch size a "
-                "multiple of `images_per_class`."
+                f"Batches of {batch_size} pictures cannot hold {images_per_class} of each class: make the batch size "
+                "a multiple of `images_per_class`."
             )
         if images_per_class > 1 and batch_size // images_per_class > len(self.rows_by_class):
             raise ValueError(

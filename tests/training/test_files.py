@@ -1,0 +1,154 @@
+"""Whole or not at all, whatever stops the writing."""
+
+import errno
+import json
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+
+from training.files import filled_whole, write_json
+
+
+OLD, NEW = {"config.json": "old", "a": "old a", "z": "old z"}, {"config.json": "new", "a": "new a", "z": "new z"}
+
+
+@contextmanager
+def room_for(num_bytes):
+    """No file can grow beyond this: the write that would fails half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def fill(folder, files):
+    with filled_whole(folder, last="config.json") as draft:
+        for name, text in files.items():
+            (draft / name).write_text(text)
+
+
+@pytest.fixture(params=["new", "old"])
+def folder(request, tmp_path):
+    """One that is not there yet, in a folder that is not there either, and one that is filled."""
+    folder = tmp_path / "runs" / "run"
+    if request.param == "old":
+        fill(folder, OLD)
+    return folder
+
+
+@pytest.mark.parametrize("content", [{"a": [1, 2.5, None]}, [], "ä", 3])
+def test_json_comes_back(tmp_path, content):
+    path = tmp_path / "a.json"
+    for _ in range(2):
+        write_json(path, content)
+        assert json.loads(path.read_text(encoding="utf-8")) == content
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("old", [None, "before"])
+@pytest.mark.parametrize("fault", ["full", "unserializable", "replace"])
+def test_json_that_cannot_be_written_leaves_all_as_it_was(tmp_path, monkeypatch, old, fault):
+    path = tmp_path / "a.json"
+    if old is not None:
+        path.write_text(old)
+    content = {"value": object() if fault == "unserializable" else "x" * 10_000}
+    if fault == "replace":
+        monkeypatch.setattr(os, "replace", _raise_full)
+    with room_for(1000 if fault == "full" else 10**9), pytest.raises((OSError, TypeError)):
+        write_json(path, content)
+    assert contents(tmp_path) == ({} if old is None else {"a.json": old})
+
+
+def _raise_full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_is_filled(folder):
+    fill(folder, NEW)
+    assert contents(folder) == NEW
+
+
+def test_other_files_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    fill(tmp_path, NEW)
+    assert contents(tmp_path) == NEW | {"notes.txt": "mine"}
+
+
+def test_what_makes_it_whole_comes_last_and_goes_first(folder, monkeypatch):
+    seen = []
+    replace = os.replace
+
+    def watch(source, target):
+        seen.append((target.name, "config.json" in os.listdir(folder)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    fill(folder, NEW)
+    assert seen == [("a", False), ("z", False), ("config.json", False)]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, "full"])
+def test_an_error_while_it_is_written_changes_nothing(folder, error):
+    before = contents(folder) if folder.exists() else {}
+    with pytest.raises(OSError if error == "full" else error), filled_whole(folder, last="config.json") as draft:
+        (draft / "config.json").write_text("new")
+        (draft / "sub").mkdir()
+        (draft / "sub" / "b").write_text("new")
+        if error != "full":
+            raise error
+        with room_for(1000):
+            (draft / "a").write_text("x" * 10_000)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("num_moves", [0, 1, 2])
+def test_an_error_while_files_move_leaves_what_is_not_taken_for_whole(folder, monkeypatch, num_moves):
+    replace, moves = os.replace, []
+
+    def fail(source, target):
+        if len(moves) == num_moves:
+            _raise_full()
+        moves.append(target.name)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "replace", fail)
+        fill(folder, NEW)
+    left = contents(folder)
+    assert "config.json" not in left
+    assert set(left) <= {"a", "z"}, "no drafts"
+    fill(folder, NEW)
+    assert contents(folder) == NEW
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(folder):
+    """In a container, a run has the same process number each time."""
+    (folder / f".{os.getpid()}.tmp").mkdir(parents=True)
+    (folder / f".a.json.{os.getpid()}.tmp").write_text("cut o")
+    fill(folder, NEW)
+    write_json(folder / "a.json", 1)
+    assert {name: text for name, text in contents_of_files(folder).items() if name in NEW} == NEW
+    assert json.loads((folder / "a.json").read_text()) == 1
+
+
+def contents_of_files(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_files_can_be_read_by_those_whom_the_umask_lets(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        fill(tmp_path / "run", NEW)
+        write_json(tmp_path / "run" / "a.json", 1)
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()} == {0o644}
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
