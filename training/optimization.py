@@ -150,7 +150,12 @@ def add_lora(
         target_modules=targets,
         modules_to_save=["rra", "classifier"],
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(convolution := getattr(module, "base_layer", None), nn.Conv2d):
+            for name in ("kernel_size", "stride", "dilation"):  # MobileNet's padding is computed from these
+                setattr(module, name, getattr(convolution, name))
+    return adapted
 
 
 class MovingAverage:

@@ -154,6 +154,8 @@ def prepare_output_dir(args: Arguments) -> Path | None:
             f"--output_dir {folder} holds a run that is not finished: go on with it with --resume_from_checkpoint "
             "last, or name another folder."
         )
+    if record is not None and record.get("status") == "finished":
+        raise ValueError(f"The run in {folder} is finished: there is nothing to go on with.")
     if record is not None and (changed := differences(record.get("arguments", {}), args.resolved())):
         raise ValueError(
             f"The run in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or name "

@@ -1,0 +1,71 @@
+"""The commands of training/README.md run, on a small data set and a small checkpoint of the name they use."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+from training.train import Arguments
+
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+COMMANDS = "".join(re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)).splitlines()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with what the commands name: pictures, a checkpoint, and the project's `training`."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "training").symlink_to(ROOT / "training")
+    for place, name in enumerate(("cat", "dog", "fox")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for number in range(8):
+            colour = (90 * place, 10 * number, 99)
+            Image.new("RGB", (40, 48), colour).save(folder / "pictures" / name / f"{number}.png")
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    Dinov2Model(config).save_pretrained(folder / "facebook" / "dinov2-small")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    BitImageProcessorPil(**size).save_pretrained(folder / "facebook" / "dinov2-small")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_their_order(workplace):
+    assert len(COMMANDS) == 7
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for command in COMMANDS:
+        line = shlex.split(command)
+        if line[0] == "accelerate":
+            line = [sys.executable, "-m", "accelerate.commands.launch", *line[2:]]
+            # There are processes where there are no GPUs.
+            line[line.index("training/accelerate/multi_gpu.yaml")] = "training/accelerate/multi_cpu.yaml"
+        else:
+            line[0] = sys.executable
+        if "training.check_data" not in line:
+            line += ["--use_cpu", *([] if "training.accelerate_loop" in line else ["--disable_tqdm", "True"])]
+        if "--resume_from_checkpoint" in line:  # of a run that was killed in its last epoch
+            record = workplace / "outputs" / "mine" / "run.json"
+            record.write_text(record.read_text().replace('"status": "finished"', '"status": "running"'))
+        if any(part.endswith("orl_faces.yaml") for part in line):
+            line += ["--num_train_epochs", "1"]
+        result = subprocess.run(line, cwd=workplace, env=environment, capture_output=True, text=True, timeout=600)
+        is_check = "training.check_data" in line
+        assert result.returncode == 0 or (is_check and "few_pictures" in result.stdout), f"{command}\n{result.stderr}"
+
+
+def test_arguments_that_the_text_names_are_there():
+    names = set(re.findall(r"--([a-z0-9_]+)", TEXT)) - {"help", "config_file", "config"}
+    assert len(names) > 30
+    for name in names:
+        try:
+            Arguments.parse(["--train_dir", "x", "--model_name_or_path", "y", f"--{name}"])
+        except ValueError as error:
+            assert "There is no argument" not in str(error), name
