@@ -39,7 +39,9 @@ class LoopArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the best model and the checkpoints."})
     num_train_epochs: int = field(default=3, metadata={"help": "Epochs."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training pictures of a process at a time."})
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Training pictures of a process at a time."}
+    )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation pictures, the same."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of AdamW after the warm-up."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices."})
@@ -47,9 +49,13 @@ class LoopArguments:
     warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
     gather_across_processes: bool = field(default=False, metadata={"help": "Attend to the pictures of all processes."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16.", "choices": ["no", "bf16", "fp16"]})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "no, bf16 or fp16.", "choices": ["no", "bf16", "fp16"]}
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures."})
-    checkpointing_steps: int | None = field(default=None, metadata={"help": "Steps between checkpoints; else an epoch."})
+    checkpointing_steps: int | None = field(
+        default=None, metadata={"help": "Steps between checkpoints; else an epoch."}
+    )
     resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU."})
     seed: int = field(default=42, metadata={"help": "Random seed."})

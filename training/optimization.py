@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from modeling_rbi import RBIForImageClassification
 
 
 # Beside AdamW and all that `--optim` of TrainingArguments offers. RAdam is the authors' optimizer.
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True}),
     "sgd_nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
 }
@@ -156,6 +157,11 @@ def add_lora(
             for name in ("kernel_size", "stride", "dilation"):  # MobileNet's padding is computed from these
                 setattr(module, name, getattr(convolution, name))
     return adapted
+
+
+def merge_lora(model: nn.Module):
+    """Adds the adapters to the weights, in place, so that the RBI model in a `PeftModel` is a plain one again."""
+    model.merge_and_unload()  # type: ignore[operator]
 
 
 class MovingAverage:

@@ -10,6 +10,7 @@ rates by depth, class weights, and a moving average of the weights.
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,9 @@ class FineTuningArguments:
     lora_rank: int | None = field(
         default=None, metadata={"help": "Train the backbone through low-rank adapters of this rank (needs peft)."}
     )
-    lora_alpha: float | None = field(default=None, metadata={"help": "Scale of the adapters; twice the rank if unset."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Scale of the adapters; by default twice the rank."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     ema_decay: float | None = field(
         default=None,
@@ -113,7 +116,7 @@ class FineTuningArguments:
             raise ValueError("--images_per_class is for --batch_sampler balanced: add it.")
         if self.class_weights is not None and self.batch_sampler == "balanced":
             raise ValueError(
-                "--class_weights balanced and --batch_sampler balanced would balance the classes twice: use one of them."
+                "--class_weights balanced and --batch_sampler balanced would balance twice: use one of them."
             )
 
 
@@ -160,6 +163,7 @@ class RBITrainer(Trainer):
         self.class_weights = None
         if self.fine_tuning.class_weights == "balanced" and train_dataset is not None:
             self.class_weights = balanced_class_weights(train_dataset.labels, rbi_model(model).num_labels)
+        self.optimizer: Any = None
         self._moving_average: MovingAverage | None = None
         self._resumed_from: Path | None = None
         self._train_sampler: NeighborhoodSampler | None = None
@@ -279,9 +283,7 @@ class RBITrainer(Trainer):
 
         def loss_of(logits: torch.Tensor) -> torch.Tensor:
             # DDP and FSDP average the gradients over the processes, and num_items counts the targets of all.
-            loss = classification_loss(
-                logits, inputs, num_items, self.class_weights, self.args.label_smoothing_factor
-            )
+            loss = classification_loss(logits, inputs, num_items, self.class_weights, self.args.label_smoothing_factor)
             return loss * self.accelerator.num_processes
 
         if self.num_micro_batches > 1:
@@ -300,7 +302,7 @@ class RBITrainer(Trainer):
         return loss.detach()
 
     def _training_step_in_two_passes(self, model: nn.Module, inputs: dict[str, torch.Tensor], loss_of) -> torch.Tensor:
-        no_sync = model.no_sync if hasattr(model, "no_sync") else contextlib.nullcontext
+        no_sync: Callable = getattr(model, "no_sync", contextlib.nullcontext)
         with no_sync(), self.accelerator.autocast():
             loss = backward_in_two_passes(
                 rbi_model(self.accelerator.unwrap_model(model, keep_torch_compile=False)),
@@ -367,7 +369,8 @@ class _RBICallback(TrainerCallback):
             trainer._globalstep_last_logged = loss["last_logged"]
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
+        if self.trainer._train_sampler is not None:
+            self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer._moving_average is not None:

@@ -74,8 +74,10 @@ def test_two_processes_are_one(loop_arguments, tmp_path):
     line = loop_arguments(tmp_path / "two", per_device_train_batch_size=3, gather_across_processes=True)
     config = ROOT / "training" / "accelerate" / "multi_cpu.yaml"
     result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        + ["-m", "training.accelerate_loop", *line],
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
+            *("-m", "training.accelerate_loop", *line),
+        ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

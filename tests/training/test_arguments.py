@@ -178,13 +178,17 @@ def test_words_that_look_like_something_else_stay(recipe):
 
 
 def test_a_mapping_becomes_json_with_its_types(recipe):
-    path = recipe("a.yaml", "fields:\n  heads: 2\n  gain: 1e-1\n  pooling: no\n  sizes: [8, 16]\n  on: true\n  off: null")
+    path = recipe(
+        "a.yaml", "fields:\n  heads: 2\n  gain: 1e-1\n  pooling: no\n  sizes: [8, 16]\n  on: true\n  off: null"
+    )
     expected = '{"heads": 2, "gain": 0.1, "pooling": "no", "sizes": [8, 16], "on": true, "off": null}'
     assert parse("--config", path).fields == expected
 
 
 def test_of_training_arguments(recipe, tmp_path):
-    path = recipe("a.yaml", "lr_scheduler_kwargs: {min_lr: 1e-6}\nsave_strategy: no\nuse_cpu: true\nwarmup_steps: 0.05")
+    path = recipe(
+        "a.yaml", "lr_scheduler_kwargs: {min_lr: 1e-6}\nsave_strategy: no\nuse_cpu: true\nwarmup_steps: 0.05"
+    )
     args, _ = parse_arguments(["--config", path], [TrainingArguments], {"output_dir": str(tmp_path)})
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert args.save_strategy == "no"

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from training.train import Arguments
+from training.fine_tuning import Arguments
 
 
 ROOT = Path(__file__).parents[2]

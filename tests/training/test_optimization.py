@@ -109,7 +109,11 @@ def test_blocks_of_the_families():
     """One block each of some, by name."""
     for family, prefixes in {
         "vit": {0: "embeddings", 1: "layers.0", 3: "layers.2", 4: ("layernorm", "pooler")},
-        "convnext": {1: "encoder.stages.0.layers.0", 3: "encoder.stages.1.layers.1", 6: "layernorm"},
+        "convnext": {
+            1: ("encoder.stages.0.layers.0", "encoder.stages.1.downsampling"),  # which goes with the block before
+            2: "encoder.stages.1.layers.0",
+            6: "layernorm",
+        },
         "swinv2": {1: "encoder.layers.0", 2: "encoder.layers.1.blocks.0", 3: "encoder.layers.1.blocks.1"},
         "mobilenet_v2": {0: "conv_stem", 1: "layer.0", 16: "layer.15", 17: "conv_1x1"},
     }.items():
@@ -337,7 +341,9 @@ def test_the_moving_average_is_that_of_float64(decay):
             expected[name] = now * expected[name] + (1 - now) * model.get_parameter(name).detach().double().numpy()
     with average.swapped_in(model):
         for name in ("trained", "scale"):
-            np.testing.assert_allclose(model.get_parameter(name).detach().numpy(), expected[name], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                model.get_parameter(name).detach().numpy(), expected[name], rtol=1e-5, atol=1e-6
+            )
         assert torch.equal(model.frozen, frozen)
 
 

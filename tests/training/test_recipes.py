@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training import train
+from training import fine_tuning, train
 
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
@@ -82,13 +82,13 @@ def test_each_recipe_trains_a_step(path, capsys, monkeypatch, tmp_path):
 def dry_run_of_the_whole_backbone(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RBI_CACHE", str(tmp_path))
     built = []
-    original = train.load_model
+    original = fine_tuning.load_model
 
     def load_model(*args, **kwargs):
         built.append(original(*args, **kwargs))
         return built[-1]
 
-    monkeypatch.setattr(train, "load_model", load_model)
+    monkeypatch.setattr(fine_tuning, "load_model", load_model)
     path = RECIPES / "tiny_imagenet" / f"{model}_authors.yaml"
     assert train.main(["--config", str(path), "--dry_run", "--use_cpu", "--disable_tqdm", "True"]) == 0, (
         capsys.readouterr().err

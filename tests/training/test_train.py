@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from training import train
+from training import fine_tuning, train
 from training.data.layouts import LAYOUTS
 from training.trainer import RBITrainer, last_complete_checkpoint
 
@@ -102,7 +102,7 @@ class TestWhatARunLeaves:
         assert everything_in(finished) == before
 
 
-# --- Killed, and resumed ------------------------------------------------------------------------------------------------
+# --- Killed, and resumed ---------------------------------------------------------------------------------------------
 
 
 HARD = {
@@ -264,7 +264,7 @@ def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, caps
 
 def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path, published, monkeypatch, capsys):
     """It was whole when the data were checked, and the training can go on from the last checkpoint."""
-    original = train.check_pictures
+    original = fine_tuning.check_pictures
     broken = {}
 
     def check_then_break(pictures, **kwargs):
@@ -274,7 +274,7 @@ def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path,
         path.write_bytes(broken[path][: len(broken[path]) // 2])
         return report
 
-    monkeypatch.setattr(train, "check_pictures", check_then_break)
+    monkeypatch.setattr(fine_tuning, "check_pictures", check_then_break)
     try:
         assert train.main(arguments(tmp_path / "out", dataloader_num_workers=1)) == 1
     finally:
@@ -357,7 +357,7 @@ def test_an_output_folder_of_something_else_is_left_alone(arguments, tmp_path, c
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-# --- Ways to train ------------------------------------------------------------------------------------------------------
+# --- Ways to train ---------------------------------------------------------------------------------------------------
 
 
 def results_of(folder):

@@ -133,7 +133,7 @@ def test_epochs_differ_and_are_those_of_the_seed(make_trainer):
     assert draws()[0] != draws(seed=1)[0]
 
 
-# --- Neighbourhoods of other sizes than the device's batch --------------------------------------------------------------
+# --- Neighbourhoods of other sizes than the device's batch -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
@@ -184,7 +184,7 @@ def test_options_that_do_not_fit_are_refused(make_trainer, options, message):
         make_trainer(**options)
 
 
-# --- Several processes ----------------------------------------------------------------------------------------------
+# --- Several processes -----------------------------------------------------------------------------------------------
 
 
 DISTRIBUTED = """
@@ -209,14 +209,14 @@ class Gradients(TrainerCallback):
             save_file(gradients, os.path.join(results, "gradients.safetensors"))
 
 
-original = train.RBITrainer.__init__
+original = fine_tuning.RBITrainer.__init__
 
 
 def init(self, *args, callbacks, **kwargs):
     original(self, *args, callbacks=[*callbacks, Gradients()], **kwargs)
 
 
-train.RBITrainer.__init__ = init
+fine_tuning.RBITrainer.__init__ = init
 code = train.main(sys.argv[2:])
 if torch.distributed.is_initialized():
     torch.distributed.barrier()
@@ -280,7 +280,7 @@ def test_two_passes_on_two_processes_are_one_large_batch(arguments, tmp_path):
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
 
 
-# --- What is trained, and what is kept --------------------------------------------------------------------------------
+# --- What is trained, and what is kept -------------------------------------------------------------------------------
 
 
 def test_the_learning_rates_are_those_asked_for(make_trainer):
@@ -386,5 +386,3 @@ def test_torch_compile(make_trainer):
     for trainer in (plain, compiled):
         trainer.train()
     torch.testing.assert_close(losses_of(compiled), losses_of(plain), atol=1e-3, rtol=1e-3)
-
-

@@ -1,0 +1,436 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning RBI on labelled pictures: from arguments to a model and the record of how it came to be."""
+
+import dataclasses
+import shlex
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy
+
+from .arguments import default_output_dir, find_recipes, parse_arguments
+from .data.checks import check_pictures, drop_bad, refuse_bad
+from .data.layouts import LAYOUTS
+from .data.mixing import Mixing
+from .data.pictures import Collator, Pictures
+from .data.reading import DataArguments, fingerprint, labels_of, load_pictures
+from .data.splits import stratified_folds
+from .data.tiny import make_published
+from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
+from .files import filled_whole, write_json
+from .metrics import compute_metrics
+from .models import ModelArguments, load_model
+from .optimization import add_lora, freeze_backbone, freeze_batch_norm, merge_lora, rbi_model
+from .record import (
+    RecordCallback,
+    RunRecord,
+    best_so_far,
+    describe_environment,
+    differences,
+    metrics_by_epoch,
+    resolved_arguments,
+)
+from .trainer import FineTuningArguments, RBITrainer, last_complete_checkpoint
+
+
+# Where these differ from what `TrainingArguments` has: validation and a checkpoint after each epoch, the best is kept.
+DEFAULTS = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "save_total_limit": 2,
+    "remove_unused_columns": False,
+    "report_to": "none",
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+}
+RESULTS_FILE = "all_results.json"
+FOLDS_FILE = "folds.json"
+
+
+@dataclass
+class RunArguments:
+    """What to do beside one training."""
+
+    num_folds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cross-validate: train so many models, each validated on another part of the training data."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Build everything and train one step on a few made-up pictures, in the data set's published "
+            "layout; downloads and keeps nothing."
+        },
+    )
+
+    def __post_init__(self):
+        if self.num_folds is not None and self.num_folds < 2:
+            raise ValueError(f"--num_folds must be at least 2, got {self.num_folds}.")
+
+
+@dataclass
+class Arguments:
+    """All arguments of a training."""
+
+    model: ModelArguments
+    data: DataArguments
+    augmentation: AugmentationArguments
+    fine_tuning: FineTuningArguments
+    run: RunArguments
+    training: TrainingArguments
+    recipes: list[str]
+    argv: list[str]
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> "Arguments":
+        """See [`parse_arguments`]."""
+        types = (
+            ModelArguments,
+            DataArguments,
+            AugmentationArguments,
+            FineTuningArguments,
+            RunArguments,
+            TrainingArguments,
+        )
+        defaults = DEFAULTS | {"output_dir": default_output_dir(find_recipes(argv))}
+        parsed = (*parse_arguments(argv, types, defaults, description=__doc__), list(argv))
+        return cls(*parsed)
+
+    @property
+    def command(self) -> str:
+        """The command line, to run it again."""
+        launcher = ["accelerate", "launch"] if self.training.world_size > 1 else ["python"]
+        return shlex.join([*launcher, "-m", "training.train", *self.argv])
+
+    @property
+    def resume_command(self) -> str:
+        """The command line that goes on with this run."""
+        is_there = any(argument.startswith("--resume_from_checkpoint") for argument in self.argv)
+        return self.command if is_there else f"{self.command} --resume_from_checkpoint last"
+
+    def resolved(self) -> dict[str, Any]:
+        """For the record."""
+        return resolved_arguments(self.model, self.data, self.augmentation, self.fine_tuning, self.run, self.training)
+
+
+def prepare_output_dir(args: Arguments) -> Path | None:
+    r"""
+    Sees to it that nothing in the output folder is overwritten, before any work is done.
+
+    Returns:
+        The checkpoint to resume from, or `None` to start anew.
+
+    Raises:
+        ValueError: if the folder holds another run, or what to resume is not there or was run otherwise.
+    """
+    folder, resume = Path(args.training.output_dir), args.training.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+    record = RunRecord.read(folder)
+    is_empty = not folder.exists() or not any(folder.iterdir())
+    if resume is None or str(resume).lower() == "false":
+        if is_empty:
+            return None
+        if record is None:
+            raise ValueError(f"--output_dir {folder} is not empty: name another folder.")
+        if record.get("status") == "finished":
+            raise ValueError(f"--output_dir {folder} holds a finished run: name another folder.")
+        raise ValueError(
+            f"--output_dir {folder} holds a run that is not finished: go on with it with --resume_from_checkpoint "
+            "last, or name another folder."
+        )
+    if record is not None and record.get("status") == "finished":
+        raise ValueError(f"The run in {folder} is finished: there is nothing to go on with.")
+    if record is not None and (changed := differences(record.get("arguments", {}), args.resolved())):
+        raise ValueError(
+            f"The run in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or name "
+            "another --output_dir."
+        )
+    if str(resume).lower() in ("true", "last"):
+        # Killed before its first checkpoint, a run has nothing to go on from: it starts again.
+        return last_complete_checkpoint(folder)
+    checkpoint = Path(resume)
+    if not checkpoint.is_dir():
+        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder: name a checkpoint, or `last`.")
+    return checkpoint
+
+
+def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
+    r"""
+    The pictures, checked, and what the record says of them.
+
+    Raises:
+        BadDataError: if they cannot be trained on, or hold files that cannot be; names them.
+    """
+    pictures = load_pictures(args.data, args.training.seed)
+    report = check_pictures(
+        pictures, max_pixels=args.data.max_pixels, allow_missing_classes=args.data.allow_missing_classes
+    )
+    skipped: list[dict[str, Any]] = []
+    if args.data.skip_bad_images:
+        pictures = drop_bad(pictures, report)
+        skipped = [
+            {"kind": finding.kind, "message": finding.message, "pictures": [place.name for place in finding.leave_out]}
+            for finding in report.findings
+            if finding.leave_out
+        ]
+    else:
+        refuse_bad(report)
+    return pictures, {
+        "fingerprint": fingerprint(pictures),
+        "label_names": pictures["train"].features["label"].names,
+        "cropped_to_boxes": args.data.crop_to_boxes,
+        "skipped": skipped,
+        "notes": [finding.message for finding in report.notes],
+    }
+
+
+def train(
+    args: Arguments,
+    pictures: datasets.DatasetDict,
+    data_record: dict[str, Any],
+    checkpoint: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    r"""
+    Trains one model, keeps the best by validation, tests it, and writes all there is to know of it.
+
+    Args:
+        args (`Arguments`):
+            What the user asked for.
+        pictures (`datasets.DatasetDict`):
+            In the canonical form, with `train`, and `validation` unless nothing is to be chosen by it.
+        data_record (`dict[str, Any]`):
+            What the record says of the data.
+        checkpoint (`Path`, *optional*):
+            What to go on from.
+        console (`Console`, *optional*):
+            Where to print to.
+
+    Returns:
+        The record of the run.
+    """
+    console = console or Console(quiet=not args.training.should_log)
+    set_seed(args.training.seed)
+    output_dir = Path(args.training.output_dir)
+    record = RunRecord(output_dir, args.training.should_save)
+    arguments = args.resolved()  # before the trainer changes them
+    model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
+    if args.fine_tuning.freeze_backbone:
+        freeze_backbone(model)
+    if args.fine_tuning.freeze_batch_norm:
+        freeze_batch_norm(model)
+    trained: nn.Module = model
+    if args.fine_tuning.lora_rank is not None:
+        trained = add_lora(
+            model, args.fine_tuning.lora_rank, args.fine_tuning.lora_alpha, args.fine_tuning.lora_dropout
+        )
+    if "validation" not in pictures:
+        args.training.eval_strategy = IntervalStrategy.NO
+        args.training.load_best_model_at_end = False
+    make = partial(Pictures, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
+    parts = {name: make(split, EvalTransform(image_processor)) for name, split in pictures.items()}
+    parts["train"] = make(pictures["train"], TrainTransform(image_processor, args.augmentation), augment=True)
+    mixes = args.augmentation.mixup_alpha > 0 or args.augmentation.cutmix_alpha > 0
+    callbacks: list[transformers.TrainerCallback] = [RecordCallback(record)]
+    if args.fine_tuning.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.fine_tuning.early_stopping_patience))
+    trainer = RBITrainer(
+        trained,
+        args.training,
+        fine_tuning=args.fine_tuning,
+        train_dataset=parts["train"],
+        eval_dataset=parts.get("validation"),
+        data_collator=Collator(Mixing(args.augmentation, model.num_labels) if mixes else None),
+        processing_class=image_processor,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    record.update(
+        status="running",
+        command=args.command,
+        recipes=args.recipes,
+        arguments=arguments,
+        seed=args.training.seed,
+        environment=describe_environment(args.training),
+        data=data_record,
+        model={
+            "backbone": args.model.model_name_or_path or args.model.backbone_fields,
+            "preset": args.model.preset,
+            "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+            "trainable_parameters": sum(
+                parameter.numel() for parameter in trained.parameters() if parameter.requires_grad
+            ),
+        },
+        next={"resume": args.resume_command},
+    )
+    console.print(
+        f"{_sizes(pictures)} of {len(data_record['label_names'])} classes; "
+        f"{record.content['model']['trainable_parameters']:,} parameters to train. Output: {output_dir.resolve()}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    try:
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trained is not model:
+            merge_lora(trained)
+            trainer.model = trainer.model_wrapped = model
+        # Its mean loss is of the steps since a resume; that of each epoch is in the record.
+        speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
+        results = {"train": speed} | _evaluate(trainer, parts, args)
+        if args.training.should_save:
+            with filled_whole(output_dir, last="config.json") as draft:
+                trainer.save_model(str(draft))
+                write_json(draft / RESULTS_FILE, results)
+    except BaseException as error:
+        record.update(
+            status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+            error=f"{type(error).__name__}: {error}",
+            best=best_so_far(trainer.state),
+        )
+        raise
+    record.content.pop("error", None)
+    record.update(
+        status="finished",
+        metrics_by_epoch=metrics_by_epoch(trainer.state.log_history),
+        best=best_so_far(trainer.state),
+        results=results,
+        next={"use": f'AutoModelForImageClassification.from_pretrained("{output_dir}", trust_remote_code=True)'},
+    )
+    return record.content
+
+
+def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) -> dict[str, dict[str, float]]:
+    """Metrics of the validation and test pictures, each alone; of the test pictures in shuffled batches, too."""
+    results = {}
+    config = rbi_model(trainer.model).config
+    usual_scope = config.relation_scope
+    if "validation" in parts:
+        results["validation"] = _plain(trainer.evaluate(parts["validation"], metric_key_prefix="validation"))
+    if "test" in parts:
+        test = parts["test"]
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.training.seed)).tolist()
+        shuffled = Pictures(
+            test.split.select(order), test.transform, crop_to_boxes=test.crop_to_boxes, max_pixels=test.max_pixels
+        )
+        try:
+            config.relation_scope = "self"
+            results["test_single"] = _plain(trainer.evaluate(test, metric_key_prefix="test_single"))
+            config.relation_scope = "batch"
+            results["test_shuffled"] = _plain(trainer.evaluate(shuffled, metric_key_prefix="test_shuffled"))
+        finally:
+            config.relation_scope = usual_scope
+    return results
+
+
+def cross_validate(
+    args: Arguments, num_folds: int, pictures: datasets.DatasetDict, data_record: dict[str, Any]
+) -> dict[str, Any]:
+    r"""
+    Trains a model for each fold, each in its own folder, and gives mean and spread of their validation metrics. Folds
+    that are finished are not trained again.
+    """
+    console = Console(quiet=not args.training.should_log)
+    whole = datasets.concatenate_datasets([pictures[name] for name in ("train", "validation") if name in pictures])
+    folds = stratified_folds(labels_of(whole), num_folds, args.training.seed)
+    output_dir = Path(args.training.output_dir)
+    records = []
+    for number, (train_rows, validation_rows) in enumerate(folds, start=1):
+        folder = output_dir / f"fold-{number}"
+        record = RunRecord.read(folder)
+        if record is None or record.get("status") != "finished":
+            console.rule(f"Fold {number} of {len(folds)}")
+            parts = {"train": whole.select(train_rows), "validation": whole.select(validation_rows)}
+            parts |= {"test": pictures["test"]} if "test" in pictures else {}
+            one = dataclasses.replace(args, training=dataclasses.replace(args.training, output_dir=str(folder)))
+            split = datasets.DatasetDict(parts)
+            record = train(
+                one,
+                split,
+                data_record | {"fingerprint": fingerprint(split)},
+                last_complete_checkpoint(folder),
+                console,
+            )
+        records.append(record)
+    summary = {
+        part: {
+            name: {
+                "mean": statistics.mean(values := [record["results"][part][name] for record in records]),
+                "std": statistics.stdev(values),
+            }
+            for name in metrics
+        }
+        for part, metrics in records[0]["results"].items()
+        if part != "train"
+    }
+    if args.training.should_save:
+        write_json(output_dir / FOLDS_FILE, {"folds": len(records), "results": summary})
+    return {"results": summary, "folds": len(records)}
+
+
+def dry_run(args: Arguments) -> dict[str, Any]:
+    """Trains one step on made-up pictures, in the data set's published layout if it has one; keeps nothing."""
+    with tempfile.TemporaryDirectory(prefix="rbi-dry-run-") as name:
+        layout = args.data.dataset_format if args.data.dataset_format in LAYOUTS else "tiny_imagenet"
+        made = make_published(str(layout), Path(name) / "data")
+        data = DataArguments(
+            dataset_format=layout,
+            dataset_dir=str(made),
+            train_val_split=args.data.train_val_split,
+            crop_to_boxes=args.data.crop_to_boxes and layout == args.data.dataset_format,
+        )
+        training = dataclasses.replace(
+            args.training,
+            output_dir=str(Path(name) / "output"),
+            max_steps=1,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            bf16=args.training.bf16 and torch.cuda.is_available(),
+            fp16=args.training.fp16 and torch.cuda.is_available(),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=4,
+            dataloader_num_workers=0,
+            dataloader_persistent_workers=False,
+            report_to="none",
+            push_to_hub=False,
+        )
+        fine_tuning = dataclasses.replace(
+            args.fine_tuning,
+            relation_batch_size=None,
+            images_per_class=min(args.fine_tuning.images_per_class, 2),
+        )
+        small = dataclasses.replace(args, data=data, training=training, fine_tuning=fine_tuning)
+        pictures, data_record = load_data(small)
+        return train(small, pictures, data_record, console=Console(quiet=True))
+
+
+def _sizes(pictures: datasets.DatasetDict) -> str:
+    return ", ".join(f"{len(split)} {name}" for name, split in pictures.items()) + " pictures"
+
+
+def _plain(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without the prefix that `Trainer` gives them."""
+    prefixes = ("test_single_", "test_shuffled_", "validation_", "train_")
+    plain = {}
+    for name, value in metrics.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        plain[name.removeprefix(prefix)] = value
+    return plain
