@@ -38,6 +38,13 @@ RUNNING_LOSS_FILE = "running_loss.json"
 class FineTuningArguments:
     """Options of the training beside those of `TrainingArguments`."""
 
+    train_relation_scope: str = field(
+        default="batch",
+        metadata={
+            "help": "Whom pictures attend to in training: batch, or self, the control without relations.",
+            "choices": ["batch", "self"],
+        },
+    )
     relation_batch_size: int | None = field(
         default=None,
         metadata={
@@ -110,6 +117,11 @@ class FineTuningArguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"--{name} must be between 0 and 1, got {value}.")
+        if self.train_relation_scope == "self" and (self.relation_batch_size or self.gather_across_processes):
+            raise ValueError(
+                "--train_relation_scope self is training without relations: leave --relation_batch_size and "
+                "--gather_across_processes out."
+            )
         if self.lora_rank is not None and self.freeze_backbone:
             raise ValueError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
         if self.images_per_class > 1 and self.batch_sampler != "balanced":
@@ -292,6 +304,7 @@ class RBITrainer(Trainer):
             logits = model(
                 pixel_values=inputs["pixel_values"],
                 relation_mask=inputs["relation_mask"],
+                relation_scope=self.fine_tuning.train_relation_scope,
                 relation_batch_size=self.split_size,
             ).logits
             loss = loss_of(logits)

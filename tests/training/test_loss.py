@@ -59,7 +59,8 @@ def test_soft_targets_of_one_class_are_labels(class_weights, label_smoothing):
     soft = batch | {"targets": one_hot * (batch["labels"] >= 0)[:, None]}
     torch.testing.assert_close(count_targets(soft, class_weights), count_targets(batch, class_weights))
     torch.testing.assert_close(
-        mean_loss(logits, soft, class_weights, label_smoothing), mean_loss(logits, batch, class_weights, label_smoothing)
+        mean_loss(logits, soft, class_weights, label_smoothing),
+        mean_loss(logits, batch, class_weights, label_smoothing),
     )
 
 
@@ -161,7 +162,9 @@ def gradients(model):
 def assert_same_gradients(actual, expected, atol=1e-5):
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=atol, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=1e-4, atol=atol, msg=lambda text, name=name: name + text
+        )
     assert sum(gradient.abs().sum() for name, gradient in expected.items() if ".backbone." in name) > 1e-4
 
 
@@ -221,7 +224,7 @@ def test_both_passes_draw_the_same_dropout(backbone, preset, micro_batch_size):
     assert other_loss != loss, "there is dropout"
 
 
-@pytest.mark.parametrize("micro_batch_size", [2, 3, 6])
+@pytest.mark.parametrize("micro_batch_size", [3, 4, 6])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_batch_statistics_are_updated_once(micro_batch_size, is_frozen):
     model = make_model("resnet")
@@ -313,9 +316,9 @@ def test_a_picture_that_is_not_finite_touches_no_other():
     bad = pixel_values.clone()
     bad[2] = torch.inf
     real = torch.arange(7) != 2
-    _, expected = two_passes(model, pixel_values[real], None, 3, lambda logits: mean_loss(
-        logits, {"labels": batch["labels"][real]}
-    ))
+    _, expected = two_passes(
+        model, pixel_values[real], None, 3, lambda logits: mean_loss(logits, {"labels": batch["labels"][real]})
+    )
     _, actual = two_passes(model, bad, None, 3, lambda logits: mean_loss(logits, batch))
     head = {name for name in expected if ".backbone." not in name}
     for name in head:

@@ -175,6 +175,7 @@ def test_a_split_batch_is_accumulation(make_trainer):
         ({"relation_batch_size": 0}, "--relation_batch_size must be at least 1"),
         ({"lora_rank": 2, "freeze_backbone": True}, "use one of them"),
         ({"images_per_class": 2}, "--batch_sampler balanced"),
+        ({"train_relation_scope": "self", "relation_batch_size": 3}, "training without relations"),
         ({"layer_decay": 1.5}, "--layer_decay must be between 0 and 1"),
         ({"class_weights": "balanced", "batch_sampler": "balanced"}, "twice"),
     ],
@@ -297,6 +298,23 @@ def test_the_learning_rates_are_those_asked_for(make_trainer):
         assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
         is_head = {not names[id(value)].startswith("rbi.backbone.") for value in group["params"]}
         assert is_head == {group["lr"] == 1e-2}
+
+
+def test_in_scope_self_the_batch_has_no_influence(make_trainer):
+    """Batches of one and accumulated batches give the same weights; with relations they do not."""
+    weights = {}
+    for scope in ("self", "batch"):
+        for batch_size in (5, 1):
+            trainer = make_trainer(
+                train_relation_scope=scope,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=5 // batch_size,
+                **SGD,
+            )
+            trainer.train()
+            weights[scope, batch_size] = trainer.model.classifier.weight.detach()
+    torch.testing.assert_close(weights["self", 5], weights["self", 1], atol=1e-5, rtol=1e-4)
+    assert (weights["batch", 5] - weights["batch", 1]).abs().max() > 1e-3
 
 
 def test_class_weights_make_classes_count_alike():

@@ -1,0 +1,275 @@
+"""From a split to batches: the same items on any number of workers, boxes, broken files, padding, mixing."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import ConvNextConfig, Trainer, TrainingArguments
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.data.decode import UnreadableImageError
+from training.data.mixing import Mixing
+from training.data.pictures import Collator, Pictures
+from training.data.samplers import Draw, ShuffledSampler
+from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
+
+
+NAMES = ["ant", "bee", "cat"]
+BOX = [10.0, 5.0, 30.0, 35.0]
+PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+AUGMENTATION = AugmentationArguments(rotation_degrees=15, random_erasing=0.5, color_jitter=0.3)
+
+
+@pytest.fixture
+def make_split(tmp_path):
+    """A split in the canonical form, of files of different sizes."""
+
+    def make(size=8, with_boxes=True):
+        rng = np.random.default_rng(0)
+        columns = {"image": [], "label": [], "box": []}
+        for number in range(size):
+            path = tmp_path / f"{number}.png"
+            pixels = rng.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+            columns["image"].append({"path": str(path), "bytes": None})
+            columns["label"].append(number % 3)
+            columns["box"].append(BOX)
+        features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=NAMES)}
+        if with_boxes:
+            features["box"] = datasets.Sequence(datasets.Value("float32"), length=4)
+        else:
+            del columns["box"]
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+    return make
+
+
+def training_pictures(split, **options):
+    return Pictures(split, TrainTransform(PROCESSOR, AUGMENTATION), augment=True, **options)
+
+
+def evaluation_pictures(split, **options):
+    return Pictures(split, EvalTransform(PROCESSOR), **options)
+
+
+def assert_same_batches(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_items(make_split):
+    pictures = evaluation_pictures(make_split())
+    assert len(pictures) == 8
+    assert pictures.labels == [0, 1, 2, 0, 1, 2, 0, 1]
+    item = pictures[4]
+    assert item.keys() == {"pixel_values", "labels"}
+    assert item["labels"] == 1
+    stored = Image.open(pictures.split[4]["image"]["path"])
+    torch.testing.assert_close(item["pixel_values"], PROCESSOR(stored, return_tensors="pt")["pixel_values"][0])
+    draw = Draw(4, seed=3)
+    assert pictures[draw]["draw"] == draw
+    assert torch.equal(pictures[draw]["pixel_values"], item["pixel_values"]), "nothing is random"
+
+
+def test_a_row_is_read_once(make_split, monkeypatch):
+    pictures, reads = training_pictures(make_split()), []
+    read = datasets.Dataset.__getitem__
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda split, key: reads.append(key) or read(split, key))
+    assert pictures[Draw(5, 0)]["labels"] == 2
+    assert reads == [5]
+
+
+def test_a_draw_decides_what_its_item_looks_like(make_split):
+    pictures = training_pictures(make_split())
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = pictures[Draw(2, seed=7)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, padding = pictures[Draw(2, seed=7)], pictures[Draw(2, seed=7, is_padding=True)]
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+    assert torch.equal(first["pixel_values"], padding["pixel_values"])
+    assert not torch.equal(first["pixel_values"], pictures[Draw(2, seed=8)]["pixel_values"])
+
+
+@pytest.mark.parametrize("mixing", [None, Mixing(AugmentationArguments(mixup_alpha=0.8), 3)])
+def test_workers_change_nothing(make_split, mixing):
+    pictures = training_pictures(make_split(), crop_to_boxes=True)
+    batches = {}
+    for num_workers in (0, 1, 2):
+        torch.manual_seed(num_workers)
+        sampler = ShuffledSampler(len(pictures), 3, seed=5)
+        loader = DataLoader(pictures, batch_sampler=sampler, collate_fn=Collator(mixing), num_workers=num_workers)
+        batches[num_workers] = list(loader)
+    assert_same_batches(batches[0], batches[1])
+    assert_same_batches(batches[0], batches[2])
+    assert sum(len(batch["labels"]) for batch in batches[0]) == 8
+
+
+def test_plain_numbers_draw_from_torchs_generator(make_split):
+    pictures = training_pictures(make_split())
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        return list(DataLoader(pictures, batch_size=3, shuffle=True))
+
+    first, again, other = epoch(0), epoch(0), epoch(1)
+    assert all(batch.keys() == {"pixel_values", "labels"} for batch in first)
+    assert_same_batches(first, again)
+    assert not torch.equal(first[0]["pixel_values"], other[0]["pixel_values"])
+    assert not torch.equal(pictures[0]["pixel_values"], pictures[0]["pixel_values"])
+    assert pictures[np.int64(3)]["labels"] == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_plain_loader_with_the_collator(make_split, num_workers):
+    pictures = training_pictures(make_split())
+    loader = DataLoader(pictures, batch_size=5, collate_fn=Collator(), num_workers=num_workers)
+    batches = list(loader)
+    assert [batch["pixel_values"].shape for batch in batches] == [(5, 3, 32, 32), (3, 3, 32, 32)]
+    assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 2, 0, 1], [2, 0, 1]]
+    assert all(batch["relation_mask"].all() for batch in batches)
+
+
+@pytest.mark.parametrize("collator", [None, Collator()])
+def test_a_plain_trainer_takes_them(make_split, collator, tmp_path):
+    split = make_split()
+    backbone_config = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
+    model = RBIForImageClassification(RBIConfig.kernel(backbone_config=backbone_config, num_labels=3))
+    before = model.classifier.weight.detach().clone()
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=8,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=training_pictures(split),
+        eval_dataset=evaluation_pictures(split),
+        data_collator=collator,
+    )
+    assert np.isfinite(trainer.train().training_loss)
+    assert not torch.equal(model.classifier.weight, before)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_boxes(make_split):
+    split = make_split()
+    whole, cropped = evaluation_pictures(split), evaluation_pictures(split, crop_to_boxes=True)
+    stored = Image.open(split[1]["image"]["path"])
+    expected = PROCESSOR(stored.crop(tuple(map(int, BOX))), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(cropped[1]["pixel_values"], expected)
+    assert not torch.equal(whole[1]["pixel_values"], expected)
+
+
+def test_boxes_that_are_not_there(make_split):
+    with pytest.raises(ValueError, match="`crop_to_boxes` is on, but the data set has no boxes: leave it off"):
+        evaluation_pictures(make_split(with_boxes=False), crop_to_boxes=True)
+
+
+def test_a_picture_with_too_many_pixels(make_split):
+    split = make_split()
+    assert evaluation_pictures(split, max_pixels=40 * 50)[0]
+    with pytest.raises(UnreadableImageError, match=r"1\.png has 50 x 41 = 2050 pixels, more than the limit of 2000"):
+        evaluation_pictures(split, max_pixels=40 * 50)[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fault", ["cut", "gone"])
+def test_a_broken_file_is_named_from_any_process(make_split, tmp_path, fault, num_workers):
+    split = make_split()
+    path = tmp_path / "6.png"
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        path.unlink()
+    batches = iter(
+        DataLoader(
+            training_pictures(split),
+            batch_sampler=ShuffledSampler(8, 3),
+            collate_fn=Collator(),
+            num_workers=num_workers,
+        )
+    )
+    message = ""
+    try:
+        for _ in batches:
+            pass
+    except UnreadableImageError as error:  # not `pytest.raises`: what it keeps would keep the workers waiting
+        message = str(error)
+    assert f"{path} is {'broken' if fault == 'cut' else 'not there'}" in message
+
+
+def items(labels, paddings=(), draws=True):
+    made = []
+    for number, label in enumerate(labels):
+        item = {"pixel_values": torch.full((3, 4, 4), float(number)), "labels": label}
+        if draws:
+            item["draw"] = Draw(number, 100 + number, number in paddings)
+        made.append(item)
+    return made
+
+
+def test_padding_is_no_neighbour_and_has_no_label():
+    batch = Collator()(items([2, 0, 1, 2], paddings=(3,)))
+    assert batch.keys() == {"pixel_values", "labels", "relation_mask"}
+    assert batch["labels"].tolist() == [2, 0, 1, -100]
+    assert batch["labels"].dtype == torch.int64
+    assert batch["relation_mask"].tolist() == [True, True, True, False]
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_mixing_makes_targets_and_a_mask_of_pairs():
+    mixing = Mixing(AugmentationArguments(mixup_alpha=0.5), 3)
+    labels = [0, 1, 2, 0, 1, 0]
+    batch = Collator(mixing)(items(labels, paddings=(5,)))
+    assert batch["labels"].tolist() == [0, 1, 2, 0, 1, -100]
+    assert batch["targets"].shape == (6, 3)
+    torch.testing.assert_close(batch["targets"].sum(-1), torch.tensor([1.0] * 5 + [0.0]))
+    mask = batch["relation_mask"]
+    assert not mask[:, 5].any(), "padding is no neighbour, not of itself either"
+    plain = torch.stack([item["pixel_values"] for item in items(labels)])
+    assert torch.equal(batch["pixel_values"][5], plain[5])
+    # As the mixing has it, by the seed of the first draw.
+    pixel_values, targets, relation_mask = mixing(plain, batch["labels"], 100)
+    assert torch.equal(batch["pixel_values"], pixel_values)
+    assert torch.equal(batch["targets"], targets)
+    assert torch.equal(mask[:, :5], relation_mask[:, :5])
+    assert mask[range(5), range(5)].all()
+
+
+def test_mixing_without_draws_draws_from_torchs_generator():
+    collator = Collator(Mixing(AugmentationArguments(mixup_alpha=0.5), 3))
+    made = items([0, 1, 2, 0, 1, 0], draws=False)
+    batches = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        batches.append(collator(made))
+    assert_same_batches(batches[:1], batches[1:2])
+    assert not torch.equal(batches[0]["targets"], batches[2]["targets"])
+
+
+def test_padding_changes_nothing_for_the_others(make_split):
+    """Logits of a padded batch of one process are those of the batch without it."""
+    backbone_config = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
+    pictures = training_pictures(make_split())
+    draws = [Draw(0, 1), Draw(1, 2), Draw(5, 3)]
+    whole = Collator()([pictures[draw] for draw in draws])
+    padded = Collator()([pictures[draw] for draw in [*draws, Draw(0, 1, is_padding=True)]])
+    for preset in ("paper", "kernel"):
+        model = RBIForImageClassification(getattr(RBIConfig, preset)(backbone_config=backbone_config, num_labels=3))
+        model.train()
+        expected, actual = model(**whole), model(**padded)
+        torch.testing.assert_close(actual.logits[:3], expected.logits)
+        torch.testing.assert_close(actual.loss, expected.loss)
