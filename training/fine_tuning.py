@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning RBI on labelled pictures: from arguments to a model and the record of how it came to be."""
 
+import contextlib
 import dataclasses
 import shlex
 import statistics
@@ -32,7 +33,14 @@ from .data.transforms import AugmentationArguments, EvalTransform, TrainTransfor
 from .files import filled_whole, write_json
 from .metrics import compute_metrics
 from .models import ModelArguments, load_model
-from .optimization import add_lora, freeze_backbone, freeze_batch_norm, merge_lora, rbi_model
+from .optimization import (
+    add_lora,
+    freeze_backbone,
+    freeze_batch_norm,
+    merge_lora,
+    rbi_model,
+    set_batch_norm_momentum,
+)
 from .record import (
     RecordCallback,
     RunRecord,
@@ -237,6 +245,8 @@ def train(
         freeze_backbone(model)
     if args.fine_tuning.freeze_batch_norm:
         freeze_batch_norm(model)
+    if args.fine_tuning.batch_norm_momentum is not None:
+        set_batch_norm_momentum(model, args.fine_tuning.batch_norm_momentum)
     trained: nn.Module = model
     if args.fine_tuning.lora_rank is not None:
         trained = add_lora(
@@ -300,11 +310,12 @@ def train(
                 trainer.save_model(str(draft))
                 write_json(draft / RESULTS_FILE, results)
     except BaseException as error:
-        record.update(
-            status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-            error=f"{type(error).__name__}: {error}",
-            best=best_so_far(trainer.state),
-        )
+        with contextlib.suppress(OSError):  # on a full disk the record stays as it was
+            record.update(
+                status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+                error=f"{type(error).__name__}: {error}",
+                best=best_so_far(trainer.state),
+            )
         raise
     record.content.pop("error", None)
     record.update(

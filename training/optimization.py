@@ -124,6 +124,13 @@ def freeze_batch_norm(model: RBIForImageClassification):
             module.register_forward_pre_hook(lambda module, _: module.eval() and None)
 
 
+def set_batch_norm_momentum(model: RBIForImageClassification, momentum: float):
+    """Sets the share of the newest batch in the running statistics of batch normalisation."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
+
+
 def add_lora(
     model: RBIForImageClassification, rank: int, alpha: float | None = None, dropout: float = 0.0
 ) -> nn.Module:

@@ -93,6 +93,13 @@ class FineTuningArguments:
         default=False,
         metadata={"help": "Keep the statistics of batch normalisation: for few pictures or small batches."},
     )
+    batch_norm_momentum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the newest batch in the running statistics of batch normalisation, such as 0.1. "
+            "MobileNet and EfficientNet of transformers have TensorFlow's 0.99, which here keeps the last batch alone."
+        },
+    )
     lora_rank: int | None = field(
         default=None, metadata={"help": "Train the backbone through low-rank adapters of this rank (needs peft)."}
     )
@@ -113,7 +120,7 @@ class FineTuningArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
-        for name in ("layer_decay", "ema_decay"):
+        for name in ("layer_decay", "ema_decay", "batch_norm_momentum"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"--{name} must be between 0 and 1, got {value}.")
@@ -124,6 +131,8 @@ class FineTuningArguments:
             )
         if self.lora_rank is not None and self.freeze_backbone:
             raise ValueError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
+        if self.freeze_batch_norm and self.batch_norm_momentum is not None:
+            raise ValueError("--freeze_batch_norm keeps the statistics: leave --batch_norm_momentum out.")
         if self.images_per_class > 1 and self.batch_sampler != "balanced":
             raise ValueError("--images_per_class is for --batch_sampler balanced: add it.")
         if self.class_weights is not None and self.batch_sampler == "balanced":
