@@ -1,0 +1,144 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What RBI costs in training on top of its backbone: pictures a second of RBI, both presets, and of the plain
+classifier, in turns in one run.
+
+    python -m benchmarks.training_throughput --bf16 --batch_size 128 --csv benchmarks/training_throughput_h200.csv
+"""
+
+import csv
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForImageClassification, HfArgumentParser
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.record import processor_name
+
+
+CONVNEXT_BASE = '{"model_type": "convnext", "hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3]}'
+
+
+@dataclass
+class BenchmarkArguments:
+    """Options of the benchmark."""
+
+    backbone_config: str = field(default=CONVNEXT_BASE, metadata={"help": "Config of the backbone, as JSON."})
+    batch_size: int = field(default=128, metadata={"help": "Pictures of a batch."})
+    image_size: int = field(default=224, metadata={"help": "Height and width of the pictures, in pixels."})
+    num_labels: int = field(default=200, metadata={"help": "Classes."})
+    num_rounds: int = field(default=5, metadata={"help": "Turns of each model, at least 2."})
+    steps_per_round: int = field(default=10, metadata={"help": "Training steps of a turn."})
+    bf16: bool = field(default=False, metadata={"help": "Train in mixed precision."})
+    csv: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+
+    def __post_init__(self):
+        if self.num_rounds < 2:
+            raise ValueError(f"--num_rounds must be at least 2, got {self.num_rounds}.")
+
+
+def build_models(args: BenchmarkArguments) -> dict[str, nn.Module]:
+    """The plain classifier and RBI on the same backbone, with random weights."""
+    fields = json.loads(args.backbone_config)
+
+    def backbone_config():
+        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields | {"num_labels": args.num_labels})
+
+    models: dict[str, nn.Module] = {"plain": AutoModelForImageClassification.from_config(backbone_config())}
+    for preset in ("paper", "kernel"):
+        config = getattr(RBIConfig, preset)(backbone_config=backbone_config(), num_labels=args.num_labels)
+        models[f"rbi, {preset}"] = RBIForImageClassification(config)
+    return models
+
+
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, args: BenchmarkArguments, number: int) -> float:
+    """Seconds that so many training steps take."""
+    device = next(model.parameters()).device
+    pixel_values = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
+    labels = torch.randint(args.num_labels, (args.batch_size,), device=device)
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(number):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            loss = model(pixel_values=pixel_values, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(args: BenchmarkArguments, device: torch.device) -> dict[str, list[float]]:
+    """Pictures a second of each model, turn by turn; one turn before that warms it up."""
+    trained = {}
+    for name, model in build_models(args).items():
+        model.to(device).train()
+        trained[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        train_steps(*trained[name], args, number=2)
+    speeds: dict[str, list[float]] = {name: [] for name in trained}
+    for _ in range(args.num_rounds):
+        for name, (model, optimizer) in trained.items():
+            seconds = train_steps(model, optimizer, args, args.steps_per_round)
+            speeds[name].append(args.batch_size * args.steps_per_round / seconds)
+    return speeds
+
+
+def main(args: BenchmarkArguments):
+    """Measures, prints and writes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
+    speeds = measure(args, device)
+    rows = []
+    for name, values in speeds.items():
+        ratios = [value / plain for value, plain in zip(values, speeds["plain"], strict=True)]
+        rows.append(
+            {
+                "model": name,
+                "images_per_second": round(statistics.mean(values), 2),
+                "ratio_to_plain": round(statistics.mean(ratios), 4),
+                "ratio_std": round(statistics.stdev(ratios), 4),
+                "rounds": args.num_rounds,
+                "batch_size": args.batch_size,
+                "image_size": args.image_size,
+                "precision": "bf16" if args.bf16 else "fp32",
+                "backbone": json.loads(args.backbone_config)["model_type"],
+                "machine": machine,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
+        )
+    table = Table(title=f"Training on {machine}")
+    for column in ("model", "images a second", "ratio to plain"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        ratio = f"{row['ratio_to_plain']:.3f} ± {row['ratio_std']:.3f}"
+        table.add_row(str(row["model"]), f"{row['images_per_second']:.1f}", ratio)
+    Console().print(table)
+    if args.csv is not None:
+        with Path(args.csv).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"Written to {Path(args.csv).resolve()}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
