@@ -49,6 +49,7 @@ from .record import (
     differences,
     metrics_by_epoch,
     resolved_arguments,
+    without_secrets,
 )
 from .trainer import FineTuningArguments, RBITrainer, last_complete_checkpoint
 
@@ -123,9 +124,9 @@ class Arguments:
 
     @property
     def command(self) -> str:
-        """The command line, to run it again."""
+        """The command line, to run it again, without tokens."""
         launcher = ["accelerate", "launch"] if self.training.world_size > 1 else ["python"]
-        return shlex.join([*launcher, "-m", "training.train", *self.argv])
+        return shlex.join([*launcher, "-m", "training.train", *without_secrets(self.argv)])
 
     @property
     def resume_command(self) -> str:
@@ -238,6 +239,8 @@ def train(
     console = console or Console(quiet=not args.training.should_log)
     set_seed(args.training.seed)
     output_dir = Path(args.training.output_dir)
+    if checkpoint is not None:
+        _check_same_run(RunRecord.read(output_dir), data_record, args.training.world_size)
     record = RunRecord(output_dir, args.training.should_save)
     arguments = args.resolved()  # before the trainer changes them
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
@@ -305,6 +308,7 @@ def train(
         # Its mean loss is of the steps since a resume; that of each epoch is in the record.
         speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
         results = {"train": speed} | _evaluate(trainer, parts, args)
+        model.config.gather_across_processes = False  # so that who loads it need not run as many processes
         if args.training.should_save:
             with filled_whole(output_dir, last="config.json") as draft:
                 trainer.save_model(str(draft))
@@ -326,6 +330,20 @@ def train(
         next={"use": f'AutoModelForImageClassification.from_pretrained("{output_dir}", trust_remote_code=True)'},
     )
     return record.content
+
+
+def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], num_processes: int):
+    """A resumed run must draw the batches that it would have drawn."""
+    if before is None:
+        return
+    if before["data"]["fingerprint"] != data_record["fingerprint"]:
+        raise ValueError(
+            "The data are not those that the run was started with (other pictures, labels or file sizes): give those "
+            "back, or start another run."
+        )
+    processes = before["environment"]["hardware"]["processes"]
+    if processes != num_processes:
+        raise ValueError(f"The run was started on {processes} processes, not {num_processes}: go on with as many.")
 
 
 def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) -> dict[str, dict[str, float]]:

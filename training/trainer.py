@@ -176,8 +176,7 @@ class RBITrainer(Trainer):
         **kwargs: Any,
     ):
         self.fine_tuning = fine_tuning or FineTuningArguments()
-        if self.fine_tuning.gather_across_processes:
-            rbi_model(model).config.gather_across_processes = True
+        rbi_model(model).config.gather_across_processes = self.fine_tuning.gather_across_processes
         self.num_micro_batches, self.split_size = self._plan_neighborhoods(args)
         # One batch of the loader is a neighbourhood, so that much of the accumulation happens within it.
         args.gradient_accumulation_steps //= self.num_micro_batches

@@ -235,6 +235,32 @@ def test_it_does_not_go_on_with_other_arguments(arguments, tmp_path, stop_at, ca
     assert train.main(harmless) == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record["data"]["fingerprint"].update(sha256="another"), "The data are not those"),
+        (lambda record: record["environment"]["hardware"].update(processes=2), "started on 2 processes, not 1"),
+    ],
+)
+def test_it_does_not_go_on_with_other_data_or_processes(arguments, tmp_path, stop_at, capsys, change, message):
+    go_on = stop_at(7, KeyboardInterrupt())
+    train.main(arguments(tmp_path / "out"))
+    go_on()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    change(record)
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    before = everything_in(tmp_path / "out")
+    assert train.main(arguments(tmp_path / "out", resume_from_checkpoint="last")) == 1
+    assert message in capsys.readouterr().err
+    assert everything_in(tmp_path / "out") == before
+
+
+def test_no_token_is_written_down(arguments, tmp_path):
+    line = arguments(tmp_path / "out", num_train_epochs=1, token="hf_secret", hub_token="hf_secret")
+    assert train.main(line) == 0
+    assert not [path for path, content in everything_in(tmp_path / "out").items() if b"hf_secret" in content]
+
+
 def test_killed_before_its_first_checkpoint_it_starts_again(arguments, tmp_path, stop_at, capsys):
     go_on = stop_at(2, KeyboardInterrupt())
     train.main(arguments(tmp_path / "out"))
