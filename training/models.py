@@ -140,7 +140,7 @@ def _start_at_random(
         raise ValueError(
             f"--backbone_config has the model_type {fields.get('model_type')!r}, which transformers does not know."
         )
-    backbone_config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    backbone_config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
     image_processor = _direct_resize(args, _image_size(fields), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     image_mean, image_std = pixel_statistics(image_processor)
     config = getattr(RBIConfig, args.preset)(
