@@ -309,10 +309,7 @@ def train(
         speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
         results = {"train": speed} | _evaluate(trainer, parts, args)
         model.config.gather_across_processes = False  # so that who loads it need not run as many processes
-        if args.training.should_save:
-            with filled_whole(output_dir, last="config.json") as draft:
-                trainer.save_model(str(draft))
-                write_json(draft / RESULTS_FILE, results)
+        _save(trainer, output_dir, results)
     except BaseException as error:
         with contextlib.suppress(OSError):  # on a full disk the record stays as it was
             record.update(
@@ -330,6 +327,18 @@ def train(
         next={"use": f'AutoModelForImageClassification.from_pretrained("{output_dir}", trust_remote_code=True)'},
     )
     return record.content
+
+
+def _save(trainer: RBITrainer, output_dir: Path, results: dict[str, Any]):
+    """Writes the model, its image processor and code, and the results; and publishes them if asked to."""
+    is_writer = trainer.args.should_save
+    place = filled_whole(output_dir, last="config.json") if is_writer else contextlib.nullcontext(output_dir)
+    with place as draft:
+        trainer.save_model(str(draft), _internal_call=True)  # all processes take part where weights are sharded
+        if is_writer:
+            write_json(draft / RESULTS_FILE, results)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], num_processes: int):

@@ -112,6 +112,7 @@ def backward_in_two_passes(
         for part in parts:
             states.append(_get_rng_state(part.device))
             features.append(model.base_model.extract_features(part)[0])
+    torch.clear_autocast_cache()  # torch 2.10 keeps the copies of the weights that were made without gradient
     leaf = torch.cat(features).float().requires_grad_()
     logits = model(pixel_values=pixel_values, image_features=leaf, relation_mask=relation_mask).logits
     loss = loss_of(logits)
