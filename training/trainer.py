@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 
 from .data.pictures import Collator, Pictures
 from .data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
@@ -349,12 +350,30 @@ class RBITrainer(Trainer):
             self._resumed_from = Path(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def evaluation_loop(self, *args, **kwargs):
-        """As `Trainer.evaluation_loop`, of the moving average if there is one."""
-        if self._moving_average is None:
-            return super().evaluation_loop(*args, **kwargs)
-        with self._moving_average.swapped_in(self.model):
-            return super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        As `Trainer.evaluation_loop`, of the moving average if there is one. The loss is that of the pictures alone:
+        `Trainer` counts those twice that fill the last batch up on several processes.
+        """
+        average: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self._moving_average is not None:
+            average = self._moving_average.swapped_in(self.model)
+        with average:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if output.predictions is not None and output.label_ids is not None:
+            scores = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+            loss = nn.functional.cross_entropy(torch.tensor(scores).float(), torch.tensor(output.label_ids))
+            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)

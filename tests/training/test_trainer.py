@@ -214,7 +214,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 torch.set_num_threads(1)
-from training import train
+from training import fine_tuning, train
 
 results = sys.argv[1]
 
@@ -244,7 +244,7 @@ os._exit(code)
 
 
 def run_distributed(folder, arguments, num_processes, **kwargs):
-    """A training in processes of its own, launched as users do; its losses, first gradients and weights."""
+    """A training in processes of its own, launched as users do; its losses and metrics, first gradients, weights."""
     folder.mkdir()
     (folder / "script.py").write_text(DISTRIBUTED)
     config = "multi_cpu" if num_processes > 1 else "cpu"
@@ -262,6 +262,8 @@ def run_distributed(folder, arguments, num_processes, **kwargs):
     assert result.returncode == 0, result.stderr[-3000:]
     record = json.loads((folder / "out" / "run.json").read_text())
     losses = [entry["loss"] for entry in record["metrics_by_epoch"] if "loss" in entry]
+    results = record["results"]
+    losses += [results[part][name] for part in ("validation", "test_single") for name in ("loss", "macro_f1")]
     return losses, load_file(folder / "gradients.safetensors"), load_file(folder / "out" / "model.safetensors")
 
 
@@ -271,7 +273,7 @@ def test_any_number_of_processes_is_one_process(arguments, tmp_path, preset):
     """20 pictures in 4 batches of 5: 3 + 2 on two processes, 2 + 2 + 1 on three."""
     common = {"preset": preset, "gather_across_processes": True} | SGD
     one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=6, **common)
-    assert len(one[0]) == 5
+    assert len(one[0]) == 5 + 4
     for number, batch_size in ((2, 3), (3, 2)):
         many = run_distributed(
             tmp_path / str(number), arguments, number, per_device_train_batch_size=batch_size, **common
