@@ -39,8 +39,8 @@ test-fast: .venv/.made  ## The tests that take less than about ten seconds each
 test-timm: .venv-timm/.made  ## timm backbones and torchvision image processors, with the newest torch
 	.venv-timm/bin/python -m pytest $(PYTEST_FLAGS) -m timm $(ARGS)
 
-test-oldest: .venv-oldest/.made  ## All tests with the oldest supported transformers
-	.venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm' $(ARGS)
+test-oldest: .venv-oldest/.made  ## The fast tests with the oldest supported transformers
+	.venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm and not slow' $(ARGS)
 
 lint: .venv/.made  ## ruff, transformers' model linter, mypy
 	.venv/bin/ruff check .

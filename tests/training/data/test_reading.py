@@ -509,6 +509,7 @@ class TestCopiesOfHubDataSets:
         with pytest.raises(BadDataError, match="more than one split for validation: valid, dev"):
             _load(dataset_name=self._saved(tmp_path, train=faces, valid=faces, dev=faces))
 
+    @pytest.mark.skipif(datasets.__version__ < "5", reason="save_to_disk fails with an empty split")
     def test_an_empty_split(self, faces, tmp_path):
         with pytest.raises(BadDataError, match="one of its splits has no pictures"):
             _load(dataset_name=self._saved(tmp_path, train=faces, test=faces.select([])))
