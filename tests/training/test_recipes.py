@@ -45,12 +45,13 @@ def test_each_backbone_of_the_paper_has_recipes_for_each_data_set():
 @pytest.mark.parametrize("data", PAPERS_DATA)
 @pytest.mark.parametrize("model", PAPERS_MODELS)
 def test_recipes_are_composed_and_say_what_their_names_say(data, model):
-    for setting, preset in (("", "kernel"), ("_authors", "paper")):
+    for setting, learning_rate in (("", 1e-4), ("_authors", 1e-5)):
         path = RECIPES / data / f"{model}{setting}.yaml"
         assert set(yaml.safe_load(path.read_text())) == {"extends"}
         args = parse(path)
         assert args.data.dataset_format == data
-        assert args.model.preset == preset
+        assert args.model.preset == "paper"
+        assert args.training.learning_rate == learning_rate
         fragment = yaml.safe_load((RECIPES / "models" / f"{model}.yaml").read_text())
         assert args.model.model_name_or_path == fragment["model_name_or_path"]
         assert args.training.output_dir == str(Path("outputs") / path.stem)
