@@ -110,7 +110,7 @@ class RBIConfig(PreTrainedConfig):
         overrides both.
     gather_across_processes (`bool`, *optional*, defaults to `False`):
         Whether, in a distributed run, `"batch"` means the images of all processes: features and the images for PSNR
-        are gathered, with gradient. All processes must then call the model together.
+        are gathered, with gradient. All processes must then call the model together. Not saved.
     image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
         Mean that the image processor subtracts from pixels in [0, 1], undone before PSNR.
     image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
@@ -191,8 +191,11 @@ class RBIConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, without attributes that were hung on the config and are no fields of it."""
-        names = {field.name for field in fields(self)}
+        """
+        As `PreTrainedConfig.to_dict`, without attributes that were hung on the config and are no fields of it, and
+        without `gather_across_processes`, which is of a run, not of the model: who loads it may run otherwise.
+        """
+        names = {field.name for field in fields(self)} - {"gather_across_processes"}
         return {name: value for name, value in super().to_dict().items() if name in names or self._is_common(name)}
 
     @staticmethod

@@ -129,9 +129,9 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank()]
+        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank()].to(gradient.dtype)
 
 
 class Neighborhood:

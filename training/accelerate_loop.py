@@ -9,10 +9,13 @@ away.
 
 import json
 import math
+import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
@@ -22,8 +25,10 @@ from tqdm import tqdm
 from transformers import EvalPrediction, get_scheduler
 
 from .arguments import parse_arguments
+from .data.checks import load_checked_pictures
+from .data.mixing import Mixing
 from .data.pictures import Collator, Pictures
-from .data.reading import DataArguments, load_pictures
+from .data.reading import DataArguments
 from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from .files import filled_whole, write_json
@@ -31,6 +36,10 @@ from .loss import classification_loss, count_targets
 from .metrics import compute_metrics
 from .models import ModelArguments, load_model
 from .optimization import parameter_groups
+from .record import differences, resolved_arguments
+
+
+PROGRESS_FILE = "progress.json"
 
 
 @dataclass
@@ -49,8 +58,9 @@ class LoopArguments:
     warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
     gather_across_processes: bool = field(default=False, metadata={"help": "Attend to the pictures of all processes."})
-    mixed_precision: str = field(
-        default="no", metadata={"help": "no, bf16 or fp16.", "choices": ["no", "bf16", "fp16"]}
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no, bf16 or fp16; by default as it was launched.", "choices": ["no", "bf16", "fp16"]},
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures."})
     checkpointing_steps: int | None = field(
@@ -81,7 +91,7 @@ def main(argv: Sequence[str] | None = None):
 
     # Data: pixels and labels. The sampler spreads each batch over the processes, so the loader is not prepared.
     with accelerator.main_process_first():
-        pictures = load_pictures(data_args, args.seed)
+        pictures, _ = load_checked_pictures(data_args, args.seed)
     if "validation" not in pictures:
         raise ValueError("The best model is chosen by validation pictures: leave --train_val_split above 0.")
     model, image_processor = load_model(model_args, pictures["train"].features["label"].names)
@@ -95,11 +105,12 @@ def main(argv: Sequence[str] | None = None):
         process_index=accelerator.process_index,
     )
     # A generator of their own: a loader that is started again after a resume must not take of the model's numbers.
-    common = {"num_workers": args.dataloader_num_workers, "collate_fn": Collator(), "generator": torch.Generator()}
-    train_loader = DataLoader(train_set, batch_sampler=sampler, **common)
+    common = {"num_workers": args.dataloader_num_workers, "generator": torch.Generator()}
+    collator = Collator(Mixing(augmentation, model.num_labels) if augmentation.mixes else None)
+    train_loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=collator, **common)
     validation_set = Pictures(pictures["validation"], EvalTransform(image_processor), **options)
     validation_loader = accelerator.prepare(
-        DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, **common)
+        DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, collate_fn=Collator(), **common)
     )
 
     # Model and optimizer. The batch is the neighbourhood: that of this process, or of all.
@@ -110,17 +121,24 @@ def main(argv: Sequence[str] | None = None):
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
 
-    step, history = 0, []
-    if args.resume_from_checkpoint and (checkpoint := newest_checkpoint(output_dir)):
+    progress: dict[str, Any] = {"step": 0, "losses": [], "history": []}
+    arguments = resolved_arguments(model_args, data_args, augmentation, args)
+    if args.resume_from_checkpoint and (found := checkpoints(output_dir)):
+        checkpoint = found[-1]
+        progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+        if changed := differences(progress["arguments"], arguments):
+            raise ValueError(f"The run cannot go on with other arguments: {'; '.join(changed)}.")
         accelerator.load_state(str(checkpoint))
-        state = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        step, history = state["step"], state["history"]
+    step, losses, history = progress["step"], progress["losses"], progress["history"]
 
-    progress = tqdm(total=num_steps, initial=step, disable=not accelerator.is_local_main_process)
+    def save():
+        state = {"step": step, "losses": losses, "history": history, "arguments": arguments}
+        save_checkpoint(accelerator, output_dir, state)
+
+    bar = tqdm(total=num_steps, initial=step, disable=not accelerator.is_local_main_process)
     for epoch in range(step // len(sampler), args.num_train_epochs):
         model.train()
         sampler.set_epoch(epoch)
-        losses = []
         for batch in skip_first_batches(train_loader, step % len(sampler)):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             num_targets = accelerator.reduce(count_targets(batch))
@@ -132,11 +150,11 @@ def main(argv: Sequence[str] | None = None):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses.append(loss.detach())
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
             step += 1
-            progress.update()
+            bar.update()
             if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step % len(sampler):
-                save_checkpoint(accelerator, output_dir, step, history)
+                save()
 
         model.eval()
         logits, labels = [], []
@@ -147,35 +165,37 @@ def main(argv: Sequence[str] | None = None):
             logits.append(parts[0].cpu())
             labels.append(parts[1].cpu())
         metrics = compute_metrics(EvalPrediction(torch.cat(logits).numpy(), torch.cat(labels).numpy()))
-        train_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        history.append({"epoch": epoch + 1, "train_loss": train_loss} | metrics)
+        history.append({"epoch": epoch + 1, "train_loss": statistics.mean(losses)} | metrics)
+        losses = []
         accelerator.print(json.dumps(history[-1]))
         is_best = metrics["accuracy"] > max((each["accuracy"] for each in history[:-1]), default=-math.inf)
         if is_best and accelerator.is_main_process:
             with filled_whole(output_dir, last="config.json") as draft:
                 accelerator.unwrap_model(model).save_pretrained(draft)
                 image_processor.save_pretrained(draft)
-        save_checkpoint(accelerator, output_dir, step, history)
+        save()
     if accelerator.is_main_process:
         write_json(output_dir / "all_results.json", history)
     accelerator.print(f"The model that is best on the validation pictures: {output_dir.resolve()}")
     accelerator.end_training()
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, history: list[dict]):
-    """All that it takes to go on as if nothing had happened, whole or not at all."""
-    draft = output_dir / f".checkpoint-{step}.tmp"
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict):
+    """All that it takes to go on as if nothing had happened, whole or not at all. The newest two are kept."""
+    draft = output_dir / f".checkpoint-{progress['step']}.tmp"
     accelerator.save_state(str(draft))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(draft / "progress.json", {"step": step, "history": history})
-        draft.replace(output_dir / f"checkpoint-{step}")
+        write_json(draft / PROGRESS_FILE, progress)
+        draft.replace(output_dir / f"checkpoint-{progress['step']}")
+        for older in checkpoints(output_dir)[:-2]:
+            shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint with the most steps."""
-    return max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+def checkpoints(output_dir: Path) -> list[Path]:
+    """In the order of their steps."""
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 if __name__ == "__main__":

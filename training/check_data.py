@@ -30,7 +30,7 @@ class CheckArguments:
         default=DEFAULT_MIN_PER_CLASS, metadata={"help": "Note classes with fewer training pictures."}
     )
     num_files: int = field(default=3, metadata={"help": "Findings of each kind that are printed; 0: all."})
-    seed: int = field(default=0, metadata={"help": "Random seed of what is held out for validation, as in training."})
+    seed: int = field(default=42, metadata={"help": "Random seed of what is held out for validation, as in training."})
 
     def __post_init__(self):
         if self.report is not None and not Path(self.report).absolute().parent.is_dir():

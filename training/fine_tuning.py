@@ -4,6 +4,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import shlex
 import statistics
 import tempfile
@@ -19,14 +20,14 @@ import transformers
 from rich.console import Console
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from .arguments import default_output_dir, find_recipes, parse_arguments
-from .data.checks import check_pictures, drop_bad, refuse_bad
-from .data.layouts import LAYOUTS
+from .data import layouts
+from .data.checks import load_checked_pictures
 from .data.mixing import Mixing
 from .data.pictures import Collator, Pictures
-from .data.reading import DataArguments, fingerprint, labels_of, load_pictures
+from .data.reading import DataArguments, fingerprint, labels_of
 from .data.splits import stratified_folds
 from .data.tiny import make_published
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
@@ -51,7 +52,10 @@ from .record import (
     resolved_arguments,
     without_secrets,
 )
-from .trainer import FineTuningArguments, RBITrainer, last_complete_checkpoint
+from .trainer import FineTuningArguments, RBITrainer, last_complete_checkpoint, plan_neighborhoods
+
+
+logger = logging.getLogger(__name__)
 
 
 # Where these differ from what `TrainingArguments` has: validation and a checkpoint after each epoch, the best is kept.
@@ -64,11 +68,11 @@ DEFAULTS = {
     "save_total_limit": 2,
     "remove_unused_columns": False,
     "report_to": "none",
+    "hub_strategy": "end",
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
 }
 RESULTS_FILE = "all_results.json"
-FOLDS_FILE = "folds.json"
 
 
 @dataclass
@@ -119,8 +123,19 @@ class Arguments:
             TrainingArguments,
         )
         defaults = DEFAULTS | {"output_dir": default_output_dir(find_recipes(argv))}
-        parsed = (*parse_arguments(argv, types, defaults, description=__doc__), list(argv))
+        is_dry_without_gpu = "--dry_run" in argv and not torch.cuda.is_available()
+        on_cpu = ["--bf16", "False", "--fp16", "False", "--use_cpu", "True"] if is_dry_without_gpu else []
+        parsed = (*parse_arguments([*argv, *on_cpu], types, defaults, description=__doc__), list(argv))
         return cls(*parsed)
+
+    def __post_init__(self):
+        if self.fine_tuning.early_stopping_patience is not None and self.training.eval_strategy == IntervalStrategy.NO:
+            raise ValueError("--early_stopping_patience needs evaluations: set --eval_strategy epoch.")
+        if self.training.push_to_hub and self.training.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"--hub_strategy {self.training.hub_strategy.value} would publish checkpoints, which do not load "
+                "without this package: leave it at end."
+            )
 
     @property
     def command(self) -> str:
@@ -173,8 +188,12 @@ def prepare_output_dir(args: Arguments) -> Path | None:
             "another --output_dir."
         )
     if str(resume).lower() in ("true", "last"):
-        # Killed before its first checkpoint, a run has nothing to go on from: it starts again.
-        return last_complete_checkpoint(folder)
+        if record is None:
+            raise ValueError(f"--output_dir {folder} holds no run to go on with.")
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is None and args.run.num_folds is None:
+            logger.warning(f"The run in {folder} was stopped before its first checkpoint: it starts again.")
+        return checkpoint
     checkpoint = Path(resume)
     if not checkpoint.is_dir():
         raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder: name a checkpoint, or `last`.")
@@ -188,20 +207,12 @@ def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
     Raises:
         BadDataError: if they cannot be trained on, or hold files that cannot be; names them.
     """
-    pictures = load_pictures(args.data, args.training.seed)
-    report = check_pictures(
-        pictures, max_pixels=args.data.max_pixels, allow_missing_classes=args.data.allow_missing_classes
-    )
-    skipped: list[dict[str, Any]] = []
-    if args.data.skip_bad_images:
-        pictures = drop_bad(pictures, report)
-        skipped = [
-            {"kind": finding.kind, "message": finding.message, "pictures": [place.name for place in finding.leave_out]}
-            for finding in report.findings
-            if finding.leave_out
-        ]
-    else:
-        refuse_bad(report)
+    pictures, report = load_checked_pictures(args.data, args.training.seed)
+    skipped = [
+        {"kind": finding.kind, "message": finding.message, "pictures": [place.name for place in finding.leave_out]}
+        for finding in report.findings
+        if finding.leave_out
+    ]
     return pictures, {
         "fingerprint": fingerprint(pictures),
         "label_names": pictures["train"].features["label"].names,
@@ -240,7 +251,7 @@ def train(
     set_seed(args.training.seed)
     output_dir = Path(args.training.output_dir)
     if checkpoint is not None:
-        _check_same_run(RunRecord.read(output_dir), data_record, args.training.world_size)
+        _check_same_run(RunRecord.read(output_dir), data_record, args.training)
     record = RunRecord(output_dir, args.training.should_save)
     arguments = args.resolved()  # before the trainer changes them
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
@@ -255,13 +266,14 @@ def train(
         trained = add_lora(
             model, args.fine_tuning.lora_rank, args.fine_tuning.lora_alpha, args.fine_tuning.lora_dropout
         )
+    if "validation" not in pictures and args.fine_tuning.early_stopping_patience is not None:
+        raise ValueError("--early_stopping_patience needs validation pictures: raise --train_val_split.")
     if "validation" not in pictures:
         args.training.eval_strategy = IntervalStrategy.NO
         args.training.load_best_model_at_end = False
     make = partial(Pictures, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
     parts = {name: make(split, EvalTransform(image_processor)) for name, split in pictures.items()}
     parts["train"] = make(pictures["train"], TrainTransform(image_processor, args.augmentation), augment=True)
-    mixes = args.augmentation.mixup_alpha > 0 or args.augmentation.cutmix_alpha > 0
     callbacks: list[transformers.TrainerCallback] = [RecordCallback(record)]
     if args.fine_tuning.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.fine_tuning.early_stopping_patience))
@@ -271,7 +283,7 @@ def train(
         fine_tuning=args.fine_tuning,
         train_dataset=parts["train"],
         eval_dataset=parts.get("validation"),
-        data_collator=Collator(Mixing(args.augmentation, model.num_labels) if mixes else None),
+        data_collator=Collator(Mixing(args.augmentation, model.num_labels) if args.augmentation.mixes else None),
         processing_class=image_processor,
         compute_metrics=compute_metrics,
         callbacks=callbacks,
@@ -308,7 +320,6 @@ def train(
         # Its mean loss is of the steps since a resume; that of each epoch is in the record.
         speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
         results = {"train": speed} | _evaluate(trainer, parts, args)
-        model.config.gather_across_processes = False  # so that who loads it need not run as many processes
         _save(trainer, output_dir, results)
     except BaseException as error:
         with contextlib.suppress(OSError):  # on a full disk the record stays as it was
@@ -341,7 +352,7 @@ def _save(trainer: RBITrainer, output_dir: Path, results: dict[str, Any]):
         trainer.push_to_hub()
 
 
-def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], num_processes: int):
+def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], training: TrainingArguments):
     """A resumed run must draw the batches that it would have drawn."""
     if before is None:
         return
@@ -350,31 +361,27 @@ def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], 
             "The data are not those that the run was started with (other pictures, labels or file sizes): give those "
             "back, or start another run."
         )
-    processes = before["environment"]["hardware"]["processes"]
-    if processes != num_processes:
-        raise ValueError(f"The run was started on {processes} processes, not {num_processes}: go on with as many.")
+    was, now = before["environment"]["hardware"], describe_environment(training)["hardware"]
+    for name in ("processes", "distributed", "mixed_precision"):
+        if was[name] != now[name]:
+            raise ValueError(
+                f"The run was started with {name.replace('_', ' ')} {was[name]}, not {now[name]}: go on as it was."
+            )
 
 
 def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) -> dict[str, dict[str, float]]:
     """Metrics of the validation and test pictures, each alone; of the test pictures in shuffled batches, too."""
     results = {}
-    config = rbi_model(trainer.model).config
-    usual_scope = config.relation_scope
     if "validation" in parts:
         results["validation"] = _plain(trainer.evaluate(parts["validation"], metric_key_prefix="validation"))
     if "test" in parts:
-        test = parts["test"]
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.training.seed)).tolist()
-        shuffled = Pictures(
-            test.split.select(order), test.transform, crop_to_boxes=test.crop_to_boxes, max_pixels=test.max_pixels
-        )
-        try:
-            config.relation_scope = "self"
-            results["test_single"] = _plain(trainer.evaluate(test, metric_key_prefix="test_single"))
-            config.relation_scope = "batch"
-            results["test_shuffled"] = _plain(trainer.evaluate(shuffled, metric_key_prefix="test_shuffled"))
-        finally:
-            config.relation_scope = usual_scope
+        config = rbi_model(trainer.model).config
+        usual_scope, config.relation_scope = config.relation_scope, "self"
+        results["test_single"] = _plain(trainer.evaluate(parts["test"], metric_key_prefix="test_single"))
+        config.relation_scope = usual_scope
+        if len(parts["test"]) >= args.training.world_size:
+            metrics = trainer.evaluate_shuffled(parts["test"], metric_key_prefix="test_shuffled")
+            results["test_shuffled"] = _plain(metrics)
     return results
 
 
@@ -389,6 +396,17 @@ def cross_validate(
     whole = datasets.concatenate_datasets([pictures[name] for name in ("train", "validation") if name in pictures])
     folds = stratified_folds(labels_of(whole), num_folds, args.training.seed)
     output_dir = Path(args.training.output_dir)
+    _check_same_run(RunRecord.read(output_dir), data_record, args.training)
+    root = RunRecord(output_dir, args.training.should_save)
+    root.update(
+        status="running",
+        command=args.command,
+        recipes=args.recipes,
+        arguments=args.resolved(),
+        environment=describe_environment(args.training),
+        data=data_record,
+        next={"resume": args.resume_command},
+    )
     records = []
     for number, (train_rows, validation_rows) in enumerate(folds, start=1):
         folder = output_dir / f"fold-{number}"
@@ -418,15 +436,17 @@ def cross_validate(
         for part, metrics in records[0]["results"].items()
         if part != "train"
     }
-    if args.training.should_save:
-        write_json(output_dir / FOLDS_FILE, {"folds": len(records), "results": summary})
-    return {"results": summary, "folds": len(records)}
+    root.update(status="finished", folds=[f"fold-{number}" for number in range(1, num_folds + 1)], results=summary)
+    return root.content
 
 
 def dry_run(args: Arguments) -> dict[str, Any]:
     """Trains one step on made-up pictures, in the data set's published layout if it has one; keeps nothing."""
+    plan_neighborhoods(args.training, args.fine_tuning)
+    # It would say that the made-up data set is smaller than the published one.
+    logging.getLogger(layouts.__name__).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rbi-dry-run-") as name:
-        layout = args.data.dataset_format if args.data.dataset_format in LAYOUTS else "tiny_imagenet"
+        layout = args.data.dataset_format if args.data.dataset_format in layouts.LAYOUTS else "tiny_imagenet"
         made = make_published(str(layout), Path(name) / "data")
         data = DataArguments(
             dataset_format=layout,
@@ -441,8 +461,6 @@ def dry_run(args: Arguments) -> dict[str, Any]:
             eval_strategy="no",
             save_strategy="no",
             load_best_model_at_end=False,
-            bf16=args.training.bf16 and torch.cuda.is_available(),
-            fp16=args.training.fp16 and torch.cuda.is_available(),
             per_device_train_batch_size=2,
             per_device_eval_batch_size=4,
             dataloader_num_workers=0,

@@ -132,13 +132,14 @@ def backward_in_two_passes(
 
 
 def _get_rng_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return torch.get_rng_state(), on_device
 
 
 def _set_rng_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device):
     torch.set_rng_state(state[0])
     if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+        torch.get_device_module(device).set_rng_state(state[1])
 
 
 @contextmanager

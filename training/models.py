@@ -5,6 +5,7 @@
 import difflib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -102,6 +103,26 @@ class ModelArguments:
     def backbone_fields(self) -> dict[str, Any]:
         """`backbone_config` as a dict."""
         return self._parse("backbone_config")
+
+
+def check_model(args: ModelArguments):
+    r"""
+    Sees whether the model is there, before the work of others begins.
+
+    Raises:
+        ValueError: if it is a folder that is not there.
+        OSError: if it is no model of the Hub, or the Hub cannot be reached.
+    """
+    name = args.model_name_or_path
+    if name is None:
+        return
+    if name.startswith("packaged/"):
+        packaged_model(name)
+    elif not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
+    else:
+        hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
+        AutoConfig.from_pretrained(name, **hub)
 
 
 def load_model(

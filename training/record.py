@@ -160,6 +160,8 @@ def describe_environment(args: TrainingArguments) -> dict[str, Any]:
             "device": str(args.device),
             "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
             "processes": args.world_size,
+            "distributed": str(args.distributed_state.distributed_type.value) if args.distributed_state else None,
+            "mixed_precision": args.mixed_precision,
         },
     }
 

@@ -11,17 +11,20 @@ code; the checkpoints; and `run.json`, the record of what was done.
 
 import errno
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
 from .fine_tuning import Arguments, cross_validate, dry_run, load_data, prepare_output_dir, train
+from .models import check_model
 from .record import RECORD_FILE
 from .trainer import last_complete_checkpoint
 
@@ -65,15 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = None
     try:
         args = Arguments.parse(argv)
-        logging.basicConfig(level=args.training.get_process_log_level() if args.training.should_log else logging.ERROR)
-        if args.training.n_gpu > 1:
-            args.training._n_gpu = 1
-            logger.warning("Training on one GPU of several: `accelerate launch -m training.train` takes all of them.")
+        _log_to_stderr(args.training.get_process_log_level() if args.training.should_log else logging.ERROR)
         if args.run.dry_run:
             dry_run(args)
-            console.print("Dry run passed: model, data, one training step, evaluation and saving.")
+            console.print("Dry run passed: the model, one training step on made-up pictures, evaluation and saving.")
             return 0
-        checkpoint = prepare_output_dir(args)
+        checkpoint = _agreed(prepare_output_dir(args), args)
+        check_model(args.model)
         with args.training.main_process_first(desc="reading the data"):
             pictures, data_record = load_data(args)
         if args.run.num_folds is not None:
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.training.should_log:
             console.print(results_table(record["results"]))
             console.print(
-                f"Model, record ({RECORD_FILE}) and checkpoints: {Path(args.training.output_dir).resolve()}",
+                f"Model, record ({RECORD_FILE}) and checkpoints{' of each fold' if args.run.num_folds else ''}: "
+                f"{Path(args.training.output_dir).resolve()}",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -99,8 +101,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             message = str(error)
         logger.debug("Where it happened:", exc_info=True)
-        print(f"error: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the others have the same to say
+            print(f"error: {message}", file=sys.stderr)
         return 2 if args is None else 1
+
+
+def _log_to_stderr(level: int):
+    """Messages of this package; the libraries write theirs by themselves."""
+    messages = logging.getLogger(__package__)
+    if not messages.handlers:
+        messages.addHandler(logging.StreamHandler())
+    messages.setLevel(level)
+
+
+def _agreed(checkpoint: Path | None, args: Arguments) -> Path | None:
+    r"""
+    The checkpoint, if all processes see the same.
+
+    Raises:
+        ValueError: if they do not, as on machines that do not share the output folder.
+    """
+    names = gather_object([checkpoint.name if checkpoint else None]) if args.training.world_size > 1 else []
+    if len(set(names)) > 1:
+        raise ValueError(
+            f"The processes see different checkpoints ({names}): --output_dir must be on a disk that all share."
+        )
+    return checkpoint
 
 
 def _is_disk_full(error: Exception, folder: Path) -> bool:
@@ -111,7 +137,9 @@ def _is_disk_full(error: Exception, folder: Path) -> bool:
 
 
 def _how_to_go_on(args: Arguments | None) -> str:
-    if args is None or last_complete_checkpoint(Path(args.training.output_dir)) is None:
+    if args is None:
+        return "Nothing was begun."
+    if args.run.num_folds is None and last_complete_checkpoint(Path(args.training.output_dir)) is None:
         return "There is no checkpoint yet."
     return f"Go on with: {args.resume_command}"
 

@@ -8,7 +8,9 @@ rates by depth, class weights, and a moving average of the weights.
 """
 
 import contextlib
+import copy
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ from .files import write_json
 from .loss import backward_in_two_passes, classification_loss, count_targets
 from .optimization import OPTIMIZERS, MovingAverage, parameter_groups, rbi_model
 
+
+logger = logging.getLogger(__name__)
 
 MOVING_AVERAGE_FILE = "moving_average.safetensors"
 RUNNING_LOSS_FILE = "running_loss.json"
@@ -142,6 +146,35 @@ class FineTuningArguments:
             )
 
 
+def plan_neighborhoods(args: TrainingArguments, fine_tuning: FineTuningArguments) -> tuple[int, int | None]:
+    r"""
+    Batches of a device that one neighbourhood takes, and the size that a device's batch is split to, if it is.
+
+    Raises:
+        ValueError: if the neighbourhood, the batch and its accumulation do not fit each other.
+    """
+    size, gather = fine_tuning.relation_batch_size, fine_tuning.gather_across_processes
+    batch_size = args.per_device_train_batch_size
+    unit = batch_size * args.world_size if gather else batch_size
+    if size is None or size == unit:
+        return 1, None
+    whose = f"all {args.world_size} processes" if gather else "a device"
+    if size < unit:
+        if gather:
+            raise ValueError(
+                f"--relation_batch_size {size} is smaller than the batches of {whose} together ({unit}): turn "
+                "--gather_across_processes off."
+            )
+        return 1, size
+    if size % unit or args.gradient_accumulation_steps % (size // unit):
+        raise ValueError(
+            f"--relation_batch_size {size} must be a multiple of the batch of {whose} ({unit}), and that multiple "
+            f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighbourhood is "
+            "made of whole batches of one optimizer step."
+        )
+    return size // unit, None
+
+
 class RBITrainer(Trainer):
     r"""
     `Trainer` that makes the batch a neighbourhood.
@@ -178,9 +211,17 @@ class RBITrainer(Trainer):
     ):
         self.fine_tuning = fine_tuning or FineTuningArguments()
         rbi_model(model).config.gather_across_processes = self.fine_tuning.gather_across_processes
-        self.num_micro_batches, self.split_size = self._plan_neighborhoods(args)
+        self.num_micro_batches, self.split_size = plan_neighborhoods(args, self.fine_tuning)
+        args = copy.copy(args)
         # One batch of the loader is a neighbourhood, so that much of the accumulation happens within it.
         args.gradient_accumulation_steps //= self.num_micro_batches
+        # Of the training's pictures alone: `Trainer` itself would leave out those of the validation and the test, too.
+        self._drops_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        if args.auto_find_batch_size:
+            raise ValueError("--auto_find_batch_size would change the neighbourhood: choose the batch size.")
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would split the neighbourhood
+            logger.warning("Training on one GPU of several: `accelerate launch -m training.train` takes all of them.")
         self.class_weights = None
         if self.fine_tuning.class_weights == "balanced" and train_dataset is not None:
             self.class_weights = balanced_class_weights(train_dataset.labels, rbi_model(model).num_labels)
@@ -200,29 +241,6 @@ class RBITrainer(Trainer):
         self.label_smoother = None
         self._refuse_what_cannot_be_sharded()
 
-    def _plan_neighborhoods(self, args: TrainingArguments) -> tuple[int, int | None]:
-        """Batches of a device that one neighbourhood takes, and the size that a device's batch is split to."""
-        size, gather = self.fine_tuning.relation_batch_size, self.fine_tuning.gather_across_processes
-        batch_size = args.per_device_train_batch_size
-        unit = batch_size * args.world_size if gather else batch_size
-        if size is None or size == unit:
-            return 1, None
-        whose = f"all {args.world_size} processes" if gather else "a device"
-        if size < unit:
-            if gather:
-                raise ValueError(
-                    f"--relation_batch_size {size} is smaller than the batches of {whose} together ({unit}): turn "
-                    "--gather_across_processes off."
-                )
-            return 1, size
-        if size % unit or args.gradient_accumulation_steps % (size // unit):
-            raise ValueError(
-                f"--relation_batch_size {size} must be a multiple of the batch of {whose} ({unit}), and that multiple "
-                f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighbourhood is "
-                "made of whole batches of one optimizer step."
-            )
-        return size // unit, None
-
     def _refuse_what_cannot_be_sharded(self):
         if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return
@@ -241,20 +259,13 @@ class RBITrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
         args = self.args
-        common = {
-            "batch_size": args.per_device_train_batch_size * self.num_micro_batches * args.world_size,
-            "seed": args.seed if args.data_seed is None else args.data_seed,
-            "num_processes": args.world_size,
-            "process_index": args.process_index,
-        }
+        common = {"batch_size": self._global_batch_size()} | self._process_options()
         if self.fine_tuning.batch_sampler == "balanced":
             self._train_sampler = BalancedSampler(
                 self.train_dataset.labels, images_per_class=self.fine_tuning.images_per_class, **common
             )
         else:
-            self._train_sampler = ShuffledSampler(
-                len(self.train_dataset), drop_last=args.dataloader_drop_last, **common
-            )
+            self._train_sampler = ShuffledSampler(len(self.train_dataset), drop_last=self._drops_last, **common)
         return torch.utils.data.DataLoader(
             self.train_dataset,
             batch_sampler=self._train_sampler,
@@ -264,6 +275,16 @@ class RBITrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def _global_batch_size(self) -> int:
+        return self.args.per_device_train_batch_size * self.num_micro_batches * self.args.world_size
+
+    def _process_options(self) -> dict[str, Any]:
+        return {
+            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "num_processes": self.args.world_size,
+            "process_index": self.args.process_index,
+        }
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the learning rates of the head and of each depth."""
@@ -362,6 +383,7 @@ class RBITrainer(Trainer):
         As `Trainer.evaluation_loop`, of the moving average if there is one. The loss is that of the pictures alone:
         `Trainer` counts those twice that fill the last batch up on several processes.
         """
+        self._average_batch_statistics()
         average: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._moving_average is not None:
             average = self._moving_average.swapped_in(self.model)
@@ -375,8 +397,48 @@ class RBITrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
         return output
 
+    def evaluate_shuffled(self, pictures: Pictures, metric_key_prefix: str = "eval") -> dict[str, float]:
+        r"""
+        Metrics of pictures that attend to each other in random neighbourhoods of the training's size, the last
+        included, on any number of processes; whatever `config.relation_scope` is.
+
+        Args:
+            pictures (`Pictures`):
+                The pictures.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                What the metrics' names begin with.
+        """
+        sampler = ShuffledSampler(len(pictures), self._global_batch_size(), **self._process_options())
+        loader = torch.utils.data.DataLoader(
+            pictures, batch_sampler=sampler, collate_fn=Collator(), num_workers=self.args.dataloader_num_workers
+        )
+        config = rbi_model(self.accelerator.unwrap_model(self.model)).config
+        scope, config.relation_scope = config.relation_scope, "batch"
+        try:
+            output = self.evaluation_loop(loader, "Evaluation in batches", metric_key_prefix=metric_key_prefix)
+        finally:
+            config.relation_scope = scope
+        return output.metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As `Trainer.save_model`."""
+        self._average_batch_statistics()
+        super().save_model(output_dir, _internal_call)
+
+    def _average_batch_statistics(self):
+        """Each process has seen other batches: what is validated and saved is the mean of their running statistics."""
+        if self.accelerator.num_processes == 1:
+            return
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                for statistic in (module.running_mean, module.running_var):
+                    torch.distributed.all_reduce(statistic)
+                    statistic /= self.accelerator.num_processes
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
+        # The mean over the processes, as in the logs.
+        running_loss = self.accelerator.gather(self._tr_loss).mean().item() if self.is_in_train else None
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -384,8 +446,8 @@ class RBITrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self._moving_average is not None:  # in training, so this is a checkpoint
             save_file(self._moving_average.state_dict(), folder / MOVING_AVERAGE_FILE)
-        if self.is_in_train:
-            loss = {"sum": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
+        if running_loss is not None:
+            loss = {"sum": running_loss, "last_logged": self._globalstep_last_logged}
             write_json(folder / RUNNING_LOSS_FILE, loss)
 
 
@@ -413,7 +475,7 @@ class _RBICallback(TrainerCallback):
             self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.trainer._moving_average is not None:
+        if self.trainer._moving_average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer._moving_average.update(self.trainer.model)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -454,4 +516,5 @@ def _is_complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (checkpoint / "optimizer.pt").exists()
+    # One of these is the optimizer's: of DDP, FSDP, DeepSpeed.
+    return any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.*", "optimizer_*", "global_step*"))

@@ -84,6 +84,6 @@ def test_two_processes_are_one(loop_arguments, tmp_path):
         text=True,
         timeout=600,
     )
-    assert (tmp_path / "two" / "all_results.json").exists(), result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
     for ours, theirs in zip(history_of(tmp_path / "two"), history_of(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from training import fine_tuning, train
+from training import train
+from training.data import checks
 from training.data.layouts import LAYOUTS
 from training.trainer import RBITrainer, last_complete_checkpoint
 
@@ -173,9 +174,6 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_bit(arguments, tmp_path, module):
         assert comparable(records[1]) == comparable(records[0])
     else:
         histories = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, killed)]
-        for entries in histories:
-            # The mean over the epoch's steps is of those since the checkpoint.
-            del entries[1]["train_loss"]
         assert histories[1] == histories[0]
 
 
@@ -239,7 +237,7 @@ def test_it_does_not_go_on_with_other_arguments(arguments, tmp_path, stop_at, ca
     ("change", "message"),
     [
         (lambda record: record["data"]["fingerprint"].update(sha256="another"), "The data are not those"),
-        (lambda record: record["environment"]["hardware"].update(processes=2), "started on 2 processes, not 1"),
+        (lambda record: record["environment"]["hardware"].update(processes=2), "started with processes 2, not 1"),
     ],
 )
 def test_it_does_not_go_on_with_other_data_or_processes(arguments, tmp_path, stop_at, capsys, change, message):
@@ -259,6 +257,12 @@ def test_no_token_is_written_down(arguments, tmp_path):
     line = arguments(tmp_path / "out", num_train_epochs=1, token="hf_secret", hub_token="hf_secret")
     assert train.main(line) == 0
     assert not [path for path, content in everything_in(tmp_path / "out").items() if b"hf_secret" in content]
+
+
+def test_there_must_be_a_run_to_go_on_with(arguments, tmp_path, capsys):
+    assert train.main(arguments(tmp_path / "typo", resume_from_checkpoint="last")) == 1
+    assert "holds no run to go on with" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
 
 
 def test_killed_before_its_first_checkpoint_it_starts_again(arguments, tmp_path, stop_at, capsys):
@@ -290,7 +294,7 @@ def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, caps
 
 def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path, published, monkeypatch, capsys):
     """It was whole when the data were checked, and the training can go on from the last checkpoint."""
-    original = fine_tuning.check_pictures
+    original = checks.check_pictures
     broken = {}
 
     def check_then_break(pictures, **kwargs):
@@ -300,7 +304,7 @@ def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path,
         path.write_bytes(broken[path][: len(broken[path]) // 2])
         return report
 
-    monkeypatch.setattr(fine_tuning, "check_pictures", check_then_break)
+    monkeypatch.setattr(checks, "check_pictures", check_then_break)
     try:
         assert train.main(arguments(tmp_path / "out", dataloader_num_workers=1)) == 1
     finally:
@@ -363,6 +367,22 @@ def test_bad_data_are_refused_before_any_work(arguments, tmp_path, capsys, chang
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"early_stopping_patience": 1, "train_val_split": 0}, "needs validation pictures"),
+        ({"early_stopping_patience": 1, "eval_strategy": "no", "load_best_model_at_end": False}, "needs evaluations"),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, "leave it at end"),
+        ({"auto_find_batch_size": True}, "choose the batch size"),
+        ({"backbone_config": "{}", "model_name_or_path": "./nothing"}, "there is no such folder"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, tmp_path, capsys, options, message):
+    assert train.main(arguments(tmp_path / "out", **options)) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--learnig_rate", "did you mean `--learning_rate`?"),
@@ -390,10 +410,18 @@ def results_of(folder):
     return json.loads((folder / "all_results.json").read_text())
 
 
+def unfinish(folder):
+    """Makes a finished run look as if it had been killed at its end."""
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+
+
 def test_cross_validation_gives_mean_and_spread(arguments, tmp_path, capsys):
     line = arguments(tmp_path / "out", num_folds=2, num_train_epochs=1)
     assert train.main(line) == 0
-    summary = json.loads((tmp_path / "out" / "folds.json").read_text())["results"]["validation"]["accuracy"]
+    root = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert root["status"] == "finished" and root["folds"] == ["fold-1", "fold-2"]
+    summary = root["results"]["validation"]["accuracy"]
     folds = [results_of(tmp_path / "out" / f"fold-{number}")["validation"]["accuracy"] for number in (1, 2)]
     assert summary["mean"] == pytest.approx(sum(folds) / 2)
     assert summary["std"] == pytest.approx(abs(folds[0] - folds[1]) / 2**0.5)
@@ -406,9 +434,20 @@ def test_finished_folds_are_not_trained_again(arguments, tmp_path, stop_at):
     line = arguments(tmp_path / "out", num_folds=2, num_train_epochs=1)
     assert train.main(line) == 0
     stop_at(1, AssertionError("trained again"))
-    (tmp_path / "out" / "folds.json").unlink()
+    unfinish(tmp_path / "out")
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
-    assert (tmp_path / "out" / "folds.json").exists()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"num_folds": 3}])
+def test_folds_of_other_arguments_are_not_mixed(arguments, tmp_path, capsys, change):
+    assert train.main(arguments(tmp_path / "out", num_folds=2, num_train_epochs=1)) == 0
+    unfinish(tmp_path / "out")
+    before = everything_in(tmp_path / "out")
+    other = {"num_folds": 2, "num_train_epochs": 1} | change
+    assert train.main(arguments(tmp_path / "out", resume_from_checkpoint="last", **other)) == 1
+    assert f"--{next(iter(change))} was" in capsys.readouterr().err
+    assert everything_in(tmp_path / "out") == before
 
 
 def test_lora_leaves_a_plain_rbi_model(arguments, tmp_path):

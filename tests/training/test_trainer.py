@@ -119,6 +119,24 @@ def test_batches_are_equal_neighbourhoods(make_trainer):
     assert [len(batch["labels"]) for batch in dropped] == [6, 6, 6]
 
 
+def test_drop_last_is_of_the_training_alone(make_trainer):
+    trainer = make_trainer(dataloader_drop_last=True, per_device_eval_batch_size=7)
+    assert len(trainer.predict(trainer.eval_dataset).predictions) == len(trainer.eval_dataset) == 40
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 40
+
+
+def test_shuffled_evaluation_is_in_equal_neighbourhoods(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=9)
+    sizes = []
+    trainer.model.register_forward_hook(lambda model, args, output: sizes.append(len(output["logits"])))
+    metrics = trainer.evaluate_shuffled(trainer.eval_dataset, "test")
+    assert sizes == [8] * 5  # 40 pictures in batches of at most 9
+    assert {"test_accuracy", "test_loss"} <= metrics.keys()
+    assert trainer.model.config.relation_scope == "self"
+    alone = trainer.evaluate()
+    assert abs(alone["eval_loss"] - metrics["test_loss"]) > 1e-6
+
+
 def test_epochs_differ_and_are_those_of_the_seed(make_trainer):
     def draws(**kwargs):
         trainer = make_trainer(**kwargs)

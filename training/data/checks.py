@@ -30,7 +30,15 @@ from rich.progress import Progress
 from ..files import write_json
 from ..packages import cache_dir
 from .decode import DEFAULT_MAX_PIXELS, UnreadableImageError, decode_image
-from .reading import SPLITS, BadDataError, classes_missing_from, iter_rows, labels_of
+from .reading import (
+    SPLITS,
+    BadDataError,
+    DataArguments,
+    classes_missing_from,
+    iter_rows,
+    labels_of,
+    load_pictures,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -186,6 +194,22 @@ def check_pictures(
     order = list(KINDS)
     findings.sort(key=lambda finding: order.index(finding.kind))
     return DataReport({name: len(split) for name, split in dataset.items()}, tuple(findings))
+
+
+def load_checked_pictures(args: DataArguments, seed: int) -> tuple[datasets.DatasetDict, DataReport]:
+    r"""
+    The pictures that the arguments name, without those to leave out where `skip_bad_images` says so, and what was
+    found.
+
+    Raises:
+        BadDataError: if they cannot be trained on; names the files.
+    """
+    pictures = load_pictures(args, seed)
+    report = check_pictures(pictures, max_pixels=args.max_pixels, allow_missing_classes=args.allow_missing_classes)
+    if args.skip_bad_images:
+        return drop_bad(pictures, report), report
+    refuse_bad(report)
+    return pictures, report
 
 
 def refuse_bad(report: DataReport):

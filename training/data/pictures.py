@@ -59,7 +59,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int | Draw) -> dict:
         draw = item if isinstance(item, Draw) else None
-        example = self.split[int(draw.row if draw else item)]
+        example = self.split[draw.row if draw else int(item)]  # type: ignore[arg-type]
         box = example["box"] if self.crop_to_boxes else None
         picture = decode_image(example["image"], box=box, max_pixels=self.max_pixels)
         if self.augment:

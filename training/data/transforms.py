@@ -100,6 +100,11 @@ class AugmentationArguments:
         metadata={"help": "Paste parts of pictures of a batch, with shares from Beta(alpha, alpha); 0 is off."},
     )
 
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed with others of their batch."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
     def __post_init__(self):
         if self.train_crop not in ("random_resized", "resize"):
             raise ValueError(f"--train_crop must be random_resized or resize, got {self.train_crop}.")
