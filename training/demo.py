@@ -48,6 +48,7 @@ from .frozen import (
     untrained_head,
 )
 from .protocols import ProtocolAccuracies, evaluate_protocols
+from .record import processor_name
 from .weights import load_mobilenet_v2, mobilenet_v2_image_processor
 
 
@@ -288,20 +289,12 @@ def environment() -> dict[str, str]:
     """What the figures were measured with."""
     return {
         "machine": platform.machine(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _processor_name() -> str:
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def write_results(folder: Path, args: DemoArguments, results: dict[str, list[ArmResult]], fine_tuned: dict):
