@@ -496,12 +496,12 @@ def balanced_class_weights(labels: list[int], num_labels: int) -> torch.Tensor:
 
     Args:
         labels (`list[int]`):
-            Class of each training picture; each class has at least one.
+            Class of each training picture.
         num_labels (`int`):
             Number of classes.
     """
     counts = torch.bincount(torch.tensor(labels), minlength=num_labels).float()
-    return len(labels) / (num_labels * counts)
+    return len(labels) / (num_labels * counts.clamp(min=1))
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
