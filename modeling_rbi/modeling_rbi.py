@@ -747,9 +747,8 @@ class RBIModel(RBIPreTrainedModel):
         is_finite = neighborhood.gather(image_features.detach().isfinite().all(-1))
         is_neighbor = is_finite
         if relation_mask is None and neighborhood.is_gathered:
-            relation_mask = torch.ones_like(
-                is_finite[own]
-            )  # other processes may have one, and gathering is collective
+            # Other processes may have one, and gathering is collective.
+            relation_mask = torch.ones_like(is_finite[own])
         if relation_mask is not None:
             is_pairwise = relation_mask.ndim == 2
             is_neighbor = is_neighbor & neighborhood.gather(relation_mask.diagonal() if is_pairwise else relation_mask)

@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print("Dry run passed: the model, one training step on made-up pictures, evaluation and saving.")
             return 0
         checkpoint = _agreed(prepare_output_dir(args), args)
-        check_model(args.model)
         with args.training.main_process_first(desc="reading the data"):
+            check_model(args.model)
             pictures, data_record = load_data(args)
         if args.run.num_folds is not None:
             record = cross_validate(args, args.run.num_folds, pictures, data_record)

@@ -408,7 +408,8 @@ class RBITrainer(Trainer):
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
                 What the metrics' names begin with.
         """
-        sampler = ShuffledSampler(len(pictures), self._global_batch_size(), **self._process_options())
+        size = self._global_batch_size() if self.split_size is None else self.split_size * self.args.world_size
+        sampler = ShuffledSampler(len(pictures), size, **self._process_options())
         loader = torch.utils.data.DataLoader(
             pictures, batch_sampler=sampler, collate_fn=Collator(), num_workers=self.args.dataloader_num_workers
         )
@@ -462,8 +463,8 @@ class _RBICallback(TrainerCallback):
         if trainer.fine_tuning.ema_decay is not None:
             trainer._moving_average = MovingAverage(trainer.model, trainer.fine_tuning.ema_decay)
             if checkpoint is not None:
-                state = load_file(checkpoint / MOVING_AVERAGE_FILE, device=str(args.device))
-                trainer._moving_average.load_state_dict(state)
+                kept = load_file(checkpoint / MOVING_AVERAGE_FILE, device=str(args.device))
+                trainer._moving_average.load_state_dict(kept)
         if checkpoint is not None and (checkpoint / RUNNING_LOSS_FILE).exists():
             # `Trainer` itself starts the mean that it logs next anew.
             loss = json.loads((checkpoint / RUNNING_LOSS_FILE).read_text(encoding="utf-8"))

@@ -285,3 +285,9 @@ def test_configs_do_not_share_their_lists():
     first.image_mean[0] = 0.0
     first.backbone_config.hidden_sizes = [1]
     assert second.image_mean[0] == 0.485 and second.backbone_config.hidden_sizes != [1]
+
+
+def test_gathering_is_of_a_run_and_not_saved(backbone_config, tmp_path):
+    RBIConfig(backbone_config=backbone_config, gather_across_processes=True).save_pretrained(tmp_path)
+    assert not RBIConfig.from_pretrained(tmp_path).gather_across_processes
+    assert RBIConfig.from_pretrained(tmp_path, gather_across_processes=True).gather_across_processes

@@ -46,6 +46,19 @@ def test_it_reaches_the_loss_of_the_trainer(arguments, loop_arguments, tmp_path)
     torch.testing.assert_close(load_file(tmp_path / "loop" / "model.safetensors"), expected, atol=1e-4, rtol=1e-3)
 
 
+def test_it_mixes_pictures_as_the_trainer_does(arguments, loop_arguments, tmp_path):
+    options = {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}
+    assert train.main(arguments(tmp_path / "trainer", optim="adamw_torch", **options)) == 0
+    accelerate_loop.main(loop_arguments(tmp_path / "loop", **options))
+    accelerate_loop.main(loop_arguments(tmp_path / "unmixed"))
+    expected = [
+        entry["loss"] for entry in json.loads((tmp_path / "trainer" / "run.json").read_text())["metrics_by_epoch"]
+    ]
+    losses, unmixed = ([entry["train_loss"] for entry in history_of(tmp_path / name)] for name in ("loop", "unmixed"))
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert unmixed != pytest.approx(expected, abs=1e-2)
+
+
 def test_it_leaves_a_model_that_loads(loop_arguments, tmp_path):
     accelerate_loop.main(loop_arguments(tmp_path / "out", num_train_epochs=1))
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")

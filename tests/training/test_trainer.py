@@ -125,8 +125,17 @@ def test_drop_last_is_of_the_training_alone(make_trainer):
     assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 40
 
 
-def test_shuffled_evaluation_is_in_equal_neighbourhoods(make_trainer):
-    trainer = make_trainer(per_device_train_batch_size=9)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 9},
+        {"per_device_train_batch_size": 18, "relation_batch_size": 9},
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "relation_batch_size": 9},
+    ],
+    ids=["the batch", "smaller", "larger"],
+)
+def test_shuffled_evaluation_is_in_equal_neighbourhoods(make_trainer, options):
+    trainer = make_trainer(**options)
     sizes = []
     trainer.model.register_forward_hook(lambda model, args, output: sizes.append(len(output["logits"])))
     metrics = trainer.evaluate_shuffled(trainer.eval_dataset, "test")
