@@ -27,6 +27,7 @@ from .modeling_rbi import (
     RelationshipPositionEncoding,
     ResidualRelationshipAttention,
 )
+from .references_rbi import MAX_REFERENCES, ReferenceBank, choose_references
 
 
 AutoConfig.register(RBIConfig.model_type, RBIConfig, exist_ok=True)
@@ -39,6 +40,7 @@ RBIModel.register_for_auto_class("AutoModel")
 RBIForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
+    "MAX_REFERENCES",
     "Neighborhood",
     "RBIConfig",
     "RBIForImageClassification",
@@ -46,8 +48,10 @@ __all__ = [
     "RBIModel",
     "RBIModelOutput",
     "RBIPreTrainedModel",
+    "ReferenceBank",
     "RelationshipPositionEncoding",
     "ResidualRelationshipAttention",
+    "choose_references",
     "load_image_processor",
     "pixel_statistics",
 ]

@@ -105,9 +105,16 @@ class RBIConfig(PreTrainedConfig):
         `"standard"`: uniform in +-1/sqrt(fan_in), biases zero; `"identity"`: the four projections are identities and
         the relation and the gate start at zero, so that an image on its own keeps its features.
     relation_scope (`str`, *optional*, defaults to `"self"`):
-        Whom an image attends to in evaluation. `"batch"`: every image of the batch; `"self"`: itself alone, so that
-        its answer does not depend on the others. Training uses `"batch"`; the forward argument of the same name
-        overrides both.
+        Whom an image attends to in evaluation. `"batch"`: every image of the batch; `"self"`: itself alone;
+        `"reference"`: itself and the references that the model carries. With the latter two its answer does not
+        depend on the others of the batch. Training uses `"batch"`; the forward argument of the same name overrides
+        both. [`~RBIPreTrainedModel.set_references`] sets it to `"reference"`.
+    references (`dict`, *optional*):
+        What the model's reference bank holds, written by [`~RBIPreTrainedModel.set_references`]: `num_references`,
+        `num_labelled`, `image_shape` (channels, height, width; `None` where no pictures are kept), `mean_similarity`,
+        and how they were chosen. `None`: the model has no bank.
+    num_reference_neighbors (`int`, *optional*):
+        Of the references, how many an image attends to: those with the highest attention. `None`: all.
     gather_across_processes (`bool`, *optional*, defaults to `False`):
         Whether, in a distributed run, `"batch"` means the images of all processes: features and the images for PSNR
         are gathered, with gradient. All processes must then call the model together. Not saved.
@@ -151,7 +158,9 @@ class RBIConfig(PreTrainedConfig):
     psnr_image_size: int | None = 32
     self_relation: Literal["one", "nearest"] = "one"
     head_initialization: Literal["standard", "identity"] = "standard"
-    relation_scope: Literal["batch", "self"] = "self"
+    relation_scope: Literal["batch", "self", "reference"] = "self"
+    references: dict | None = None
+    num_reference_neighbors: int | None = None
     gather_across_processes: bool = False
     image_mean: list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
     image_std: list[float | int] | tuple[float | int, ...] = (0.229, 0.224, 0.225)
@@ -248,7 +257,7 @@ class RBIConfig(PreTrainedConfig):
 
     def validate_relations(self):
         """Part of `@strict`-powered validation: the ranges of the head's fields, and what excludes each other."""
-        for name in ("num_attention_heads", "feature_size", "psnr_image_size"):
+        for name in ("num_attention_heads", "feature_size", "psnr_image_size", "num_reference_neighbors"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -271,6 +280,23 @@ class RBIConfig(PreTrainedConfig):
             raise ValueError(
                 '`head_initialization="identity"` and `residual_gate="sum"` exclude each other: the sum would double '
                 'an image\'s features instead of keeping them. Use `residual_gate="learned"` or `"none"`.'
+            )
+
+    def validate_references(self):
+        """Part of `@strict`-powered validation: the reference bank."""
+        if self.references is None:
+            if self.relation_scope == "reference":
+                raise ValueError(
+                    '`relation_scope="reference"`, but the model has no reference bank: make one with '
+                    "`model.set_references(...)`, which sets the scope, too."
+                )
+            return
+        missing = {"num_references", "image_shape", "mean_similarity"} - self.references.keys()
+        if missing or self.references["num_references"] < 1:
+            raise ValueError(
+                f"`references` is written by `model.set_references(...)`, and lacks {', '.join(sorted(missing))}."
+                if missing
+                else "`references` must have a `num_references` of at least 1."
             )
 
     @classmethod

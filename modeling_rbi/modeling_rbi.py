@@ -18,7 +18,9 @@ import difflib
 import inspect
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,12 +43,28 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_rbi import RBIConfig
 from .image_processing_rbi import load_image_processor, pixel_statistics
+from .references_rbi import (
+    NO_LABEL,
+    ReferenceBank,
+    check_size,
+    choose_references,
+    labels_before_reading,
+    quantized,
+    read_batches,
+)
 
 
 logger = logging.get_logger(__name__)
 
 # These fields are what the presets `paper` and `kernel`, and ablations between them, differ in.
-# trf-ignore: TRF041 config.feature_size, config.head_initialization, config.pooling, config.relation_position_encoding, config.residual_gate
+# trf-ignore: TRF041 config.feature_size, config.head_initialization, config.pooling, config.references, config.relation_position_encoding, config.relation_scope, config.residual_gate
+
+# Height and width of a reference's picture where PSNR is that of full-size images, whose ranks it keeps (0.997).
+_FULL_SIZE_REFERENCES = 32
+
+# How far, relatively, the features of a fixed pattern may lie from those that the bank's backbone gave: well above what
+# half precision changes.
+_PROBE_TOLERANCE = 0.1
 
 # The largest scale of cosine attention, 1 / temperature, as in SwinV2.
 _MAX_LOGIT_SCALE = 100.0
@@ -84,7 +102,8 @@ class RBIModelOutput(BaseModelOutputWithPooling):
         Features of each image after relationship batch integration, what the classifier reads.
     relation_attentions (`torch.FloatTensor` of shape `(batch_size, num_attention_heads, num_neighbors)`, *optional*, returned when `output_relations=True`):
         Attention that image i (first axis) pays to image j (last axis), after dropout. Rows sum to 1 without it.
-        `num_neighbors` is the batch size, or that of all processes, in their order, with `gather_across_processes`.
+        `num_neighbors` is the batch size, or that of all processes, in their order, with `gather_across_processes`;
+        with `relation_scope="reference"` it is one, for the image itself, and the number of references.
     relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
     """
@@ -107,7 +126,8 @@ class RBIImageClassifierOutput(ImageClassifierOutput):
         Classification scores before softmax.
     relation_attentions (`torch.FloatTensor` of shape `(batch_size, num_attention_heads, num_neighbors)`, *optional*, returned when `output_relations=True`):
         Attention that image i (first axis) pays to image j (last axis), after dropout. Rows sum to 1 without it.
-        `num_neighbors` is the batch size, or that of all processes, in their order, with `gather_across_processes`.
+        `num_neighbors` is the batch size, or that of all processes, in their order, with `gather_across_processes`;
+        with `relation_scope="reference"` it is one, for the image itself, and the number of references.
     relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
     """
@@ -250,23 +270,75 @@ class RelationshipPositionEncoding(nn.Module):
             images = torch.where(is_finite[:, None], images, 0.0)
             images = images - _neighbors_mean(images, is_neighbor)
 
-            floor = 10.0 ** (-self.psnr_max / 10)
             own = neighborhood.own
-            error = pairwise_mean_squared_error(images[own], images if neighborhood.is_gathered else None)
-            psnr = -10 * error.clamp(min=floor).log10()
-            similarities = (psnr / self.psnr_max).clamp(0, 1)
+            similarities = self._similarities(images[own], images if neighborhood.is_gathered else None)
             similarities = torch.where(is_finite[own, None] & is_finite[None, :], similarities, 0.0)
             return self._set_self_relation(similarities, is_neighbor, neighborhood.itself), is_finite
 
-    def _unit_range_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Undoes the normalisation, (B, C, H, W) -> (B, C * size * size) in float32."""
+    @torch.no_grad()
+    def relate_to_references(
+        self,
+        pixel_values: torch.Tensor | None,
+        references: ReferenceBank,
+        batch_size: int,
+        reference_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
+                Images as the image processor gives them; not needed for a bank without pictures.
+            batch_size (`int`):
+                Number of images.
+            references (`ReferenceBank`):
+                The bank of N references. Without pictures, all relations are the mean relation of its pictures.
+            reference_mask (`torch.BoolTensor` of shape `(batch_size, N)`, *optional*):
+                `False` where a reference is no neighbour of the image.
+
+        Returns:
+            The relations, `torch.FloatTensor` of shape `(batch_size, 1 + N)`, to the image itself and to each
+            reference, float32 in [0, 1]; and which images are finite, `torch.BoolTensor` of shape `(batch_size,)`.
+        """
+        if references.images is None:
+            device = references.features.device
+            similarities = torch.full((batch_size, len(references)), references.mean_similarity, device=device)
+            is_finite = torch.ones(batch_size, dtype=torch.bool, device=device)
+        else:
+            with maybe_autocast(device_type=pixel_values.device.type, enabled=False):
+                images = self._unit_range_images(pixel_values, references.images.shape[-2:])
+                is_finite = images.isfinite().all(-1)
+                images = torch.where(is_finite[:, None], images, 0.0)
+                neighbors = references.unit_range_images()
+                mean = neighbors.mean(0)
+                similarities = self._similarities(images - mean, neighbors - mean)
+        own = torch.ones_like(similarities[:, :1])
+        if self.self_relation == "nearest":
+            near = similarities if reference_mask is None else torch.where(reference_mask, similarities, 0.0)
+            nearest = near.amax(-1, keepdim=True)
+            own = nearest if reference_mask is None else torch.where(reference_mask.any(-1, True), nearest, own)
+        return torch.cat([own, similarities], dim=-1), is_finite
+
+    def _similarities(self, images: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
+        """PSNR over its ceiling, (B, n) and (N, n) -> (B, N); among the images themselves where `neighbors` is None."""
+        error = pairwise_mean_squared_error(images, neighbors)
+        psnr = -10 * error.clamp(min=10.0 ** (-self.psnr_max / 10)).log10()
+        return (psnr / self.psnr_max).clamp(0, 1)
+
+    def small_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The pictures that a bank keeps, (B, C, H, W) -> (B, C, size, size), 8 bits. PSNR on full size keeps 32 px."""
+        limit = self.image_size or _FULL_SIZE_REFERENCES
+        size = [min(limit, length) for length in pixel_values.shape[-2:]]
+        return quantized(self._unit_range_images(pixel_values, size)).view(len(pixel_values), -1, *size)
+
+    def _unit_range_images(self, pixel_values: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        """Undoes the normalisation, (B, C, H, W) -> (B, C * height * width) in float32."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
             for values in (self.image_mean, self.image_std)
         )
         images = pixel_values.float() * std + mean
-        if self.image_size is not None:
+        if size is None and self.image_size is not None:
             size = [min(self.image_size, length) for length in images.shape[-2:]]
+        if size is not None:
             images = nn.functional.adaptive_avg_pool2d(images, size)
         return images.flatten(1)
 
@@ -310,6 +382,7 @@ class ResidualRelationshipAttention(nn.Module):
         self.psnr_max = float(config.psnr_max)
         self.relation_position_encoding = config.relation_position_encoding
         self.is_cosine = config.attention_type == "cosine"
+        self.num_reference_neighbors = config.num_reference_neighbors
 
         self.query = nn.Linear(size, size)
         self.key = nn.Linear(size, size)
@@ -332,24 +405,31 @@ class ResidualRelationshipAttention(nn.Module):
         similarities: torch.Tensor | None = None,
         is_neighbor: torch.Tensor | None = None,
         neighborhood: Neighborhood | None = None,
+        references: ReferenceBank | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""
         Args:
             features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
                 Features of the images, finite.
             similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*):
-                The relations p in [0, 1]; needed with `is_neighbor` unless RPE enters nowhere.
+                The relations p in [0, 1]; needed with neighbours unless RPE enters nowhere. With `references`,
+                `(batch_size, 1 + N)`, that to the image itself first.
             is_neighbor (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
                 Whether an image is a neighbour, of all or of the image of the row; each attends to itself besides.
-                `None`: each image attends to itself alone, and nothing is computed across images.
+                `None`: each image attends to itself alone, and nothing is computed across images; with `references`,
+                to itself and to all of these.
             neighborhood (`Neighborhood`, *optional*):
                 The images that can be attended to. `None`: the batch itself.
+            references (`ReferenceBank`, *optional*):
+                The N images to attend to in place of the batch's; `is_neighbor` is then `(batch_size, N)`.
 
         Returns:
             Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, num_neighbors)`
-            (`None` without `is_neighbor`).
+            (`None` where each image is alone), with `references` `(batch_size, num_heads, 1 + N)`.
         """
-        if is_neighbor is None:
+        if references is not None:
+            message, attention = self._attend_to_references(features, similarities, is_neighbor, references)
+        elif is_neighbor is None:
             message, attention = self.value(features), None
             if self.relation_position_encoding == "key_value":
                 message = message + self._relation_vector(features).flatten()
@@ -376,26 +456,74 @@ class ResidualRelationshipAttention(nn.Module):
         neighbors = neighborhood.gather(features)
         # Pooled features of one network all point much the same way: what tells images apart is off their mean.
         compared = neighbors - _neighbors_mean(neighbors, is_neighbor) if self.is_cosine else neighbors
-        # (rows, d) -> (heads, rows, d_head)
-        query, key, value = (
-            projected.view(-1, self.num_heads, self.head_size).transpose(0, 1)
-            for projected in (
-                self.query(compared[neighborhood.own]),
-                self.key(compared),
-                self.value(neighbors),
-            )
-        )
+        query = self._by_head(self.query(compared[neighborhood.own]))
+        key, value = self._by_head(self.key(compared)), self._by_head(self.value(neighbors))
         relation = None if self.relation is None else self._relation_vector(features)
         with maybe_autocast(device_type=features.device.type, enabled=False):
-            attention = self._scores(query.float(), key.float(), relation, similarities)
-            attention = attention.masked_fill(~(is_neighbor | neighborhood.itself), -math.inf).softmax(dim=-1)
+            query, key = self._comparable(query), self._comparable(key)
+            scores = self._scores(query @ key.transpose(1, 2), query, relation, similarities)
+            attention = scores.masked_fill(~(is_neighbor | neighborhood.itself), -math.inf).softmax(dim=-1)
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
+        message = self._with_relations(attention.to(value.dtype) @ value, attention, similarities, relation)
+        return message.to(value.dtype), attention.transpose(0, 1)
 
-        message = attention.to(value.dtype) @ value
+    def _attend_to_references(
+        self,
+        features: torch.Tensor,
+        similarities: torch.Tensor | None,
+        is_neighbor: torch.Tensor | None,
+        references: ReferenceBank,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, keys, values = references.mean, references.keys, references.values
+        if self.training:
+            mean, keys, values = self.project_references(references)
+        compared = features - mean.to(features.dtype)
+        query, own_key = self._by_head(self.query(compared)), self._by_head(self.key(compared))
+        own_value = self._by_head(self.value(features))
+        key, value = self._by_head(keys), self._by_head(values).to(own_value.dtype)
+        relation = None if self.relation is None else self._relation_vector(features)
+        with maybe_autocast(device_type=features.device.type, enabled=False):
+            query, own_key, key = (self._comparable(each) for each in (query, own_key, key))
+            # Of the batch, each image meets itself alone.
+            products = torch.cat([(query * own_key).sum(-1, keepdim=True), query @ key.transpose(1, 2)], dim=-1)
+            scores = self._scores(products, query, relation, similarities)
+            own, others = scores[..., :1], scores[..., 1:]
+            if is_neighbor is not None:
+                others = others.masked_fill(~is_neighbor, -math.inf)
+            if self.num_reference_neighbors is not None and self.num_reference_neighbors < len(references):
+                least = others.topk(self.num_reference_neighbors, dim=-1).values[..., -1:]
+                others = others.masked_fill(others < least, -math.inf)
+            attention = torch.cat([own, others], dim=-1).softmax(dim=-1)
+        attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
+        weights = attention.to(own_value.dtype)
+        message = weights[..., :1] * own_value + weights[..., 1:] @ value
+        message = self._with_relations(message, attention, similarities, relation)
+        return message.to(own_value.dtype), attention.transpose(0, 1)
+
+    def project_references(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attention reads of a bank: the mean that features are compared off, (d,); keys and values, (N, d)."""
+        features = references.features.to(self.key.weight.dtype)
+        mean = features.mean(0) if self.is_cosine else torch.zeros_like(features[0])
+        return mean, self.key(features - mean), self.value(features)
+
+    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, d) -> (heads, rows, d_head)"""
+        return rows.view(-1, self.num_heads, self.head_size).transpose(0, 1)
+
+    def _comparable(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(rows.float(), dim=-1) if self.is_cosine else rows.float()
+
+    def _with_relations(
+        self,
+        message: torch.Tensor,
+        attention: torch.Tensor,
+        similarities: torch.Tensor | None,
+        relation: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The messages with what the relations add to the values, (heads, B, d_head) -> (B, d)."""
         if self.relation_position_encoding == "key_value":
             message = message + (attention * similarities).sum(-1, keepdim=True).to(relation.dtype) * relation
-        message = message.transpose(0, 1).flatten(1)
-        return message.to(value.dtype), attention.transpose(0, 1)
+        return message.transpose(0, 1).flatten(1)
 
     def _relation_vector(self, features: torch.Tensor) -> torch.Tensor:
         """The vector w, (heads, 1, d_head), from a call of its layer: weights that are offloaded come with a call."""
@@ -403,21 +531,19 @@ class ResidualRelationshipAttention(nn.Module):
 
     def _scores(
         self,
+        products: torch.Tensor,
         query: torch.Tensor,
-        key: torch.Tensor,
         relation: torch.Tensor | None,
         similarities: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention logits, (heads, B, d_head) and (heads, N, d_head) -> (heads, B, N), in float32."""
-        if self.is_cosine:
-            query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
-            scale = self.logit_scale.float().clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()[:, None, None]
-        else:
-            scale = self.head_size**-0.5
-        scores = query @ key.transpose(1, 2)
+        """Attention logits, (heads, B, N), from the products of queries and keys, in float32."""
+        scores = products
         if relation is not None:
             scores = scores + (query @ relation.float().transpose(1, 2)) * similarities
-        scores = scores * scale
+        if self.is_cosine:
+            scores = scores * self.logit_scale.float().clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()[:, None, None]
+        else:
+            scores = scores * self.head_size**-0.5
         if self.relation_gain is not None:
             scores = scores + self.relation_gain.float()[:, None, None] * (similarities * self.psnr_max)
         return scores
@@ -435,6 +561,8 @@ class RBIPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     accepts_loss_kwargs = False
+    # Those of a model that is loaded without its references.
+    _keys_to_ignore_on_load_unexpected = [r"references\."]
 
     def post_init(self):
         self.supports_gradient_checkpointing = self.base_model.backbone.supports_gradient_checkpointing
@@ -504,8 +632,15 @@ class RBIPreTrainedModel(PreTrainedModel):
             )
         except SafetensorError as error:
             raise _unreadable_weights(pretrained_model_name_or_path, error) from error
+        is_from_file = pretrained_model_name_or_path is not None
+        if is_from_file and any("references." in name for name in info["missing_keys"]):
+            raise ValueError(
+                f"The config of {pretrained_model_name_or_path} names {model.config.references['num_references']} "
+                "references, but its weights hold none: save the model again, or load it without, with "
+                '`references=None, relation_scope="self"`.'
+            )
         missing = sorted(name for name in info["missing_keys"] if "backbone." in f".{name}")
-        if missing and pretrained_model_name_or_path is not None:
+        if missing and is_from_file:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the "
                 f"{model.config.backbone_config.model_type} backbone that its config describes, for instance "
@@ -521,6 +656,13 @@ class RBIPreTrainedModel(PreTrainedModel):
                 "of another model. Give the config that it was saved with, or `ignore_mismatched_sizes=True` to start "
                 "these weights anew (for another number of classes, say)."
             )
+        model.base_model._prepare_references()
+        if is_from_file and not model.base_model._has_own_references():
+            raise ValueError(
+                f"The references of {pretrained_model_name_or_path} are of another backbone than its own, or of this one "
+                "before it was trained on: make them anew, with `set_references`, on the model without them, loaded with "
+                '`references=None, relation_scope="self"`.'
+            )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -528,6 +670,11 @@ class RBIPreTrainedModel(PreTrainedModel):
         As `PreTrainedModel.save_pretrained`, and the config names the code of both models, so that either of
         `AutoModel` and `AutoModelForImageClassification` loads what was saved, where this package is not installed.
         """
+        if not self.base_model._has_own_references():
+            logger.warning(
+                "The backbone has been trained since the references were set, so they do not fit it any more, and the "
+                "saved model will not load with them: set them again, with `set_references`, and save."
+            )
         if self.is_remote_code() and type(self).__module__ == __name__:
             module = __name__.rpartition(".")[-1]
             auto_map = {
@@ -553,7 +700,230 @@ class RBIPreTrainedModel(PreTrainedModel):
             )
             read = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
             state_dict = read | {name: state_dict[name] for name in info["unexpected_keys"] if name in state_dict}
-        return super().load_state_dict(state_dict, strict, assign)
+        loaded = super().load_state_dict(state_dict, strict, assign)
+        self.base_model._prepare_references()
+        return loaded
+
+    # It holds weights, no hyperparameter.
+    # trf-ignore: TRF033
+    def set_references(
+        self,
+        pictures: Iterable | Sequence,
+        *,
+        per_class: int | None = None,
+        num_references: int | None = None,
+        strategy: str | None = None,
+        seed: int = 0,
+        image_processor: BaseImageProcessor | None = None,
+        keep_images: bool = True,
+        batch_size: int = 64,
+    ):
+        r"""
+        Gives the model a reference bank: pictures that it keeps, as features and small copies, for each image to attend
+        to. From then on that is what it does in evaluation (`relation_scope="reference"`), so that an answer uses
+        relations and yet depends on nothing else in the batch. References need no labels: they may be training
+        pictures, pictures of the place where the model works, or both (see `add_references`).
+
+        The bank is saved with the model. **Who gets the model gets small copies of these pictures**
+        (`psnr_image_size` squared pixels, 8 bits; 32 x 32 where PSNR is that of full size), and features: choose
+        pictures that may be passed on, or leave the copies out by `keep_images=False`.
+
+        A reference takes `4 * feature_size` bytes and those of its picture, and an image costs `4 * feature_size`
+        multiply-adds more for each: 1,000 references of 1,280 features are 5.9 MB, and 5 million multiply-adds beside
+        the 300 million of MobileNetV2. `MAX_REFERENCES` (16,384) is the limit. Set the bank again after the backbone
+        has been trained.
+
+        Args:
+            pictures (`Iterable` or `Sequence`):
+                A data set of dicts with `pixel_values` (C, H, W), as the image processor gives them, or with a PIL
+                `image`, and `labels` or `label` where they are known (-100: not known). Or a loader of batches,
+                `pixel_values` (B, C, H, W).
+            per_class (`int`, *optional*):
+                References of each class.
+            num_references (`int`, *optional*):
+                References in all, in place of `per_class`. With neither, all pictures are taken.
+            strategy (`str`, *optional*):
+                `"balanced"`, `"herding"` or `"random"`, see [`choose_references`]. By default `"balanced"` where all
+                pictures have labels, else `"random"`.
+            seed (`int`, *optional*, defaults to 0):
+                Of the choice.
+            image_processor (`BaseImageProcessor`, *optional*):
+                For PIL pictures.
+            keep_images (`bool`, *optional*, defaults to `True`):
+                Whether the bank keeps small pictures. Without them nothing is known of an image's PSNR to a reference:
+                all relations are then the mean one, so that attention goes by features alone.
+            batch_size (`int`, *optional*, defaults to 64):
+                Pictures at a time.
+
+        Raises:
+            ValueError: if the pictures or labels are not of these forms, a class of the model has no picture (unless
+                chosen at random), or there are more references than `MAX_REFERENCES`. The model is then as it was.
+        """
+        features, images, labels = self._choose_references(
+            pictures, per_class, num_references, strategy, seed, image_processor, batch_size
+        )
+        if strategy is None:
+            strategy = "balanced" if (labels != NO_LABEL).all() else "random"
+        facts = {"strategy": strategy, "per_class": per_class, "seed": seed}
+        self.base_model._set_bank(features, images if keep_images else None, labels, facts)
+
+    def add_references(
+        self,
+        pictures: Iterable | Sequence,
+        *,
+        per_class: int | None = None,
+        num_references: int | None = None,
+        strategy: str | None = None,
+        seed: int = 0,
+        image_processor: BaseImageProcessor | None = None,
+        batch_size: int = 64,
+    ):
+        r"""
+        Adds pictures to the reference bank, chosen as [`~RBIPreTrainedModel.set_references`] chooses them. The bank
+        keeps small copies of all its pictures or of none.
+
+        Raises:
+            ValueError: as `set_references`, and if the model has no bank.
+        """
+        bank = self.base_model._require_references("add to")
+        features, images, labels = self._choose_references(
+            pictures, per_class, num_references, strategy, seed, image_processor, batch_size
+        )
+        if bank.images is not None and bank.images.shape[1:] != images.shape[1:]:
+            raise ValueError(
+                f"The bank's pictures are of {tuple(bank.images.shape[1:])}, those to be added of "
+                f"{tuple(images.shape[1:])}: give pictures of the size that the model takes."
+            )
+        self.base_model._set_bank(
+            torch.cat([bank.features.cpu(), features.to(bank.features.dtype)]),
+            None if bank.images is None else torch.cat([bank.images.cpu(), images]),
+            torch.cat([bank.labels.cpu(), labels]),
+            {name: self.config.references.get(name) for name in ("strategy", "per_class", "seed")},
+        )
+
+    # trf-ignore: TRF033
+    def set_reference_features(
+        self,
+        features: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ):
+        r"""
+        As [`~RBIPreTrainedModel.set_references`], from features that are known already (see
+        [`RBIModel.extract_features`]).
+
+        Args:
+            features (`torch.FloatTensor` of shape `(N, feature_size)`):
+                Features of the references.
+            pixel_values (`torch.FloatTensor` of shape `(N, num_channels, height, width)`, *optional*):
+                Their images, as the image processor gives them, or averaged down to `psnr_image_size` already. `None`:
+                the bank keeps no pictures.
+            labels (`torch.LongTensor` of shape `(N,)`, *optional*):
+                Their classes, -100 where not known.
+
+        Raises:
+            ValueError: if the shapes do not fit, or there are more references than `MAX_REFERENCES`.
+        """
+        size = self.config.feature_size
+        if features.ndim != 2 or features.shape[1] != size or not len(features):
+            raise ValueError(
+                f"`features` of references must have the shape (N, {size}), N at least 1, got {tuple(features.shape)}: "
+                "they must come from the model's own backbone."
+            )
+        labels = torch.full((len(features),), NO_LABEL) if labels is None else labels.cpu()
+        if pixel_values is not None:
+            _check_images(pixel_values, features, self.config)
+        if labels.shape != features.shape[:1]:
+            raise ValueError(f"`labels` are for {len(labels)} references, but `features` hold {len(features)}.")
+        choose_references(labels, self.config.id2label, strategy="random")  # checks them
+        images = None if pixel_values is None else self.base_model.rpe.small_images(pixel_values)
+        self.base_model._set_bank(features.detach(), images, labels, {})
+
+    def remove_references(self):
+        """Takes the reference bank away. An image then attends to itself alone in evaluation."""
+        self.base_model.references = None
+        self.config.references = None
+        if self.config.relation_scope == "reference":
+            self.config.relation_scope = "self"
+
+    def describe_references(self) -> dict[str, Any]:
+        r"""
+        What the reference bank holds and costs.
+
+        Returns:
+            `dict[str, Any]`: `config.references`; `references_per_class`, by name, of those with labels; `num_bytes`,
+            what the bank adds to the model's file; `multiply_adds_per_image`, what it adds to an answer; and
+            `has_pictures`.
+
+        Raises:
+            ValueError: if the model has no bank.
+        """
+        bank = self.base_model._require_references("describe")
+        known = bank.labels[bank.labels != NO_LABEL].tolist()
+        saved = [buffer for buffer in (bank.features, bank.labels, bank.images, bank.probe) if buffer is not None]
+        pixels = 0 if bank.images is None else bank.images[0].numel()
+        return self.config.references | {
+            "has_pictures": bank.images is not None,
+            "references_per_class": {self.config.id2label[label]: known.count(label) for label in sorted(set(known))},
+            "num_bytes": sum(buffer.numel() * buffer.element_size() for buffer in saved),
+            # The image's own query, key and value; then scores, messages and PSNR with each reference.
+            "multiply_adds_per_image": 3 * self.config.feature_size**2
+            + len(bank) * (2 * self.config.feature_size + pixels),
+        }
+
+    def _choose_references(
+        self,
+        pictures: Iterable | Sequence,
+        per_class: int | None,
+        num_references: int | None,
+        strategy: str | None,
+        seed: int,
+        image_processor: BaseImageProcessor | None,
+        batch_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features, small pictures and labels of those chosen; the others are not read where that can be."""
+        options = (self.config.id2label, per_class, num_references, strategy, seed)
+        labels = None if strategy == "herding" else labels_before_reading(pictures)
+        if labels is not None:
+            return self._read_pictures(pictures, choose_references(labels, *options), image_processor, batch_size)
+        features, images, labels = self._read_pictures(pictures, None, image_processor, batch_size)
+        rows = choose_references(labels, *options, features)
+        return features[rows], images[rows], labels[rows]
+
+    @torch.no_grad()
+    def _read_pictures(
+        self, pictures, rows: torch.Tensor | None, image_processor, batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features, small pictures and labels of all pictures, in evaluation mode."""
+        model, was_training = self.base_model, self.training
+        parameter = next(model.backbone.parameters())
+        parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+        total = len(rows) if rows is not None else None
+        model.backbone.eval()
+        try:
+            with logging.tqdm(total=total, desc="References", unit=" pictures", leave=False) as bar:
+                for pixel_values, labels in read_batches(
+                    pictures, None if rows is None else rows.tolist(), image_processor, batch_size
+                ):
+                    pixel_values = pixel_values.to(parameter.device)
+                    _check_images(pixel_values, None, self.config)
+                    features, _ = model.extract_features(pixel_values.to(parameter.dtype))
+                    if not features.isfinite().all():
+                        row = sum(map(len, parts[2])) + int((~features.isfinite().all(-1)).nonzero()[0])
+                        raise ValueError(f"Picture {row} has features that are not finite: leave it out.")
+                    for part, values in zip(
+                        parts, (features.cpu(), model.rpe.small_images(pixel_values).cpu(), labels), strict=True
+                    ):
+                        part.append(values)
+                    bar.update(len(labels))
+        finally:
+            model.backbone.train(was_training)
+        if not parts[0]:
+            raise ValueError("There are no pictures to make references of.")
+        if len({images.shape[1:] for images in parts[1]}) > 1:
+            raise ValueError("The pictures are of several sizes: pass them through the model's image processor.")
+        features, images, labels = (torch.cat(part) for part in parts)
+        return features, images, labels
 
     @classmethod
     def from_backbone_pretrained(
@@ -628,6 +998,7 @@ class RBIModel(RBIPreTrainedModel):
         self.backbone_arguments = set(inspect.signature(self.backbone.forward).parameters)
         self.rpe = RelationshipPositionEncoding(config)
         self.rra = ResidualRelationshipAttention(config)
+        self.references = None if config.references is None else ReferenceBank(config)
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -654,6 +1025,83 @@ class RBIModel(RBIPreTrainedModel):
             )
         return features, outputs
 
+    def train(self, mode: bool = True):
+        """As `nn.Module.train`; in evaluation, keys and values of the references are computed once."""
+        super().train(mode)
+        if not mode:
+            self._prepare_references()
+        return self
+
+    @torch.no_grad()
+    def _prepare_references(self):
+        bank = getattr(self, "references", None)
+        if bank is None or bank.features.is_meta:
+            return
+        bank.mean, bank.keys, bank.values = self.rra.project_references(bank)
+
+    def _require_references(self, purpose: str) -> ReferenceBank:
+        if self.references is None:
+            raise ValueError(f"The model has no reference bank to {purpose}: make one with `set_references`.")
+        return self.references
+
+    def _set_bank(
+        self, features: torch.Tensor, images: torch.Tensor | None, labels: torch.Tensor, facts: dict[str, Any]
+    ):
+        """Puts a bank in the place of the one that is there, if there is one; images are small ones."""
+        check_size(len(features))
+        mean_similarity = 1.0
+        if images is not None and len(images) > 1:
+            pixels = images.flatten(1).float() / 255
+            similarities = self.rpe._similarities(pixels - pixels.mean(0), None)
+            others = ~torch.eye(len(images), dtype=torch.bool, device=images.device)
+            mean_similarity = similarities[others].mean().item()
+        references = facts | {
+            "num_references": len(features),
+            "num_labelled": int((labels != NO_LABEL).sum()),
+            "image_shape": None if images is None else list(images.shape[1:]),
+            "mean_similarity": mean_similarity,
+        }
+        config = copy.deepcopy(self.config)
+        config.references = references
+        config.validate()
+        bank = ReferenceBank(config)
+        parameter = next(self.backbone.parameters())
+        bank.to(device=parameter.device, dtype=parameter.dtype)
+        bank.features.copy_(features)
+        bank.labels.copy_(labels)
+        if images is not None:
+            bank.images.copy_(images)
+        bank.probe.copy_(self._probe_features())
+        self.references = bank.train(self.training)
+        self.config.references, self.config.relation_scope = references, "reference"
+        self._prepare_references()
+
+    @torch.no_grad()
+    def _probe_features(self) -> torch.Tensor:
+        """Features, (d,), of a fixed pattern: waves of several lengths, of another one in each channel."""
+        parameter = next(self.backbone.parameters())
+        height, width = _expected_image_size(self.config.backbone_config)
+        rows, columns = torch.arange(height)[:, None] / height, torch.arange(width)[None, :] / width
+        waves = [
+            (math.tau * (channel + 2) * (rows + columns)).sin() + (math.tau * 7 * (rows - channel * columns)).cos()
+            for channel in range(len(self.config.image_mean))
+        ]
+        pattern = torch.stack(waves)[None].to(parameter.device, parameter.dtype)
+        was_training = self.backbone.training
+        self.backbone.eval()
+        try:
+            return self.extract_features(pattern)[0][0]
+        finally:
+            self.backbone.train(was_training)
+
+    def _has_own_references(self) -> bool:
+        """Whether the bank's features are those of this backbone, as it is now; also where there is none to ask."""
+        bank = self.references
+        if bank is None or any(tensor.is_meta for tensor in (*self.backbone.parameters(), bank.probe)):
+            return True
+        was, now = bank.probe.float(), self._probe_features().float()
+        return bool((now - was).norm() <= _PROBE_TOLERANCE * was.norm())
+
     def _select_backbone_kwargs(self, kwargs):
         takes_any = "kwargs" in self.backbone_arguments and not hasattr(self.backbone, "timm_model")
         return {
@@ -670,6 +1118,7 @@ class RBIModel(RBIPreTrainedModel):
         relation_mask: torch.Tensor | None = None,
         relation_scope: str | None = None,
         relation_batch_size: int | None = None,
+        reference_mask: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         output_relations: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -680,10 +1129,13 @@ class RBIModel(RBIPreTrainedModel):
             answer themselves. With two axes it says of each pair whether the first image may attend to the second;
             its diagonal then says whether an image is a neighbour of other processes' images.
         relation_scope (`str`, *optional*):
-            `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone. By default `"batch"`
-            in training and `config.relation_scope` in evaluation.
+            `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone; `"reference"`: to
+            itself and the model's references. By default `"batch"` in training and `config.relation_scope` in
+            evaluation.
         relation_batch_size (`int`, *optional*):
             The batch is split, in its order, into equal neighbourhoods of at most this many images.
+        reference_mask (`torch.BoolTensor` of shape `(batch_size, num_references)`, *optional*):
+            `False` where an image does not attend to a reference: in training, to itself.
         image_features (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*):
             Features of the images if they are known already (see `extract_features`): the backbone is skipped, and
             `pixel_values` serve PSNR alone.
@@ -702,6 +1154,12 @@ class RBIModel(RBIPreTrainedModel):
         attentions, similarities = [], []
         if relation_scope == "self":
             outputs.pooler_output = self._integrate_alone(image_features)
+        elif relation_scope == "reference":
+            outputs.pooler_output, attention, similarity = self._integrate_references(
+                image_features, pixel_values, reference_mask
+            )
+            attentions.append(attention)
+            similarities.append(similarity)
         else:
             relation_mask = _check_relation_mask(relation_mask, image_features)
             integrated = []
@@ -735,6 +1193,33 @@ class RBIModel(RBIPreTrainedModel):
         is_finite = image_features.detach().isfinite().all(-1)
         features, _ = self.rra(torch.where(is_finite[:, None], image_features, 0.0))
         return torch.where(is_finite[:, None], features, math.nan)
+
+    def _integrate_references(
+        self, image_features: torch.Tensor, pixel_values: torch.Tensor | None, reference_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Integrated features, (B, d), attention, (B, heads, 1 + N), and relations, (B, 1 + N), with N references."""
+        batch_size, size = len(image_features), len(self.references)
+        if reference_mask is not None:
+            reference_mask = torch.as_tensor(reference_mask, device=image_features.device).bool()
+            if reference_mask.shape != (batch_size, size):
+                raise ValueError(
+                    f"`reference_mask` must have the shape ({batch_size}, {size}), one value for each image and "
+                    f"reference, got {tuple(reference_mask.shape)}."
+                )
+        is_finite = image_features.detach().isfinite().all(-1)
+        similarities = None
+        if self.config.relation_position_encoding != "none":
+            if pixel_values is None and self.references.images is not None:
+                raise ValueError(
+                    '`pixel_values` are needed for PSNR with `relation_scope="reference"`: pass them too.'
+                )
+            similarities, has_finite_pixels = self.rpe.relate_to_references(
+                pixel_values, self.references, batch_size, reference_mask
+            )
+            is_finite = is_finite & has_finite_pixels
+        features = torch.where(is_finite[:, None], image_features, 0.0)
+        features, attention = self.rra(features, similarities, reference_mask, references=self.references)
+        return torch.where(is_finite[:, None], features, math.nan), attention, similarities
 
     def _integrate_batch(
         self, image_features: torch.Tensor, pixel_values: torch.Tensor | None, relation_mask: torch.Tensor | None
@@ -792,8 +1277,10 @@ class RBIModel(RBIPreTrainedModel):
     def _resolve_scope(self, relation_scope: str | None) -> str:
         if relation_scope is None:
             relation_scope = "batch" if self.training else self.config.relation_scope
-        if relation_scope not in ("batch", "self"):
-            raise ValueError(f'`relation_scope` must be "batch" or "self", got {relation_scope!r}.')
+        if relation_scope not in ("batch", "self", "reference"):
+            raise ValueError(f'`relation_scope` must be "batch", "self" or "reference", got {relation_scope!r}.')
+        if relation_scope == "reference":
+            self._require_references("attend to")
         return relation_scope
 
 
@@ -823,6 +1310,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
         relation_mask: torch.Tensor | None = None,
         relation_scope: str | None = None,
         relation_batch_size: int | None = None,
+        reference_mask: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         output_relations: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -836,10 +1324,13 @@ class RBIForImageClassification(RBIPreTrainedModel):
             answer themselves. With two axes it says of each pair whether the first image may attend to the second;
             its diagonal then says whether an image is a neighbour of other processes' images.
         relation_scope (`str`, *optional*):
-            `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone. By default `"batch"`
-            in training and `config.relation_scope` in evaluation.
+            `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone; `"reference"`: to
+            itself and the model's references. By default `"batch"` in training and `config.relation_scope` in
+            evaluation.
         relation_batch_size (`int`, *optional*):
             The batch is split, in its order, into equal neighbourhoods of at most this many images.
+        reference_mask (`torch.BoolTensor` of shape `(batch_size, num_references)`, *optional*):
+            `False` where an image does not attend to a reference: in training, to itself.
         image_features (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*):
             Features of the images if they are known already (see `RBIModel.extract_features`): the backbone is
             skipped, and `pixel_values` serve PSNR alone.
@@ -851,6 +1342,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
             relation_mask=relation_mask,
             relation_scope=relation_scope,
             relation_batch_size=relation_batch_size,
+            reference_mask=reference_mask,
             image_features=image_features,
             output_relations=output_relations,
             **kwargs,

@@ -583,7 +583,7 @@ def test_the_scope_by_default(model, pixel_values, features, configured):
             assert torch.equal(logits_of(model, pixel_values, scope, image_features=features), expected)
 
 
-@pytest.mark.parametrize("scope", ["reference", "none", ""])
+@pytest.mark.parametrize("scope", ["references", "none", ""])
 def test_an_unknown_scope_is_refused(model, pixel_values, scope):
     with pytest.raises(ValueError, match=f"`relation_scope` must be .*'{scope}'"):
         model(pixel_values, relation_scope=scope)
