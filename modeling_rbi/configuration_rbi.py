@@ -115,6 +115,9 @@ class RBIConfig(PreTrainedConfig):
         and how they were chosen. `None`: the model has no bank.
     num_reference_neighbors (`int`, *optional*):
         Of the references, how many an image attends to: those with the highest attention. `None`: all.
+    self_loss_weight (`float`, *optional*, defaults to 0.0):
+        In training, the share of the loss that is that of each image by itself (`relation_scope="self"`), with the
+        same features and classifier, so that answers with and without neighbours are both good. In [0, 1).
     gather_across_processes (`bool`, *optional*, defaults to `False`):
         Whether, in a distributed run, `"batch"` means the images of all processes: features and the images for PSNR
         are gathered, with gradient. All processes must then call the model together. Not saved.
@@ -161,6 +164,7 @@ class RBIConfig(PreTrainedConfig):
     relation_scope: Literal["batch", "self", "reference"] = "self"
     references: dict | None = None
     num_reference_neighbors: int | None = None
+    self_loss_weight: float | int = 0.0
     gather_across_processes: bool = False
     image_mean: list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
     image_std: list[float | int] | tuple[float | int, ...] = (0.229, 0.224, 0.225)
@@ -261,7 +265,7 @@ class RBIConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("attention_dropout", "classifier_dropout"):
+        for name in ("attention_dropout", "classifier_dropout", "self_loss_weight"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         for name in ("attention_temperature", "psnr_max", "relation_gain"):

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -106,10 +107,13 @@ class RBIModelOutput(BaseModelOutputWithPooling):
         with `relation_scope="reference"` it is one, for the image itself, and the number of references.
     relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
+    self_pooler_output (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*, returned in training with `config.self_loss_weight` above 0):
+        What `relation_scope="self"` gives in place of `pooler_output`.
     """
 
     relation_attentions: torch.Tensor | None = None
     relation_similarities: torch.Tensor | None = None
+    self_pooler_output: torch.Tensor | None = None
 
 
 @auto_docstring(
@@ -130,10 +134,13 @@ class RBIImageClassifierOutput(ImageClassifierOutput):
         with `relation_scope="reference"` it is one, for the image itself, and the number of references.
     relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
+    self_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*, returned in training with `config.self_loss_weight` above 0):
+        Scores of each image by itself, as `relation_scope="self"` gives them, for the second loss.
     """
 
     relation_attentions: torch.Tensor | None = None
     relation_similarities: torch.Tensor | None = None
+    self_logits: torch.Tensor | None = None
 
 
 class _AllGather(torch.autograd.Function):
@@ -708,7 +715,7 @@ class RBIPreTrainedModel(PreTrainedModel):
     # trf-ignore: TRF033
     def set_references(
         self,
-        pictures: Iterable | Sequence,
+        pictures: Dataset | Iterable,
         *,
         per_class: int | None = None,
         num_references: int | None = None,
@@ -734,7 +741,7 @@ class RBIPreTrainedModel(PreTrainedModel):
         has been trained.
 
         Args:
-            pictures (`Iterable` or `Sequence`):
+            pictures (`Dataset` or `Iterable`):
                 A data set of dicts with `pixel_values` (C, H, W), as the image processor gives them, or with a PIL
                 `image`, and `labels` or `label` where they are known (-100: not known). Or a loader of batches,
                 `pixel_values` (B, C, H, W).
@@ -769,7 +776,7 @@ class RBIPreTrainedModel(PreTrainedModel):
 
     def add_references(
         self,
-        pictures: Iterable | Sequence,
+        pictures: Dataset | Iterable,
         *,
         per_class: int | None = None,
         num_references: int | None = None,
@@ -873,7 +880,7 @@ class RBIPreTrainedModel(PreTrainedModel):
 
     def _choose_references(
         self,
-        pictures: Iterable | Sequence,
+        pictures: Dataset | Iterable,
         per_class: int | None,
         num_references: int | None,
         strategy: str | None,
@@ -1171,6 +1178,8 @@ class RBIModel(RBIPreTrainedModel):
                 attentions.append(attention)
                 similarities.append(similarity)
             outputs.pooler_output = torch.cat(integrated)
+        if self.training and self.config.self_loss_weight and relation_scope != "self":
+            outputs.self_pooler_output = self._integrate_alone(image_features)
         if output_relations:
             self._add_relations(outputs, attentions, similarities)
         return outputs
@@ -1347,15 +1356,17 @@ class RBIForImageClassification(RBIPreTrainedModel):
             output_relations=output_relations,
             **kwargs,
         )
-        # Past the classifier and back, since 0 * NaN in its gradient would be NaN for all images.
-        is_finite = outputs.pooler_output.isfinite().all(-1, keepdim=True)
-        logits = self.classifier(self.dropout(torch.where(is_finite, outputs.pooler_output, 0.0)))
-        logits = torch.where(is_finite, logits, math.nan)
+        logits, self_logits = self._classify(outputs.pooler_output), None
+        if outputs.self_pooler_output is not None:
+            self_logits = self._classify(outputs.self_pooler_output)
 
         loss = None
         if labels is not None:
             _check_labels(labels, logits, self.config)
             loss = self.loss_function(labels, logits, self.config)
+            if self_logits is not None:
+                weight = self.config.self_loss_weight
+                loss = (1 - weight) * loss + weight * self.loss_function(labels, self_logits, self.config)
 
         return RBIImageClassifierOutput(
             loss=loss,
@@ -1364,7 +1375,14 @@ class RBIForImageClassification(RBIPreTrainedModel):
             attentions=outputs.attentions,
             relation_attentions=outputs.relation_attentions,
             relation_similarities=outputs.relation_similarities,
+            self_logits=self_logits,
         )
+
+    def _classify(self, features: torch.Tensor) -> torch.Tensor:
+        # Past the classifier and back, since 0 * NaN in its gradient would be NaN for all images.
+        is_finite = features.isfinite().all(-1, keepdim=True)
+        logits = self.classifier(self.dropout(torch.where(is_finite, features, 0.0)))
+        return torch.where(is_finite, logits, math.nan)
 
     @classmethod
     def from_image_classifier(

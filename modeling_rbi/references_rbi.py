@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .configuration_rbi import RBIConfig
@@ -216,7 +217,7 @@ def labels_before_reading(pictures: Any) -> torch.Tensor | None:
 
 
 def read_batches(
-    pictures: Iterable | Sequence,
+    pictures: Dataset | Iterable,
     rows: Sequence[int] | None,
     image_processor: Callable | None,
     batch_size: int,
@@ -225,7 +226,7 @@ def read_batches(
     Pixels, (B, C, H, W), and labels, (B,), of a data set or loader.
 
     Args:
-        pictures (`Iterable` or `Sequence`):
+        pictures (`Dataset` or `Iterable`):
             Of dicts: one picture each, `pixel_values` (C, H, W) or a PIL `image`, or a batch, `pixel_values`
             (B, C, H, W); with `labels` or `label` where they are known.
         rows (`Sequence[int]`, *optional*):

@@ -8,7 +8,7 @@ import logging
 import shlex
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,16 @@ import transformers
 from rich.console import Console
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
+
+from modeling_rbi import RBIForImageClassification
 
 from .arguments import default_output_dir, find_recipes, parse_arguments
 from .data import layouts
-from .data.checks import load_checked_pictures
+from .data.checks import load_checked_pictures, load_unlabelled_pictures
 from .data.mixing import Mixing
-from .data.pictures import Collator, Pictures
+from .data.pictures import Collator, Pictures, WithUnlabelled
 from .data.reading import DataArguments, fingerprint, labels_of
 from .data.splits import stratified_folds
 from .data.tiny import make_published
@@ -228,6 +231,8 @@ def train(
     data_record: dict[str, Any],
     checkpoint: Path | None = None,
     console: Console | None = None,
+    prepare_model: Callable[[RBIForImageClassification], RBIForImageClassification] | None = None,
+    trainer_class: Callable[..., RBITrainer] = RBITrainer,
 ) -> dict[str, Any]:
     r"""
     Trains one model, keeps the best by validation, tests it, and writes all there is to know of it.
@@ -243,6 +248,10 @@ def train(
             What to go on from.
         console (`Console`, *optional*):
             Where to print to.
+        prepare_model (`Callable`, *optional*):
+            Changes the model before it is trained, or gives another one.
+        trainer_class (`Callable`, *optional*):
+            Makes the trainer, as [`RBITrainer`] does.
 
     Returns:
         The record of the run.
@@ -255,6 +264,8 @@ def train(
     record = RunRecord(output_dir, args.training.should_save)
     arguments = args.resolved()  # before the trainer changes them
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
+    if prepare_model is not None:
+        model = prepare_model(model)
     if args.fine_tuning.freeze_backbone:
         freeze_backbone(model)
     if args.fine_tuning.freeze_batch_norm:
@@ -273,15 +284,22 @@ def train(
         args.training.load_best_model_at_end = False
     make = partial(Pictures, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
     parts = {name: make(split, EvalTransform(image_processor)) for name, split in pictures.items()}
-    parts["train"] = make(pictures["train"], TrainTransform(image_processor, args.augmentation), augment=True)
+    transform = TrainTransform(image_processor, args.augmentation)
+    labelled = make(pictures["train"], transform, augment=True)
+    unlabelled = _load_unlabelled(args)
+    train_set: Pictures | WithUnlabelled = labelled
+    if unlabelled is not None:
+        others = Pictures(unlabelled, transform, augment=True, max_pixels=args.data.max_pixels)
+        train_set = WithUnlabelled(labelled, others)
+        data_record = data_record | {"unlabelled": len(unlabelled)}
     callbacks: list[transformers.TrainerCallback] = [RecordCallback(record)]
     if args.fine_tuning.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.fine_tuning.early_stopping_patience))
-    trainer = RBITrainer(
+    trainer = trainer_class(
         trained,
         args.training,
         fine_tuning=args.fine_tuning,
-        train_dataset=parts["train"],
+        train_dataset=train_set,
         eval_dataset=parts.get("validation"),
         data_collator=Collator(Mixing(args.augmentation, model.num_labels) if args.augmentation.mixes else None),
         processing_class=image_processor,
@@ -317,6 +335,8 @@ def train(
         if trained is not model:
             merge_lora(trained)
             trainer.model = trainer.model_wrapped = model
+        if args.fine_tuning.references_per_class is not None or args.fine_tuning.unlabelled_references is not None:
+            _set_references(model, parts["train"], unlabelled, image_processor, args)
         # Its mean loss is of the steps since a resume; that of each epoch is in the record.
         speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
         results = {"train": speed} | _evaluate(trainer, parts, args)
@@ -338,6 +358,38 @@ def train(
         next={"use": f'AutoModelForImageClassification.from_pretrained("{output_dir}", trust_remote_code=True)'},
     )
     return record.content
+
+
+def _load_unlabelled(args: Arguments) -> datasets.Dataset | None:
+    folder = args.fine_tuning.unlabelled_dir
+    if folder is None or args.run.dry_run:
+        return None
+    pictures = load_unlabelled_pictures(folder, args.data.max_pixels, args.data.skip_bad_images)
+    wanted = args.fine_tuning.unlabelled_references or 0
+    if max(args.fine_tuning.unlabelled_per_batch, wanted) > len(pictures):
+        raise ValueError(
+            f"--unlabelled_dir {folder} has {len(pictures)} pictures: lower --unlabelled_per_batch "
+            f"({args.fine_tuning.unlabelled_per_batch}) or --unlabelled_references ({wanted})."
+        )
+    return pictures
+
+
+def _set_references(
+    model: RBIForImageClassification,
+    train_set: Pictures,
+    unlabelled: datasets.Dataset | None,
+    image_processor: BaseImageProcessor,
+    args: Arguments,
+):
+    """Gives the trained model its bank: of training pictures, of unlabelled ones, or of both."""
+    options, seed = args.fine_tuning, args.training.seed
+    model.eval()
+    if options.references_per_class is not None:
+        model.set_references(train_set, per_class=options.references_per_class, seed=seed)
+    if options.unlabelled_references is not None and unlabelled is not None:
+        put = model.set_references if options.references_per_class is None else model.add_references
+        pictures = Pictures(unlabelled, EvalTransform(image_processor), max_pixels=args.data.max_pixels)
+        put(pictures, num_references=options.unlabelled_references, strategy="random", seed=seed)
 
 
 def _save(trainer: RBITrainer, output_dir: Path, results: dict[str, Any]):
@@ -379,6 +431,8 @@ def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) 
         usual_scope, config.relation_scope = config.relation_scope, "self"
         results["test_single"] = _plain(trainer.evaluate(parts["test"], metric_key_prefix="test_single"))
         config.relation_scope = usual_scope
+        if config.references is not None:
+            results["test_reference"] = _plain(trainer.evaluate(parts["test"], metric_key_prefix="test_reference"))
         if len(parts["test"]) >= args.training.world_size:
             metrics = trainer.evaluate_shuffled(parts["test"], metric_key_prefix="test_shuffled")
             results["test_shuffled"] = _plain(metrics)
@@ -484,7 +538,7 @@ def _sizes(pictures: datasets.DatasetDict) -> str:
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics without the prefix that `Trainer` gives them."""
-    prefixes = ("test_single_", "test_shuffled_", "validation_", "train_")
+    prefixes = ("test_single_", "test_reference_", "test_shuffled_", "validation_", "train_")
     plain = {}
     for name, value in metrics.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")

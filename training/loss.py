@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from modeling_rbi import RBIForImageClassification
+from modeling_rbi import RBIForImageClassification, RBIImageClassifierOutput
 
 
 IGNORED = -100
@@ -75,7 +75,7 @@ def backward_in_two_passes(
     pixel_values: torch.Tensor,
     relation_mask: torch.Tensor | None,
     micro_batch_size: int,
-    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    loss_of: Callable[[RBIImageClassifierOutput], torch.Tensor],
     backward: Callable[[torch.Tensor], None],
 ) -> torch.Tensor:
     r"""
@@ -97,7 +97,7 @@ def backward_in_two_passes(
         micro_batch_size (`int`):
             Pictures that the backbone takes at a time, at most.
         loss_of (`Callable`):
-            The loss of logits (B, num_labels).
+            The loss of the model's output.
         backward (`Callable`):
             Called on what is to be differentiated, as `accelerator.backward`, which may scale it.
 
@@ -114,8 +114,7 @@ def backward_in_two_passes(
             features.append(model.base_model.extract_features(part)[0])
     torch.clear_autocast_cache()  # torch 2.10 keeps the copies of the weights that were made without gradient
     leaf = torch.cat(features).float().requires_grad_()
-    logits = model(pixel_values=pixel_values, image_features=leaf, relation_mask=relation_mask).logits
-    loss = loss_of(logits)
+    loss = loss_of(model(pixel_values=pixel_values, image_features=leaf, relation_mask=relation_mask))
     backward(loss)
 
     if not any(parameter.requires_grad for parameter in model.base_model.backbone.parameters()):

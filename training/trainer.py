@@ -26,7 +26,9 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
-from .data.pictures import Collator, Pictures
+from modeling_rbi import RBIImageClassifierOutput
+
+from .data.pictures import Collator, Pictures, WithUnlabelled
 from .data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
 from .files import write_json
 from .loss import backward_in_two_passes, classification_loss, count_targets
@@ -49,6 +51,34 @@ class FineTuningArguments:
             "help": "Whom pictures attend to in training: batch, or self, the control without relations.",
             "choices": ["batch", "self"],
         },
+    )
+    self_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the loss that is that of each picture by itself, with the same features and classifier; "
+            "by default as the model's config has it."
+        },
+    )
+    unlabelled_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of pictures without labels, searched through, which come into training batches as "
+            "neighbours of the others and have no loss."
+        },
+    )
+    unlabelled_per_batch: int = field(
+        default=32, metadata={"help": "Pictures of --unlabelled_dir in a batch of a device, beside the others."}
+    )
+    references_per_class: int | None = field(
+        default=None,
+        metadata={
+            "help": "Give the trained model a reference bank of this many training pictures of each class. Small "
+            "copies of them are saved with it."
+        },
+    )
+    unlabelled_references: int | None = field(
+        default=None,
+        metadata={"help": "Put this many pictures of --unlabelled_dir, drawn at random, into the reference bank."},
     )
     relation_batch_size: int | None = field(
         default=None,
@@ -121,7 +151,15 @@ class FineTuningArguments:
     )
 
     def __post_init__(self):
-        for name in ("relation_batch_size", "images_per_class", "lora_rank", "early_stopping_patience"):
+        for name in (
+            "relation_batch_size",
+            "images_per_class",
+            "lora_rank",
+            "early_stopping_patience",
+            "unlabelled_per_batch",
+            "references_per_class",
+            "unlabelled_references",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
@@ -129,10 +167,21 @@ class FineTuningArguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"--{name} must be between 0 and 1, got {value}.")
-        if self.train_relation_scope == "self" and (self.relation_batch_size or self.gather_across_processes):
+        if self.self_loss_weight is not None and not 0 <= self.self_loss_weight < 1:
+            raise ValueError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
+        for_relations = ("relation_batch_size", "gather_across_processes", "self_loss_weight", "unlabelled_dir")
+        if self.train_relation_scope == "self" and (
+            chosen := [f"--{name}" for name in for_relations if getattr(self, name)]
+        ):
             raise ValueError(
-                "--train_relation_scope self is training without relations: leave --relation_batch_size and "
-                "--gather_across_processes out."
+                f"--train_relation_scope self is training without relations: leave {' and '.join(chosen)} out."
+            )
+        if self.unlabelled_references is not None and self.unlabelled_dir is None:
+            raise ValueError("--unlabelled_references are pictures of --unlabelled_dir: name it.")
+        if self.unlabelled_dir is not None and self.relation_batch_size is not None:
+            raise ValueError(
+                "--relation_batch_size would part the unlabelled pictures from the others: leave it out beside "
+                "--unlabelled_dir."
             )
         if self.lora_rank is not None and self.freeze_backbone:
             raise ValueError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
@@ -187,7 +236,7 @@ class RBITrainer(Trainer):
             size, give or take one, so that no neighbourhood is smaller than the others.
         fine_tuning (`FineTuningArguments`, *optional*):
             What RBI adds.
-        train_dataset (`Pictures`):
+        train_dataset (`Pictures` or `WithUnlabelled`):
             Training pictures.
         data_collator (`Collator`, *optional*):
             With its `mixing` for mixup and cutmix.
@@ -204,13 +253,17 @@ class RBITrainer(Trainer):
         args: TrainingArguments,
         *,
         fine_tuning: FineTuningArguments | None = None,
-        train_dataset: Pictures | None = None,
+        train_dataset: Pictures | WithUnlabelled | None = None,
         data_collator: Collator | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
         self.fine_tuning = fine_tuning or FineTuningArguments()
-        rbi_model(model).config.gather_across_processes = self.fine_tuning.gather_across_processes
+        config = rbi_model(model).config
+        config.gather_across_processes = self.fine_tuning.gather_across_processes
+        if self.fine_tuning.self_loss_weight is not None:
+            config.self_loss_weight = self.fine_tuning.self_loss_weight
+        self.self_loss_weight = config.self_loss_weight
         self.num_micro_batches, self.split_size = plan_neighborhoods(args, self.fine_tuning)
         args = copy.copy(args)
         # One batch of the loader is a neighbourhood, so that much of the accumulation happens within it.
@@ -260,12 +313,16 @@ class RBITrainer(Trainer):
             raise ValueError("Training needs a `train_dataset`.")
         args = self.args
         common = {"batch_size": self._global_batch_size()} | self._process_options()
+        num_unlabelled = len(self.train_dataset) - len(self.train_dataset.labels)
+        if num_unlabelled:
+            per_batch = self.fine_tuning.unlabelled_per_batch * self.args.world_size
+            common |= {"num_unlabelled": num_unlabelled, "unlabelled_per_batch": per_batch}
         if self.fine_tuning.batch_sampler == "balanced":
             self._train_sampler = BalancedSampler(
                 self.train_dataset.labels, images_per_class=self.fine_tuning.images_per_class, **common
             )
         else:
-            self._train_sampler = ShuffledSampler(len(self.train_dataset), drop_last=self._drops_last, **common)
+            self._train_sampler = ShuffledSampler(len(self.train_dataset.labels), drop_last=self._drops_last, **common)
         return torch.utils.data.DataLoader(
             self.train_dataset,
             batch_sampler=self._train_sampler,
@@ -323,21 +380,24 @@ class RBITrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         num_items = count_targets(inputs, self.class_weights) if num_items_in_batch is None else num_items_in_batch
 
-        def loss_of(logits: torch.Tensor) -> torch.Tensor:
+        def loss_of(outputs: RBIImageClassifierOutput) -> torch.Tensor:
+            options = (inputs, num_items, self.class_weights, self.args.label_smoothing_factor)
+            loss = classification_loss(outputs.logits, *options)
+            if outputs.self_logits is not None:
+                loss = torch.lerp(loss, classification_loss(outputs.self_logits, *options), self.self_loss_weight)
             # DDP and FSDP average the gradients over the processes, and num_items counts the targets of all.
-            loss = classification_loss(logits, inputs, num_items, self.class_weights, self.args.label_smoothing_factor)
             return loss * self.accelerator.num_processes
 
         if self.num_micro_batches > 1:
             return self._training_step_in_two_passes(model, inputs, loss_of)
         with self.compute_loss_context_manager():
-            logits = model(
+            outputs = model(
                 pixel_values=inputs["pixel_values"],
                 relation_mask=inputs["relation_mask"],
                 relation_scope=self.fine_tuning.train_relation_scope,
                 relation_batch_size=self.split_size,
-            ).logits
-            loss = loss_of(logits)
+            )
+            loss = loss_of(outputs)
         kwargs = {}
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             kwargs["scale_wrt_gas"] = False  # num_items counts those of all accumulated batches

@@ -176,7 +176,7 @@ def two_passes(model, pixel_values, mask, micro_batch_size, loss_of, backward=to
 
 def loss_for(size=7):
     batch = {"labels": torch.arange(size) % 5}
-    return lambda logits: mean_loss(logits, batch)
+    return lambda outputs: mean_loss(outputs.logits, batch)
 
 
 @pytest.mark.parametrize("micro_batch_size", MICRO_BATCH_SIZES)
@@ -186,7 +186,7 @@ def loss_for(size=7):
 def test_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_size, mask):
     model, pixel_values, loss_of = make_model(backbone, preset), smooth_pictures(), loss_for()
     relation_mask = relation_masks(mask)
-    loss = loss_of(model(pixel_values=pixel_values, relation_mask=relation_mask).logits)
+    loss = loss_of(model(pixel_values=pixel_values, relation_mask=relation_mask))
     loss.backward()
     expected = gradients(model)
     actual_loss, actual = two_passes(model, pixel_values, relation_mask, micro_batch_size, loss_of)
@@ -200,7 +200,7 @@ def in_micro_batches(model, pixel_values, mask, micro_batch_size, loss_of):
     model.zero_grad()
     num_parts = -(-len(pixel_values) // micro_batch_size)
     features = torch.cat([model.rbi.extract_features(part)[0] for part in pixel_values.tensor_split(num_parts)])
-    loss = loss_of(model(pixel_values=pixel_values, image_features=features, relation_mask=mask).logits)
+    loss = loss_of(model(pixel_values=pixel_values, image_features=features, relation_mask=mask))
     loss.backward()
     return loss.detach(), gradients(model)
 
@@ -271,7 +271,7 @@ def test_under_autocast_every_weight_has_its_gradient(backbone):
     """The first pass, without gradient, must leave the second no weights that were cast without gradient."""
     model, pixel_values, loss_of = make_model(backbone), smooth_pictures(), loss_for()
     with torch.autocast("cpu", torch.bfloat16):
-        loss_of(model(pixel_values=pixel_values).logits).backward()
+        loss_of(model(pixel_values=pixel_values)).backward()
         expected = gradients(model)
         _, actual = two_passes(model, pixel_values, None, 3, loss_of)
     assert actual.keys() == expected.keys()
@@ -283,7 +283,7 @@ def test_under_autocast_every_weight_has_its_gradient(backbone):
 def test_a_frozen_backbone_is_run_once():
     model, pixel_values, loss_of = make_model("vit_dropout"), smooth_pictures(), loss_for()
     freeze_backbone(model)
-    loss_of(model(pixel_values=pixel_values).logits).backward()
+    loss_of(model(pixel_values=pixel_values)).backward()
     expected = gradients(model)
     assert not any(".backbone." in name for name in expected)
     sizes = []
@@ -302,7 +302,7 @@ def test_adapters_have_their_gradients():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.1)
     model.train()
-    loss_of(model(pixel_values=pixel_values).logits).backward()
+    loss_of(model(pixel_values=pixel_values)).backward()
     expected = gradients(model)
     assert any(".lora_A." in name for name in expected)
     _, actual = two_passes(model, pixel_values, None, 3, loss_of)
@@ -317,9 +317,13 @@ def test_a_picture_that_is_not_finite_touches_no_other():
     bad[2] = torch.inf
     real = torch.arange(7) != 2
     _, expected = two_passes(
-        model, pixel_values[real], None, 3, lambda logits: mean_loss(logits, {"labels": batch["labels"][real]})
+        model,
+        pixel_values[real],
+        None,
+        3,
+        lambda outputs: mean_loss(outputs.logits, {"labels": batch["labels"][real]}),
     )
-    _, actual = two_passes(model, bad, None, 3, lambda logits: mean_loss(logits, batch))
+    _, actual = two_passes(model, bad, None, 3, lambda outputs: mean_loss(outputs.logits, batch))
     head = {name for name in expected if ".backbone." not in name}
     for name in head:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -362,14 +366,13 @@ def test_one_small_batch_is_in_memory_at_a_time():
     def head_alone():
         with torch.no_grad():
             features = model.rbi.extract_features(pixel_values)[0]
-        logits = model(pixel_values=pixel_values, image_features=features.requires_grad_()).logits
-        loss_of(logits).backward()
+        loss_of(model(pixel_values=pixel_values, image_features=features.requires_grad_())).backward()
 
     def small_batch():
         model.rbi.extract_features(pixel_values[:2])[0].sum().backward()
 
     def whole():
-        loss_of(model(pixel_values=pixel_values).logits).backward()
+        loss_of(model(pixel_values=pixel_values)).backward()
 
     in_two_passes = most_kept(lambda: two_passes(model, pixel_values, None, 2, loss_of))
     assert in_two_passes <= 1.01 * max(most_kept(head_alone), most_kept(small_batch))

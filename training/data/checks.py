@@ -38,6 +38,7 @@ from .reading import (
     iter_rows,
     labels_of,
     load_pictures,
+    read_unlabelled,
 )
 
 
@@ -210,6 +211,32 @@ def load_checked_pictures(args: DataArguments, seed: int) -> tuple[datasets.Data
         return drop_bad(pictures, report), report
     refuse_bad(report)
     return pictures, report
+
+
+def load_unlabelled_pictures(
+    folder: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS, skip_bad_images: bool = False
+) -> datasets.Dataset:
+    r"""
+    The pictures in a folder and those in it, whatever their classes, each looked at; see [`read_unlabelled`].
+
+    Raises:
+        ValueError: if it is no folder.
+        BadDataError: if it holds no pictures, or some that cannot be decoded, unless these are to be skipped; names
+            them.
+    """
+    pictures = read_unlabelled(folder)
+    keys = [_key(values) for values in iter_rows(pictures)]
+    facts = _look_at_all(datasets.DatasetDict(unlabelled=pictures), keys, max_pixels, _num_cores())
+    bad = [row for row, key in enumerate(keys) if facts[key].problem is not None]
+    if bad and not skip_bad_images:
+        named = "".join(f"\n    {facts[keys[row]].detail}" for row in bad[:3])
+        raise BadDataError(
+            f"{len(bad)} of the {len(keys)} pictures in {folder} cannot be read:{named}\nMend them, or leave them out "
+            "with --skip_bad_images."
+        )
+    if len(bad) == len(keys):
+        raise BadDataError(f"No picture in {folder} is fit to be used.")
+    return pictures.select(sorted(set(range(len(keys))) - set(bad))) if bad else pictures
 
 
 def refuse_bad(report: DataReport):

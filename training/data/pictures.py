@@ -9,6 +9,7 @@ import torch
 
 from .decode import DEFAULT_MAX_PIXELS, decode_image
 from .mixing import Mixing
+from .reading import NO_LABEL
 from .samplers import Draw
 
 
@@ -71,6 +72,37 @@ class Pictures(torch.utils.data.Dataset):
         return result if draw is None else result | {"draw": draw}
 
 
+class WithUnlabelled(torch.utils.data.Dataset):
+    r"""
+    Labelled pictures, and after them others without labels.
+
+    Args:
+        labelled (`Pictures`):
+            The pictures to train on.
+        unlabelled (`Pictures`):
+            Those which are only neighbours, with the label -100.
+    """
+
+    def __init__(self, labelled: Pictures, unlabelled: Pictures):
+        self.labelled, self.unlabelled = labelled, unlabelled
+
+    @property
+    def labels(self) -> list[int]:
+        """Class of each labelled picture."""
+        return self.labelled.labels
+
+    def __len__(self) -> int:
+        return len(self.labelled) + len(self.unlabelled)
+
+    def __getitem__(self, item: int | Draw) -> dict:
+        draw = item if isinstance(item, Draw) else None
+        row = draw.row if draw else int(item)  # type: ignore[arg-type]
+        if row < len(self.labelled):
+            return self.labelled[item]
+        row -= len(self.labelled)
+        return self.unlabelled[draw._replace(row=row) if draw else row]
+
+
 class Collator:
     r"""
     Stacks items of [`Pictures`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding, and
@@ -83,7 +115,7 @@ class Collator:
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         draws = [item.get("draw") for item in items]
         is_real = torch.tensor([draw is None or not draw.is_padding for draw in draws])
-        labels = torch.tensor([item["labels"] for item in items]).masked_fill(~is_real, -100)
+        labels = torch.tensor([item["labels"] for item in items]).masked_fill(~is_real, NO_LABEL)
         batch = {
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
             "labels": labels,

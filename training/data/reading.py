@@ -33,6 +33,7 @@ from .splits import draw_per_class, draw_subset, stratified_split
 
 logger = logging.getLogger(__name__)
 
+NO_LABEL = -100
 SPLITS = ("train", "validation", "test")
 IMAGE = datasets.Image(decode=False)
 BOX = datasets.Sequence(datasets.Value("float32"), length=4)
@@ -336,6 +337,27 @@ def walk_folder(folder: Path) -> FolderContent:
         content.empty_classes.append(os.path.join(root, name))
         del pictures[name]
     return content
+
+
+def read_unlabelled(folder: str | Path) -> datasets.Dataset:
+    r"""
+    All pictures in a folder and those in it, in the canonical form, each with the label -100.
+
+    Raises:
+        ValueError: if it is no folder.
+        BadDataError: if it holds no pictures.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder.")
+    content = walk_folder(Path(folder))
+    loose = [path for path in content.strays if os.path.dirname(path) == content.folder and _is_picture(path)]
+    paths = [*sorted(loose, key=natural_key), *(path for paths in content.pictures.values() for path in paths)]
+    if not paths:
+        raise BadDataError(f"{folder} holds no pictures.")
+    return datasets.Dataset.from_dict(
+        {"image": paths, "label": [NO_LABEL] * len(paths)},
+        features=datasets.Features({"image": IMAGE, "label": datasets.Value("int64")}),
+    )
 
 
 def ignored_files(args: DataArguments) -> dict[str, list[str]]:

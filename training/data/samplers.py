@@ -33,17 +33,38 @@ class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
             Pictures of a global batch, of all processes together.
         seed (`int`, *optional*, defaults to 0):
             Of the order and of the augmentation.
+        num_unlabelled (`int`, *optional*, defaults to 0):
+            Pictures without labels, whose rows in the data set follow those of the others.
+        unlabelled_per_batch (`int`, *optional*, defaults to 0):
+            How many of them, drawn at random, come to each global batch besides.
         num_processes (`int`, *optional*, defaults to 1), process_index (`int`, *optional*, defaults to 0):
             The process that the batches are for.
     """
 
-    def __init__(self, batch_size: int, *, seed: int = 0, num_processes: int = 1, process_index: int = 0):
+    num_rows: int  # of pictures with labels
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        num_unlabelled: int = 0,
+        unlabelled_per_batch: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ):
         if batch_size < num_processes:
             raise ValueError(
                 f"A batch of {batch_size} pictures cannot be spread over {num_processes} processes: raise the batch "
                 "size, or use fewer processes."
             )
+        if unlabelled_per_batch > num_unlabelled:
+            raise ValueError(
+                f"Batches cannot have {unlabelled_per_batch} of {num_unlabelled} unlabelled pictures: lower that "
+                "number."
+            )
         self.batch_size, self.seed = batch_size, seed
+        self.num_unlabelled, self.unlabelled_per_batch = num_unlabelled, unlabelled_per_batch
         self.num_processes, self.process_index = num_processes, process_index
         self.epoch = 0
 
@@ -59,12 +80,18 @@ class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
         generator = np.random.default_rng([self.seed, self.epoch])
         batches = self.draw_batches(generator)
         for rows in batches:
-            seeds = generator.integers(2**63, size=len(rows))
-            share = math.ceil(len(rows) / self.num_processes)
-            own = np.array_split(np.arange(len(rows)), self.num_processes)[self.process_index]
-            draws = [Draw(int(rows[place]), int(seeds[place])) for place in own]
-            draws += [Draw(int(rows[0]), int(seeds[0]), is_padding=True)] * (share - len(own))
+            draws = self._own_draws(rows, generator)
+            if self.unlabelled_per_batch:
+                chosen = generator.choice(self.num_unlabelled, self.unlabelled_per_batch, replace=False)
+                draws += self._own_draws(self.num_rows + chosen, generator)
             yield draws
+
+    def _own_draws(self, rows: np.ndarray, generator: np.random.Generator) -> list[Draw]:
+        seeds = generator.integers(2**63, size=len(rows))
+        share = math.ceil(len(rows) / self.num_processes)
+        own = np.array_split(np.arange(len(rows)), self.num_processes)[self.process_index]
+        draws = [Draw(int(rows[place]), int(seeds[place])) for place in own]
+        return draws + [Draw(int(rows[0]), int(seeds[0]), is_padding=True)] * (share - len(own))
 
 
 class ShuffledSampler(NeighborhoodSampler):
