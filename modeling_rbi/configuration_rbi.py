@@ -113,8 +113,21 @@ class RBIConfig(PreTrainedConfig):
         What the model's reference bank holds, written by [`~RBIPreTrainedModel.set_references`]: `num_references`,
         `num_labelled`, `image_shape` (channels, height, width; `None` where no pictures are kept), `mean_similarity`,
         and how they were chosen. `None`: the model has no bank.
+    reference_share (`float`, *optional*):
+        How much of an image's attention goes to the references, the rest staying with itself, in (0, 1]. `None`: as
+        much as it is drawn to, as in a batch, where the image stands among its neighbours. The fixed share is what
+        keeps a large bank from drowning the image.
     num_reference_neighbors (`int`, *optional*):
-        Of the references, how many an image attends to: those with the highest attention. `None`: all.
+        Of the references, how many an image attends to: those that it is drawn to most. `None`: all.
+    reference_temperature (`float`, *optional*):
+        Temperature of cosine attention to references, at least 0.01. `None`: the learned one.
+    reference_gain (`float`, *optional*):
+        Gain, per dB, of PSNR to references, with `relation_position_encoding="bias"`. `None`: the learned one.
+    reference_vote_weight (`float`, *optional*, defaults to 0.0):
+        Share of the answer, in [0, 1), that the labels of the references give by themselves: each class has a vote,
+        the mean attention (with the learned temperature and gain) to its references, whatever their number.
+    num_added_classes (`int`, *optional*, defaults to 0):
+        How many of the last classes the classifier was not trained on, see [`~RBIForImageClassification.add_classes`].
     self_loss_weight (`float`, *optional*, defaults to 0.0):
         In training, the share of the loss that is that of each image by itself (`relation_scope="self"`), with the
         same features and classifier, so that answers with and without neighbours are both good. In [0, 1).
@@ -163,7 +176,12 @@ class RBIConfig(PreTrainedConfig):
     head_initialization: Literal["standard", "identity"] = "standard"
     relation_scope: Literal["batch", "self", "reference"] = "self"
     references: dict | None = None
+    reference_share: float | int | None = None
     num_reference_neighbors: int | None = None
+    reference_temperature: float | int | None = None
+    reference_gain: float | int | None = None
+    reference_vote_weight: float | int = 0.0
+    num_added_classes: int = 0
     self_loss_weight: float | int = 0.0
     gather_across_processes: bool = False
     image_mean: list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
@@ -265,14 +283,19 @@ class RBIConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("attention_dropout", "classifier_dropout", "self_loss_weight"):
+        for name in ("attention_dropout", "classifier_dropout", "self_loss_weight", "reference_vote_weight"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("attention_temperature", "psnr_max", "relation_gain"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
-        if self.attention_temperature < 0.01:
-            raise ValueError(f"`attention_temperature` must be at least 0.01, got {self.attention_temperature}.")
+        for name in ("attention_temperature", "psnr_max", "relation_gain", "reference_temperature", "reference_gain"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {value}.")
+        for name in ("attention_temperature", "reference_temperature"):
+            value = getattr(self, name)
+            if value is not None and value < 0.01:
+                raise ValueError(f"`{name}` must be at least 0.01, got {value}.")
+        if self.reference_share is not None and not 0 < self.reference_share <= 1:
+            raise ValueError(f"`reference_share` must be above 0 and at most 1, got {self.reference_share}.")
         if self.psnr_max <= 0:
             raise ValueError(f"`psnr_max` is in dB and must be above 0, got {self.psnr_max}.")
         if self.feature_size is not None and self.feature_size % self.num_attention_heads:
@@ -288,6 +311,11 @@ class RBIConfig(PreTrainedConfig):
 
     def validate_references(self):
         """Part of `@strict`-powered validation: the reference bank."""
+        if not 0 <= self.num_added_classes < max(self.num_labels, 1):
+            raise ValueError(
+                f"`num_added_classes` must be at least 0 and below the number of classes ({self.num_labels}), got "
+                f"{self.num_added_classes}."
+            )
         if self.references is None:
             if self.relation_scope == "reference":
                 raise ValueError(
@@ -316,6 +344,8 @@ class RBIConfig(PreTrainedConfig):
         | relation to itself | 1 | that to the nearest neighbour |
         | residual | learned gate | none: the image takes part in its own message |
         | start | uniform +-1/sqrt(fan_in) | identities |
+        | references | as a batch | a quarter of the attention, to the nearest 8, at temperature 0.3 and gain 1 |
+        | training | in batches | half of the loss is that of each image by itself |
         | without training | unusable | a similarity kernel over the pictures |
         """
         preset = {
@@ -342,6 +372,11 @@ class RBIConfig(PreTrainedConfig):
             "self_relation": "nearest",
             "residual_gate": "none",
             "head_initialization": "identity",
+            "reference_share": 0.25,
+            "num_reference_neighbors": 8,
+            "reference_temperature": 0.3,
+            "reference_gain": 1.0,
+            "self_loss_weight": 0.5,
         }
         return cls(**(preset | kwargs))
 

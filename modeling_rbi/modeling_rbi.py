@@ -58,7 +58,7 @@ from .references_rbi import (
 logger = logging.get_logger(__name__)
 
 # These fields are what the presets `paper` and `kernel`, and ablations between them, differ in.
-# trf-ignore: TRF041 config.feature_size, config.head_initialization, config.pooling, config.references, config.relation_position_encoding, config.relation_scope, config.residual_gate
+# trf-ignore: TRF041 config.feature_size, config.head_initialization, config.pooling, config.references, config.relation_position_encoding, config.relation_scope, config.residual_gate, config.self_loss_weight
 
 # Height and width of a reference's picture where PSNR is that of full-size images, whose ranks it keeps (0.997).
 _FULL_SIZE_REFERENCES = 32
@@ -66,6 +66,9 @@ _FULL_SIZE_REFERENCES = 32
 # How far, relatively, the features of a fixed pattern may lie from those that the bank's backbone gave: well above what
 # half precision changes.
 _PROBE_TOLERANCE = 0.1
+
+# Logit of a class that is never answered, finite in half precision.
+_NEVER = -1e4
 
 # The largest scale of cosine attention, 1 / temperature, as in SwinV2.
 _MAX_LOGIT_SCALE = 100.0
@@ -109,11 +112,14 @@ class RBIModelOutput(BaseModelOutputWithPooling):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
     self_pooler_output (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*, returned in training with `config.self_loss_weight` above 0):
         What `relation_scope="self"` gives in place of `pooler_output`.
+    reference_votes (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*, returned with `relation_scope="reference"`):
+        The votes of the references' labels. Rows sum to 1, or are 0 where no reference has a label.
     """
 
     relation_attentions: torch.Tensor | None = None
     relation_similarities: torch.Tensor | None = None
     self_pooler_output: torch.Tensor | None = None
+    reference_votes: torch.Tensor | None = None
 
 
 @auto_docstring(
@@ -389,7 +395,8 @@ class ResidualRelationshipAttention(nn.Module):
         self.psnr_max = float(config.psnr_max)
         self.relation_position_encoding = config.relation_position_encoding
         self.is_cosine = config.attention_type == "cosine"
-        self.num_reference_neighbors = config.num_reference_neighbors
+        # What attention to references is like can be changed after the model was built.
+        self.config = config
 
         self.query = nn.Linear(size, size)
         self.key = nn.Linear(size, size)
@@ -413,7 +420,7 @@ class ResidualRelationshipAttention(nn.Module):
         is_neighbor: torch.Tensor | None = None,
         neighborhood: Neighborhood | None = None,
         references: ReferenceBank | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""
         Args:
             features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
@@ -432,12 +439,15 @@ class ResidualRelationshipAttention(nn.Module):
 
         Returns:
             Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, num_neighbors)`
-            (`None` where each image is alone), with `references` `(batch_size, num_heads, 1 + N)`.
+            (`None` where each image is alone). With `references` the attention is `(batch_size, num_heads, 1 + N)`, and
+            there is a third: the logits of the references' votes, `(batch_size, num_heads, N)`.
         """
         if references is not None:
-            message, attention = self._attend_to_references(features, similarities, is_neighbor, references)
-        elif is_neighbor is None:
-            message, attention = self.value(features), None
+            message, shares, votes = self._attend_to_references(features, similarities, is_neighbor, references)
+            return self._with_residual(message, features), shares, votes
+        attention = None
+        if is_neighbor is None:
+            message = self.value(features)
             if self.relation_position_encoding == "key_value":
                 message = message + self._relation_vector(features).flatten()
         else:
@@ -445,13 +455,16 @@ class ResidualRelationshipAttention(nn.Module):
                 neighborhood = Neighborhood(features.shape[0], features.device)
             message, attention = self._attend(features, similarities, is_neighbor, neighborhood)
 
+        return self._with_residual(message, features), attention
+
+    def _with_residual(self, message: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         if self.residual is None:
-            return message, attention
+            return message
         residual = self.residual(features)
         if self.gate is None:
-            return residual + message, attention
+            return residual + message
         beta = self.gate(torch.cat([message, residual, message - residual], dim=-1)).sigmoid()
-        return beta * residual + (1 - beta) * message, attention
+        return beta * residual + (1 - beta) * message
 
     def _attend(
         self,
@@ -480,9 +493,9 @@ class ResidualRelationshipAttention(nn.Module):
         similarities: torch.Tensor | None,
         is_neighbor: torch.Tensor | None,
         references: ReferenceBank,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mean, keys, values = references.mean, references.keys, references.values
-        if self.training:
+        if self.training or not references.is_prepared:
             mean, keys, values = self.project_references(references)
         compared = features - mean.to(features.dtype)
         query, own_key = self._by_head(self.query(compared)), self._by_head(self.key(compared))
@@ -493,19 +506,33 @@ class ResidualRelationshipAttention(nn.Module):
             query, own_key, key = (self._comparable(each) for each in (query, own_key, key))
             # Of the batch, each image meets itself alone.
             products = torch.cat([(query * own_key).sum(-1, keepdim=True), query @ key.transpose(1, 2)], dim=-1)
-            scores = self._scores(products, query, relation, similarities)
-            own, others = scores[..., :1], scores[..., 1:]
+            votes = self._scores(products, query, relation, similarities)
+            scores = self._scores(
+                products, query, relation, similarities, self.config.reference_temperature, self.config.reference_gain
+            )
             if is_neighbor is not None:
-                others = others.masked_fill(~is_neighbor, -math.inf)
-            if self.num_reference_neighbors is not None and self.num_reference_neighbors < len(references):
-                least = others.topk(self.num_reference_neighbors, dim=-1).values[..., -1:]
-                others = others.masked_fill(others < least, -math.inf)
-            attention = torch.cat([own, others], dim=-1).softmax(dim=-1)
+                allowed = nn.functional.pad(is_neighbor, (1, 0), value=True)
+                scores, votes = (each.masked_fill(~allowed, -math.inf) for each in (scores, votes))
+            attention = self._share_out(scores[..., :1], scores[..., 1:])
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
         weights = attention.to(own_value.dtype)
         message = weights[..., :1] * own_value + weights[..., 1:] @ value
         message = self._with_relations(message, attention, similarities, relation)
-        return message.to(own_value.dtype), attention.transpose(0, 1)
+        return message.to(own_value.dtype), attention.transpose(0, 1), votes[..., 1:].transpose(0, 1)
+
+    def _share_out(self, own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Attention to itself and to the references, from the logits of both, (heads, B, 1) and (heads, B, N)."""
+        num_neighbors, share = self.config.num_reference_neighbors, self.config.reference_share
+        if num_neighbors is not None and num_neighbors < others.shape[-1]:
+            least = others.topk(num_neighbors, dim=-1).values[..., -1:]
+            others = others.masked_fill(others < least, -math.inf)
+        if share is None:
+            return torch.cat([own, others], dim=-1).softmax(dim=-1)
+        # Where no reference is allowed, all of it stays with the image.
+        has_any = others.isfinite().any(-1, keepdim=True)
+        given = share * has_any.to(others.dtype)
+        others = torch.where(has_any, others, 0.0).softmax(dim=-1)
+        return torch.cat([1 - given, given * others], dim=-1)
 
     def project_references(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What attention reads of a bank: the mean that features are compared off, (d,); keys and values, (N, d)."""
@@ -542,17 +569,22 @@ class ResidualRelationshipAttention(nn.Module):
         query: torch.Tensor,
         relation: torch.Tensor | None,
         similarities: torch.Tensor | None,
+        temperature: float | None = None,
+        gain: float | None = None,
     ) -> torch.Tensor:
         """Attention logits, (heads, B, N), from the products of queries and keys, in float32."""
         scores = products
         if relation is not None:
             scores = scores + (query @ relation.float().transpose(1, 2)) * similarities
-        if self.is_cosine:
+        if self.is_cosine and temperature is not None:
+            scores = scores / temperature
+        elif self.is_cosine:
             scores = scores * self.logit_scale.float().clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()[:, None, None]
         else:
             scores = scores * self.head_size**-0.5
         if self.relation_gain is not None:
-            scores = scores + self.relation_gain.float()[:, None, None] * (similarities * self.psnr_max)
+            gains = self.relation_gain.float()[:, None, None] if gain is None else gain
+            scores = scores + gains * (similarities * self.psnr_max)
         return scores
 
 
@@ -792,10 +824,13 @@ class RBIPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: as `set_references`, and if the model has no bank.
         """
-        bank = self.base_model._require_references("add to")
-        features, images, labels = self._choose_references(
-            pictures, per_class, num_references, strategy, seed, image_processor, batch_size
+        self.base_model._require_references("add to")
+        self._append_references(
+            *self._choose_references(pictures, per_class, num_references, strategy, seed, image_processor, batch_size)
         )
+
+    def _append_references(self, features: torch.Tensor, images: torch.Tensor, labels: torch.Tensor):
+        bank = self.base_model.references
         if bank.images is not None and bank.images.shape[1:] != images.shape[1:]:
             raise ValueError(
                 f"The bank's pictures are of {tuple(bank.images.shape[1:])}, those to be added of "
@@ -1044,7 +1079,10 @@ class RBIModel(RBIPreTrainedModel):
         bank = getattr(self, "references", None)
         if bank is None or bank.features.is_meta:
             return
-        bank.mean, bank.keys, bank.values = self.rra.project_references(bank)
+        # Weights that are offloaded come with a call of the whole head.
+        bank.is_prepared = not any(parameter.is_meta for parameter in self.rra.parameters())
+        if bank.is_prepared:
+            bank.mean, bank.keys, bank.values = self.rra.project_references(bank)
 
     def _require_references(self, purpose: str) -> ReferenceBank:
         if self.references is None:
@@ -1162,7 +1200,7 @@ class RBIModel(RBIPreTrainedModel):
         if relation_scope == "self":
             outputs.pooler_output = self._integrate_alone(image_features)
         elif relation_scope == "reference":
-            outputs.pooler_output, attention, similarity = self._integrate_references(
+            outputs.pooler_output, attention, similarity, outputs.reference_votes = self._integrate_references(
                 image_features, pixel_values, reference_mask
             )
             attentions.append(attention)
@@ -1205,9 +1243,12 @@ class RBIModel(RBIPreTrainedModel):
 
     def _integrate_references(
         self, image_features: torch.Tensor, pixel_values: torch.Tensor | None, reference_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Integrated features, (B, d), attention, (B, heads, 1 + N), and relations, (B, 1 + N), with N references."""
-        batch_size, size = len(image_features), len(self.references)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """
+        Integrated features, (B, d), attention, (B, heads, 1 + N), relations, (B, 1 + N), and the votes of the classes,
+        (B, num_labels), with N references.
+        """
+        batch_size, size = image_features.shape[0], len(self.references)
         if reference_mask is not None:
             reference_mask = torch.as_tensor(reference_mask, device=image_features.device).bool()
             if reference_mask.shape != (batch_size, size):
@@ -1227,8 +1268,19 @@ class RBIModel(RBIPreTrainedModel):
             )
             is_finite = is_finite & has_finite_pixels
         features = torch.where(is_finite[:, None], image_features, 0.0)
-        features, attention = self.rra(features, similarities, reference_mask, references=self.references)
-        return torch.where(is_finite[:, None], features, math.nan), attention, similarities
+        features, attention, votes = self.rra(features, similarities, reference_mask, references=self.references)
+        features = torch.where(is_finite[:, None], features, math.nan)
+        return features, attention, similarities, self._count_votes(votes)
+
+    def _count_votes(self, votes: torch.Tensor) -> torch.Tensor:
+        """The mean attention to the references of each class, normalised, (B, heads, N) -> (B, num_labels)."""
+        labels, num_labels = self.references.labels, self.config.num_labels
+        members = labels[:, None] == torch.arange(num_labels, device=labels.device)
+        members = members / members.sum(0).clamp(min=1)
+        # Classes are compared with each other: references without a label have no say.
+        votes = votes.masked_fill(labels == NO_LABEL, -math.inf)
+        votes = (votes - votes.amax(-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).min)).exp() @ members
+        return (votes / votes.sum(-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)).mean(1)
 
     def _integrate_batch(
         self, image_features: torch.Tensor, pixel_values: torch.Tensor | None, relation_mask: torch.Tensor | None
@@ -1357,6 +1409,8 @@ class RBIForImageClassification(RBIPreTrainedModel):
             **kwargs,
         )
         logits, self_logits = self._classify(outputs.pooler_output), None
+        if outputs.reference_votes is not None:
+            logits = self._with_votes(logits, outputs.reference_votes)
         if outputs.self_pooler_output is not None:
             self_logits = self._classify(outputs.self_pooler_output)
 
@@ -1377,6 +1431,77 @@ class RBIForImageClassification(RBIPreTrainedModel):
             relation_similarities=outputs.relation_similarities,
             self_logits=self_logits,
         )
+
+    def _with_votes(self, logits: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
+        """
+        Log-probabilities in which the references' labels have their say, if they are to have one.
+
+        Without added classes, p_c = (1 - w) softmax(logits)_c + w v_c, as in kNN-LM (Khandelwal et al., 2020), with the
+        votes v. With them, votes decide, p_c ~ v_c, and the classifier orders those among which it can choose,
+        p_c ~ v_c sqrt(q_c / max q) with q = softmax(logits): it never outbids a class that it does not know.
+        """
+        weight, num_added = self.config.reference_vote_weight, self.config.num_added_classes
+        if not weight and not num_added:
+            return logits
+        votes, tiny = votes.to(torch.float32), torch.finfo(torch.float32).tiny
+        known = logits[:, : self.num_labels - num_added].float()
+        if not num_added:
+            return torch.lerp(known.softmax(-1), votes, weight).clamp(min=tiny).log()
+        order = (known - known.amax(-1, keepdim=True)) / 2
+        order = nn.functional.pad(order, (0, num_added))
+        return (votes.clamp(min=tiny).log() + order).log_softmax(-1)
+
+    def add_classes(
+        self,
+        names: Sequence[str],
+        pictures: Dataset | Iterable,
+        *,
+        image_processor: BaseImageProcessor | None = None,
+        batch_size: int = 64,
+    ):
+        r"""
+        Adds classes that the classifier was not trained on, by labelled pictures of them, without training. They are
+        added to the reference bank, which must hold labelled pictures of the other classes, too, and
+        `relation_scope="reference"` tells all classes apart by the votes of the bank (`reference_votes`); see
+        [`RBIForImageClassification`]. In the other scopes the new classes are never answered.
+
+        Args:
+            names (`Sequence[str]`):
+                Names of the new classes.
+            pictures (`Dataset` or `Iterable`):
+                As in [`~RBIPreTrainedModel.set_references`], labelled: the first new class is 0, the next 1.
+            image_processor (`BaseImageProcessor`, *optional*):
+                For PIL pictures.
+            batch_size (`int`, *optional*, defaults to 64):
+                Pictures at a time.
+
+        Raises:
+            ValueError: if a name is there already, a class has no picture, or a picture no label, and if the bank
+                lacks labelled pictures of a class. The model is then as it was.
+        """
+        bank, before = self.rbi._require_references("add classes to"), self.config.id2label
+        names = list(names)
+        if not names or len({*names, *before.values()}) != len(names) + len(before):
+            raise ValueError(f"The names of new classes must be new and differ from each other, got {names}.")
+        if absent := sorted(set(before) - set(bank.labels.tolist())):
+            raise ValueError(
+                f"Classes are told apart by labelled references, and {len(absent)} classes have none in the bank, for "
+                f"instance {before[absent[0]]!r}: add some with `add_references`."
+            )
+        new = dict(enumerate(names))
+        features, images, labels = self._read_pictures(pictures, None, image_processor, batch_size)
+        choose_references(labels, new, strategy="balanced")  # checks them
+        self._append_references(features, images, labels + len(before))
+        self.config.id2label = before | {len(before) + label: name for label, name in new.items()}
+        self.config.label2id = {name: label for label, name in self.config.id2label.items()}
+        self.config.num_added_classes += len(names)
+        old, self.num_labels = self.classifier, self.config.num_labels
+        self.classifier = nn.Linear(old.in_features, self.num_labels, device=old.weight.device, dtype=old.weight.dtype)
+        with torch.no_grad():
+            self.classifier.weight.zero_()
+            self.classifier.bias.fill_(_NEVER)
+            self.classifier.weight[: len(before)] = old.weight
+            self.classifier.bias[: len(before)] = old.bias
 
     def _classify(self, features: torch.Tensor) -> torch.Tensor:
         # Past the classifier and back, since 0 * NaN in its gradient would be NaN for all images.

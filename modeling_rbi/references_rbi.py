@@ -56,6 +56,8 @@ class ReferenceBank(nn.Module):
         size, image_shape = references["num_references"], references["image_shape"]
         num_features = config.feature_size or 0
         self.mean_similarity = references["mean_similarity"]
+        # Whether mean, keys and values are those of the head as it is.
+        self.is_prepared = False
         self.register_buffer("features", torch.zeros(size, num_features))
         self.register_buffer("labels", torch.full((size,), NO_LABEL))
         images = None if image_shape is None else torch.zeros(size, *image_shape, dtype=torch.uint8)
