@@ -1,0 +1,422 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Gives a trained classifier a reference bank, without training it.
+
+    python -m training.references --model outputs/mine --images camera --output_dir outputs/with-references
+
+`--model` is an RBI model, or any image classifier that RBI can be plugged into; `--images` are pictures without labels
+of the place where the model works. With labelled data (`--train_dir` and the like, as in training) its training
+pictures come into the bank, too, and its validation pictures say how much relations help, and which temperature, gain
+and share are the best. If none is, nothing is written. The test pictures are not looked at.
+
+Exit code 0: written. 1: model, pictures and arguments do not fit each other, or relations do not help. 2: the
+arguments are wrong.
+"""
+
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import EvalPrediction, TrainingArguments
+from transformers.image_processing_utils import BaseImageProcessor
+
+from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
+
+from .arguments import find_recipes, parse_arguments
+from .assessment import load_classifier, load_config, match_labels
+from .data.checks import load_checked_pictures, load_unlabelled_pictures
+from .data.decode import DEFAULT_MAX_PIXELS
+from .data.pictures import Pictures
+from .data.reading import DataArguments
+from .data.transforms import EvalTransform
+from .features import extract
+from .files import filled_whole, write_json
+from .frozen import CachedPictures
+from .intervals import Bootstrap, interval
+from .metrics import compute_metrics
+from .protocols import Answers
+from .record import describe_environment, resolved_arguments
+
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "references.json"
+# With fewer held-out pictures, what is best among them is chance: the model keeps the settings that it has.
+MIN_FOR_FIT = 100
+SHARES = (0.25, 0.5)
+# Temperature and gain.
+KERNELS = ((0.1, 0.25), (0.2, 0.5), (0.2, 1.0), (0.3, 0.5), (0.3, 1.0), (0.5, 0.5), (0.5, 1.0))
+VOTE_WEIGHTS = (0.0, 0.5)
+# Factors of the logits, one of which takes the model's confidence out of a comparison.
+_CONFIDENCES = [2.0 ** (step / 2) for step in range(-8, 7)]
+_STEP = 256
+_SOURCES = ("--dataset_name", "--dataset_format", "--train_dir", "--train_file")
+
+
+@dataclass
+class ReferenceArguments:
+    """The model, its references and how they are chosen."""
+
+    model: str = field(metadata={"help": "Folder or Hub repository of an RBI model or another image classifier."})
+    output_dir: str = field(metadata={"help": "New folder for the model with its references."})
+    images: list[str] | None = field(
+        default=None, metadata={"help": "Folders of pictures without labels, searched through, for the bank."}
+    )
+    num_references: int = field(
+        default=1000, metadata={"help": "Take this many of --images at most, drawn at random; of each folder."}
+    )
+    references_per_class: int | None = field(
+        default=None,
+        metadata={"help": "Take this many training pictures of each class where data are named; by default all."},
+    )
+    strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "How training pictures are chosen: balanced, herding or random.",
+            "choices": ["balanced", "herding", "random"],
+        },
+    )
+    keep_images: bool = field(
+        default=True,
+        metadata={"help": "Keep small copies of the pictures in the model, for PSNR. False: features alone."},
+    )
+    use_labels: bool = field(
+        default=True,
+        metadata={"help": "Let the labels of training pictures vote, where held-out pictures say that this helps."},
+    )
+    force: bool = field(
+        default=False, metadata={"help": "Write the model even if relations do not help on the held-out pictures."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures that the backbone takes at once."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures."})
+    use_cpu: bool = field(default=False, metadata={"help": "Work on the CPU."})
+    seed: int = field(default=42, metadata={"help": "Of what is drawn, and held out for validation, as in training."})
+
+    def __post_init__(self):
+        for name in ("num_references", "references_per_class", "per_device_eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an image attends to references; all `None` where it does not."""
+
+    share: float | None = None
+    temperature: float | None = None
+    gain: float | None = None
+    vote_weight: float = 0.0
+
+    def apply(self, model: RBIForImageClassification):
+        """Writes them to the model's config, unless they are none."""
+        if self.share is not None:
+            model.config.reference_share = self.share
+            model.config.reference_temperature, model.config.reference_gain = self.temperature, self.gain
+            model.config.reference_vote_weight = self.vote_weight
+
+    @classmethod
+    def of(cls, model: RBIForImageClassification) -> "Settings":
+        """Those that the model has."""
+        config = model.config
+        return cls(
+            config.reference_share,
+            config.reference_temperature,
+            config.reference_gain,
+            config.reference_vote_weight,
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings, and what held-out pictures say of them."""
+
+    settings: Settings
+    scope: str
+    metrics: dict[str, float]
+    loss: float  # mean negative log-likelihood at the best confidence
+
+
+def candidates_for(model: RBIForImageClassification) -> list[Settings]:
+    """Settings to choose from: temperatures and gains where the head has them, votes where there are labels."""
+    kernels: Sequence[tuple[float | None, float | None]] = [(None, None)]
+    if model.config.attention_type == "cosine":
+        references = model.describe_references()
+        has_gain = model.config.relation_position_encoding == "bias" and references["has_pictures"]
+        kernels = KERNELS if has_gain else [(temperature, None) for temperature in sorted({tau for tau, _ in KERNELS})]
+    votes = VOTE_WEIGHTS if model.describe_references()["num_labelled"] else VOTE_WEIGHTS[:1]
+    return [
+        Settings(share, temperature, gain, vote)
+        for share, (temperature, gain), vote in itertools.product(SHARES, kernels, votes)
+    ]
+
+
+@torch.no_grad()
+def scores_with_references(model: RBIForImageClassification, pictures: CachedPictures, scope: str) -> torch.Tensor:
+    """Logits, (n, num_labels); a picture that is in the bank itself, to the pixel, does not attend to that."""
+    parts, bank = [], model.rbi.references
+    for rows in torch.arange(len(pictures.labels)).split(_STEP):
+        pixel_values, features = pictures.pixel_values[rows].to(model.device), pictures.features[rows].to(model.device)
+        mask = None
+        if scope == "reference" and bank is not None and bank.images is not None:
+            relations, _ = model.rbi.rpe.relate_to_references(pixel_values, bank, len(rows))
+            mask = relations[:, 1:] < 1
+        output = model(pixel_values=pixel_values, image_features=features, relation_scope=scope, reference_mask=mask)
+        parts.append(output.logits.float().cpu())
+    return torch.cat(parts)
+
+
+def fit_references(
+    model: RBIForImageClassification, held_out: CachedPictures, candidates: Sequence[Settings]
+) -> list[Candidate]:
+    r"""
+    Tells how good each setting is on held-out pictures, and leaves the model as it was.
+
+    Args:
+        model (`RBIForImageClassification`):
+            With a bank.
+        held_out (`CachedPictures`):
+            Pictures like those that it will meet, which nothing was trained on and which are not in the bank.
+        candidates (`Sequence[Settings]`):
+            What to choose from.
+
+    Returns:
+        First the model without relations, then the candidates in their order. The best has the lowest `loss`: the
+        negative log-likelihood after one factor of the logits was fitted for each, since relations change how
+        confident a model is, too.
+    """
+    before = Settings.of(model)
+    results = []
+    try:
+        for settings in track([Settings(), *candidates], "Trying settings", transient=True):
+            settings.apply(model)
+            scope = "self" if settings.share is None else "reference"
+            scores = scores_with_references(model, held_out, scope)
+            losses = [nn.functional.cross_entropy(factor * scores, held_out.labels).item() for factor in _CONFIDENCES]
+            metrics = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
+            results.append(Candidate(settings, scope, metrics, min(losses)))
+    finally:
+        before.apply(model)
+        model.config.reference_share = before.share
+    return results
+
+
+def paired_gain(
+    model: RBIForImageClassification, held_out: CachedPictures, name: str = "accuracy", seed: int = 0
+) -> tuple[float, float, float]:
+    """What `reference` adds to `single` on the pictures, with its 95 % interval, in points."""
+    single, reference = (
+        Answers.from_scores(scores_with_references(model, held_out, scope), held_out.labels)
+        for scope in ("self", "reference")
+    )
+    bootstrap = Bootstrap(held_out.labels, seed=seed)
+    value = reference.metrics[0][name] - single.metrics[0][name]
+    gain = interval(name, value, bootstrap.metrics(reference)[name] - bootstrap.metrics(single)[name], least=-1.0)
+    return 100 * gain.value, 100 * gain.low, 100 * gain.high
+
+
+def load_rbi(args: ReferenceArguments) -> tuple[RBIForImageClassification, BaseImageProcessor]:
+    r"""
+    The model, as RBI if it is not, and its image processor.
+
+    Raises:
+        ValueError, OSError: if there is no such classifier, or RBI cannot be plugged into it.
+    """
+    config = load_config(args.model, args.model_revision)
+    model, image_processor = load_classifier(args.model, args.model_revision, config)
+    if not isinstance(model, RBIForImageClassification):
+        model = RBIForImageClassification.from_image_classifier(model, image_processor=image_processor)
+    return model.eval(), image_processor
+
+
+class _Relabelled(torch.utils.data.Dataset):
+    """Pictures with the model's numbers of their classes."""
+
+    def __init__(self, pictures: Pictures, numbers: torch.Tensor):
+        self.pictures = pictures
+        self.labels = numbers[torch.tensor(pictures.labels)].tolist()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.pictures[row] | {"labels": self.labels[row]}
+
+
+def run(args: ReferenceArguments, data: DataArguments | None, console: Console) -> dict[str, Any]:
+    r"""
+    Makes the bank, fits it, and writes the model.
+
+    Returns:
+        The content of `references.json`.
+
+    Raises:
+        ValueError, OSError: if model, pictures and arguments do not fit each other, or relations do not help.
+    """
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"--output_dir {output_dir} is there already: name a new folder.")
+    if not args.images and data is None:
+        raise ValueError("Name pictures for the bank: --images FOLDER, or labelled data (--train_dir and the like).")
+    max_pixels = DEFAULT_MAX_PIXELS if data is None else data.max_pixels
+    unlabelled = [load_unlabelled_pictures(folder, max_pixels) for folder in args.images or []]
+    pictures = None if data is None else load_checked_pictures(data, args.seed)[0]
+    model, image_processor = load_rbi(args)
+    numbers = None if pictures is None else match_labels(pictures["train"], model.config)
+    device = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none").device
+    model.to(device)
+
+    def prepared(split) -> Pictures:
+        crop = data is not None and data.crop_to_boxes and "box" in split.column_names
+        return Pictures(split, EvalTransform(image_processor), crop_to_boxes=crop, max_pixels=max_pixels)
+
+    options: dict[str, Any] = {"seed": args.seed, "batch_size": args.per_device_eval_batch_size}
+    if pictures is not None and numbers is not None:
+        number = len(pictures["train"])
+        if args.references_per_class is None and number > MAX_REFERENCES:
+            raise ValueError(
+                f"The {number} training pictures are more than a bank holds ({MAX_REFERENCES}): give "
+                "--references_per_class."
+            )
+        strategy = args.strategy or ("random" if args.references_per_class is None else "balanced")
+        labelled = _Relabelled(prepared(pictures["train"]), numbers)
+        model.set_references(
+            labelled,
+            per_class=args.references_per_class,
+            strategy=strategy,
+            keep_images=args.keep_images,
+            **options,
+        )
+    for split in unlabelled:
+        options |= {"num_references": min(args.num_references, len(split)), "strategy": "random"}
+        if model.config.references is None:
+            model.set_references(prepared(split), keep_images=args.keep_images, **options)
+        else:
+            model.add_references(prepared(split), **options)
+
+    record: dict[str, Any] = {
+        "model": args.model,
+        "arguments": resolved_arguments(args, *([] if data is None else [data])),
+        "references": model.describe_references(),
+        "environment": describe_environment(TrainingArguments(output_dir=args.output_dir, report_to="none")),
+    }
+    if pictures is not None and numbers is not None and "validation" in pictures:
+        validation = prepared(pictures["validation"])
+        seen = extract(model, validation, args.per_device_eval_batch_size, device, args.dataloader_num_workers)
+        held_out = CachedPictures(seen.pixel_values[:], seen.features, numbers[seen.labels])
+        record |= _choose(model, held_out, args, console)
+    else:
+        console.print("There are no held-out labelled pictures: what the references are worth was not measured.")
+    record["settings"] = asdict(Settings.of(model))
+    with filled_whole(output_dir, last="config.json") as draft:
+        model.save_pretrained(draft)
+        image_processor.save_pretrained(draft)
+        write_json(draft / RECORD_FILE, record)
+    return record
+
+
+def _choose(
+    model: RBIForImageClassification, held_out: CachedPictures, args: ReferenceArguments, console: Console
+) -> dict[str, Any]:
+    """Sets what is best on the held-out pictures, and says what it is worth."""
+    number = len(held_out.labels)
+    is_fitted = number >= MIN_FOR_FIT
+    defaults = Settings.of(model)
+    settings = candidates_for(model) if is_fitted else []
+    if not args.use_labels:
+        settings = [each for each in settings if not each.vote_weight]
+    results = fit_references(model, held_out, settings)
+    best = min(results, key=lambda result: result.loss) if is_fitted else None
+    helps = best is None or best.scope == "reference"
+    if best is not None:
+        best.settings.apply(model)
+    gains = {name: paired_gain(model, held_out, name, args.seed) for name in ("accuracy", "macro_f1")}
+    if not is_fitted:
+        console.print(
+            f"{number} held-out pictures are too few to choose by (fewer than {MIN_FOR_FIT}): the settings stay "
+            f"{asdict(defaults)}."
+        )
+        helps = gains["accuracy"][0] >= 0
+    console.print(_table(results, model, held_out))
+    sentence = "; ".join(
+        f"{title} {gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+        for title, (gain, low, high) in zip(("accuracy", "macro-F1"), gains.values(), strict=True)
+    )
+    optimistic = " They chose the settings, so this is somewhat optimistic." if is_fitted else ""
+    console.print(f"References, on {number} held-out pictures: {sentence}.{optimistic}", highlight=False)
+    if not helps and not args.force:
+        raise ValueError(
+            "Relations do not help on the held-out pictures: nothing was written. Use the model as it is, try other "
+            "references, or write it all the same with --force."
+        )
+    return {
+        "held_out_pictures": number,
+        "fitted": is_fitted,
+        "gains": {name: dict(zip(("value", "low", "high"), gain, strict=True)) for name, gain in gains.items()},
+        "candidates": [asdict(result) for result in results],
+    }
+
+
+def _table(results: list[Candidate], model: RBIForImageClassification, held_out: CachedPictures) -> Table:
+    """Without relations, and with the settings that the model has now."""
+    table = Table(title="Held-out pictures, in %")
+    for column in ("", "accuracy", "top-5", "macro-F1", "calibration error"):
+        table.add_column(column, justify="left" if not column else "right")
+    scores = scores_with_references(model, held_out, "reference")
+    with_references = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
+    settings = Settings.of(model)
+    description = ", ".join(f"{name} {value:g}" for name, value in asdict(settings).items() if value)
+    for title, metrics in (("each alone", results[0].metrics), (f"references: {description}", with_references)):
+        values = (metrics[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "calibration_error"))
+        table.add_row(title, *(f"{100 * value:.2f}" for value in values))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    args = None
+    names_data = find_recipes(argv) or any(word.split("=")[0] in _SOURCES for word in argv)
+    types: tuple[type, ...] = (ReferenceArguments, DataArguments) if names_data else (ReferenceArguments,)
+    try:
+        args, *data, _ = parse_arguments(argv, types, {}, description=__doc__)
+        record = run(args, data[0] if data else None, console)
+    except KeyboardInterrupt:
+        print("Stopped. Nothing was written.", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
+        logger.debug("Where it happened:", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if args is None else 1
+    references = record["references"]
+    console.print(
+        f"{references['num_references']} references, {references['num_bytes'] / 2**20:.1f} MiB, "
+        f"{references['multiply_adds_per_image'] / 1e6:.1f} million multiply-adds an image."
+    )
+    if references["has_pictures"]:
+        console.print(
+            f"[bold]The model now carries small copies ({' x '.join(map(str, references['image_shape'][1:]))} pixels) "
+            "of these pictures[/bold]: publish it only if they may be seen, or use --keep_images False."
+        )
+    console.print(f"Model and record: {Path(args.output_dir).resolve()}", soft_wrap=True, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    sys.exit(main())
