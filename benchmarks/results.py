@@ -1,0 +1,595 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Measures where relations help, and writes the tables of RESULTS.md: `python -m benchmarks.results`.
+
+Runs the ablations, the references without training and the added classes on the data sets that install by package
+name; hours on two cores. What is done already in `--output_dir` is kept, so it can be stopped and started again, and
+several processes can share the work with `--studies`. Of RESULTS.md the tables between `<!-- name -->` and
+`<!-- /name -->` are replaced, and nothing else.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EvalPrediction, HfArgumentParser
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.ablation import AblationArguments, Cached, ablate, cache_features, draw_data
+from training.ablation_report import paired_difference
+from training.arms import ARMS
+from training.data.emoji import EMOJI_STYLES
+from training.files import write_json
+from training.frozen import Budget, CachedPictures, TrainedHead, train_plain
+from training.metrics import compute_metrics
+from training.references import candidates_for, fit_references
+
+
+RECIPES = "training/recipes"
+# PSNR at 16 px in all arms, whose ranks are those of full size (0.990) and which is not felt on cached features.
+FROZEN = ("--freeze_backbone", "True", "--frozen_steps", "300", "--rbi_config", '{"psnr_image_size": 16}')
+PAPER_ARMS = ("plain", "self", "rra", "rbi", "batchformer")
+KERNEL_ARMS = ("self-kernel", "rbi-kernel", "rbi-kernel-batch", "rbi-kernel-untrained")
+BANK_ARMS = ("bank-untrained", "bank-votes", "bank-trained", "bank-trained+single")
+ALL_ARMS = PAPER_ARMS + KERNEL_ARMS + BANK_ARMS
+# Draws of the references and of the added classes.
+NUM_DRAWS = 10
+_STEPS = Budget(steps=300)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One ablation: its name and the arguments of `training.ablate`."""
+
+    name: str
+    recipe: str
+    arguments: tuple[str, ...]
+    arms: tuple[str, ...] = ALL_ARMS
+    num_seeds: int = 5
+
+    def parse(self, output_dir: Path) -> AblationArguments:
+        """Its arguments."""
+        return AblationArguments.parse(
+            [
+                "--config",
+                f"{RECIPES}/{self.recipe}.yaml",
+                *self.arguments,
+                "--arms",
+                *self.arms,
+                "--num_seeds",
+                str(self.num_seeds),
+                "--seed",
+                "0",
+                "--use_cpu",
+                "True",
+                "--output_dir",
+                str(output_dir / self.name),
+            ]
+        )
+
+
+def _emoji(classes: str, arms: tuple[str, ...]) -> list[Study]:
+    """Each style held out in turn. The data are the same with each seed, so the styles are what is averaged over."""
+    return [
+        Study(
+            f"emoji-{style}-{classes}",
+            "emoji",
+            (*FROZEN, "--dataset_config_name", f"{style}-{classes}"),
+            arms=arms,
+            num_seeds=2,
+        )
+        for style in EMOJI_STYLES
+    ]
+
+
+FEW = ("--max_test_samples", "2000")
+STUDIES = [
+    *(
+        Study(f"orl-{shots}-shot", "orl_faces", (*FROZEN, "--dataset_config_name", f"{shots}-shot", *more))
+        for shots, more in ((1, ("--num_unlabelled", "140")), (2, ("--num_unlabelled", "140")), (5, ()))
+    ),
+    *(
+        Study(
+            f"fashion-mnist-{labels}",
+            "fashion_mnist",
+            (*FROZEN, "--dataset_config_name", f"{labels}-per-class", "--num_unlabelled", "1000", *FEW),
+        )
+        for labels in (5, 20)
+    ),
+    Study("elpv", "elpv", FROZEN),
+    Study("cards", "cards", FROZEN),
+    *_emoji("fine", ALL_ARMS),
+    *_emoji("all", (*PAPER_ARMS, "rbi-kernel-untrained", "bank-untrained", "bank-votes")),
+    *(
+        Study(
+            f"{name}-balanced",
+            recipe,
+            (
+                *FROZEN,
+                *arguments,
+                "--batch_sampler",
+                "balanced",
+                "--images_per_class",
+                per_class,
+                "--per_device_train_batch_size",
+                "40",
+            ),
+            arms=("self", "rra", "rbi", "self-kernel", "rbi-kernel"),
+        )
+        for name, recipe, per_class, arguments in (
+            ("orl-2-shot", "orl_faces", "2", ("--dataset_config_name", "2-shot", "--num_unlabelled", "140")),
+            ("fashion-mnist-5", "fashion_mnist", "4", ("--dataset_config_name", "5-per-class", *FEW)),
+        )
+    ),
+    Study(
+        "orl-2-shot-end-to-end",
+        "orl_faces",
+        ("--dataset_config_name", "2-shot"),
+        arms=(
+            *("plain", "self", "rbi", "self-kernel", "rbi-kernel", "batchformer"),
+            *("bank-untrained", "bank-votes", "bank-trained+single"),
+        ),
+    ),
+]
+BY_NAME = {study.name: study for study in STUDIES}
+
+
+def run_study(study: Study, folder: Path) -> dict[str, Any]:
+    """An ablation, or what is there of it already."""
+    return ablate(study.parse(folder))
+
+
+# Columns of the tables: their titles, and the ablations that each is made of.
+SETS = {
+    "ORL, 1 a person": ["orl-1-shot"],
+    "ORL, 2": ["orl-2-shot"],
+    "ORL, 5": ["orl-5-shot"],
+    "Fashion-MNIST, 5 a class": ["fashion-mnist-5"],
+    "Fashion-MNIST, 20": ["fashion-mnist-20"],
+    "cards": ["cards"],
+    "emoji, 254": [f"emoji-{style}-fine" for style in EMOJI_STYLES],
+    "emoji, 897": [f"emoji-{style}-all" for style in EMOJI_STYLES],
+    "ELPV": ["elpv"],
+}
+BALANCED_SETS = {
+    "ORL, 2, random": ["orl-2-shot"],
+    "ORL, 2, P x K": ["orl-2-shot-balanced"],
+    "Fashion-MNIST, 5, random": ["fashion-mnist-5"],
+    "Fashion-MNIST, 5, P x K": ["fashion-mnist-5-balanced"],
+}
+END_TO_END = {"ORL, 2, end to end": ["orl-2-shot-end-to-end"], "ORL, 2, frozen": ["orl-2-shot"]}
+
+
+def values_of(results: Sequence[dict[str, Any]], arm: str, protocol: str, metric: str) -> list[float]:
+    """In %, of each seed of one ablation; of several ablations the mean of each."""
+    by_result = [
+        [100 * run["test"].get(protocol, run["test"]["single"])[metric] for run in result["arms"][arm]["runs"]]
+        for result in results
+    ]
+    return by_result[0] if len(results) == 1 else [statistics.fmean(values) for values in by_result]
+
+
+def own_protocol(arm: str) -> str:
+    """The protocol in which an arm uses relations, `single` if in none."""
+    scopes = ARMS[arm].scopes
+    return "reference" if "reference" in scopes else "shuffled" if "batch" in scopes else "single"
+
+
+def accuracy_table(sets: Mapping[str, Sequence[dict[str, Any]]], metric: str = "accuracy") -> str:
+    """Each arm with each picture alone and, where it has relations, with them: mean and standard deviation."""
+    rows = []
+    for arm in ARMS:
+        for protocol in dict.fromkeys(("single", own_protocol(arm))):
+            cells = [
+                _mean_and_std(values_of(results, arm, protocol, metric)) if arm in results[0]["arms"] else ""
+                for results in sets.values()
+            ]
+            if any(cells):
+                rows.append([f"`{arm}`", protocol, *cells])
+    return markdown_table(["arm", "test", *sets], rows)
+
+
+def gains_table(sets: Mapping[str, Sequence[dict[str, Any]]], metric: str = "accuracy") -> str:
+    """What relations add: each arm with them over its control without, and over the plain classifier."""
+    rows = []
+    for arm in ARMS.values():
+        protocol = own_protocol(arm.name)
+        for control in dict.fromkeys((arm.control, "plain")):
+            if control is None or arm.name == "plain":
+                continue
+            cells = []
+            for results in sets.values():
+                if not {arm.name, control} <= results[0]["arms"].keys():
+                    cells.append("")
+                    continue
+                own = values_of(results, arm.name, protocol, metric)
+                cells.append(_interval(paired_difference(own, values_of(results, control, "single", metric))))
+            if any(cells):
+                rows.append([f"`{arm.name}`, {protocol}", f"`{control}`", *cells])
+    return markdown_table(["arm, test", "over", *sets], rows)
+
+
+def leaks_table(sets: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """What class-ordered test batches add to random ones, for arms that attend to the batch."""
+    rows = []
+    for arm in ARMS:
+        if own_protocol(arm) != "shuffled":
+            continue
+        cells = []
+        for results in sets.values():
+            if arm not in results[0]["arms"]:
+                cells.append("")
+                continue
+            ordered, shuffled = (values_of(results, arm, protocol, "accuracy") for protocol in ("sorted", "shuffled"))
+            cells.append(_interval(paired_difference(ordered, shuffled)))
+        rows.append([f"`{arm}`", *cells])
+    return markdown_table(["arm", *sets], rows)
+
+
+def _mean_and_std(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _interval(difference: dict[str, float]) -> str:
+    text = f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return f"**{text}**" if difference["low"] > 0 or difference["high"] < 0 else text
+
+
+def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A table in Markdown, the first column to the left."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+# --- References without training ------------------------------------------------------------------------------------
+
+# Name, recipe, arguments, metrics; the bank is the training pictures and the unlabelled ones.
+REFERENCE_SETS = {
+    **{
+        f"ORL, {shots} a person": ("orl_faces", ("--dataset_config_name", f"{shots}-shot", *more))
+        for shots, more in ((1, ("--num_unlabelled", "140")), (2, ("--num_unlabelled", "140")), (5, ()))
+    },
+    **{
+        f"Fashion-MNIST, {labels} a class": (
+            "fashion_mnist",
+            ("--dataset_config_name", f"{labels}-per-class", "--num_unlabelled", "1000", *FEW),
+        )
+        for labels in (5, 20)
+    },
+    "ELPV": ("elpv", ()),
+    "cards": ("cards", ()),
+    **{f"emoji, {style} held out": ("emoji", ("--dataset_config_name", f"{style}-fine")) for style in EMOJI_STYLES},
+}
+
+
+def _draws(recipe: str, arguments: tuple[str, ...], folder: Path, num_draws: int):
+    """Cached features of each draw, and the config of the model."""
+    study = Study(folder.name, recipe, (*FROZEN, *arguments), ("bank-untrained",), num_draws)
+    args = study.parse(folder.parent)
+    draws = [draw_data(args, seed) for seed in args.seeds]
+    folder.mkdir(parents=True, exist_ok=True)
+    config, cached = cache_features(args, draws, folder)
+    return config, list(zip(args.seeds, cached, strict=True))
+
+
+def _plain(cached: Cached, config: RBIConfig, seed: int, rows: torch.Tensor, labels: torch.Tensor) -> TrainedHead:
+    pictures = CachedPictures(cached.pictures.pixel_values, cached.pictures.features, labels)
+    return train_plain(pictures, rows, config.num_labels, _STEPS, seed)
+
+
+def _kernel_model(config: RBIConfig, **fields: Any) -> RBIForImageClassification:
+    names = ("backbone_config", "feature_size", "pooling", "image_mean", "image_std")
+    model = RBIForImageClassification(RBIConfig.kernel(**{name: getattr(config, name) for name in names} | fields))
+    return model.eval()
+
+
+@torch.no_grad()
+def _scores(model: RBIForImageClassification, cached: Cached, rows: torch.Tensor, scope: str) -> torch.Tensor:
+    pictures = cached.pictures
+    parts = [
+        model(
+            pixel_values=pictures.pixel_values[part], image_features=pictures.features[part], relation_scope=scope
+        ).logits
+        for part in rows.split(256)
+    ]
+    return torch.cat(parts)
+
+
+def _metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    metrics = compute_metrics(EvalPrediction(scores.numpy(), labels.numpy()))
+    return {name: 100 * value for name, value in metrics.items()}
+
+
+def measure_references(name: str, folder: Path) -> list[dict[str, Any]]:
+    """
+    One data set: a plain classifier, made RBI with the kernel preset and a bank, each draw. `default`: the preset's
+    settings; `votes`: and the labels have half of the say; `fitted`: settings chosen on the validation pictures, none
+    among them; `train`, `unlabelled`: default settings with that part of the bank alone.
+    """
+    recipe, arguments = REFERENCE_SETS[name]
+    num_draws = 2 if recipe == "emoji" else NUM_DRAWS
+    config, draws = _draws(recipe, arguments, folder, num_draws)
+    results = []
+    for seed, cached in draws:
+        rows, pictures = cached.rows, cached.pictures
+        plain = _plain(cached, config, seed, rows["train"], pictures.labels)
+        model = _kernel_model(config, num_labels=config.num_labels)
+        model.classifier.load_state_dict(plain.model.state_dict())
+        test, labels = rows["test"], pictures.labels[rows["test"]]
+        result: dict[str, Any] = {"seed": seed, "single": _metrics(_scores(model, cached, test, "self"), labels)}
+        banks = {part: rows[part] for part in ("train", "unlabelled") if part in rows} | {"all": cached.bank}
+        for part, bank in banks.items():
+            model.set_reference_features(pictures.features[bank], pictures.pixel_values[bank], pictures.labels[bank])
+            result[part] = _metrics(_scores(model, cached, test, "reference"), labels)
+        result["default"] = result.pop("all")
+        model.config.reference_vote_weight = 0.5
+        result["votes"] = _metrics(_scores(model, cached, test, "reference"), labels)
+        model.config.reference_vote_weight = 0.0
+        held_out = CachedPictures(*(values[rows["validation"]] for values in _columns(pictures)))
+        best = min(fit_references(model, held_out, candidates_for(model)), key=lambda each: each.loss)
+        best.settings.apply(model)
+        result["fitted"] = _metrics(_scores(model, cached, test, best.scope), labels)
+        result["settings"] = vars(best.settings)
+        results.append(result)
+    return results
+
+
+def _columns(pictures: CachedPictures):
+    return pictures.pixel_values, pictures.features, pictures.labels
+
+
+def references_table(by_set: dict[str, list[dict[str, Any]]], metric: str) -> str:
+    """Each data set's `single`, and what the banks add to it."""
+    ways = ("default", "votes", "fitted", "train", "unlabelled")
+    titles = ["default", "with votes", "fitted", "training pictures alone", "unlabelled alone"]
+    rows = []
+    for name, draws in _with_emoji_pooled(by_set).items():
+        single = [draw["single"][metric] for draw in draws]
+        row = [name, f"{statistics.fmean(single):.2f}"]
+        for way in ways:
+            values = [draw[way][metric] for draw in draws if way in draw]
+            row.append(_interval(paired_difference(values, single)) if values else "")
+        rows.append(row)
+    return markdown_table(["", "each alone", *titles], rows)
+
+
+def _with_emoji_pooled(by_set: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The five styles as five draws of one set, each the mean of its seeds."""
+    pooled = {name: draws for name, draws in by_set.items() if not name.startswith("emoji")}
+    styles = [draws for name, draws in by_set.items() if name.startswith("emoji")]
+    if styles:
+        pooled["emoji, each style held out"] = [
+            {
+                way: {metric: statistics.fmean(draw[way][metric] for draw in draws) for metric in draws[0][way]}
+                for way, value in draws[0].items()
+                if way not in ("seed", "settings", "parts") and isinstance(value, dict)
+            }
+            for draws in styles
+        ]
+    return pooled
+
+
+# --- Classes added without training ---------------------------------------------------------------------------------
+
+NEW_CLASS_SETS = {
+    **{
+        f"ORL, {shots} of a new person": ("orl_faces", ("--dataset_config_name", "5-shot"), 10, shots)
+        for shots in (1, 2, 5)
+    },
+    **{
+        f"emoji, {style} held out, {shots} of a new class": (
+            "emoji",
+            ("--dataset_config_name", f"{style}-fine"),
+            54,
+            shots,
+        )
+        for shots in (1, 3)
+        for style in EMOJI_STYLES
+    },
+}
+
+
+def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
+    """
+    One data set, each draw: a classifier of the old classes; the others come with a few pictures. `rbi`: as
+    `add_classes` has it; `nearest mean`: the class whose references' mean is nearest, by the cosine of features off
+    the mean of the bank; `retrained`: a linear classifier trained on all that the bank has.
+    """
+    recipe, arguments, num_new, shots = NEW_CLASS_SETS[name]
+    num_draws = 2 if recipe == "emoji" else NUM_DRAWS
+    config, draws = _draws(recipe, arguments, folder, num_draws)
+    results = []
+    for seed, cached in draws:
+        pictures, rows = cached.pictures, cached.rows
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(config.num_labels, generator=generator)
+        # The new classes come last.
+        number_of = torch.empty_like(order)
+        number_of[order] = torch.arange(len(order))
+        labels, num_old = number_of[pictures.labels], len(order) - num_new
+        train = rows["train"]
+        old = train[labels[train] < num_old]
+        new = [
+            own[torch.randperm(len(own), generator=generator)[:shots]]
+            for own in (train[labels[train] == label] for label in range(num_old, len(order)))
+        ]
+        bank = torch.cat([old, *new])
+        of_old = CachedPictures(pictures.pixel_values, pictures.features, labels)
+        plain = train_plain(of_old, old, num_old, _STEPS, seed)
+        model = _kernel_model(config, num_labels=len(order), num_added_classes=num_new)
+        with torch.no_grad():
+            model.classifier.weight.zero_()
+            model.classifier.bias.fill_(-1e4)
+            for name, parameter in model.classifier.named_parameters():
+                parameter[:num_old] = plain.model.get_parameter(name)
+        model.set_reference_features(pictures.features[bank], pictures.pixel_values[bank], labels[bank])
+        test = rows["test"]
+        features, mean = pictures.features, pictures.features[bank].mean(0)
+        means = torch.stack([features[bank][labels[bank] == label].mean(0) for label in range(len(order))])
+        nearest = torch.nn.functional.cosine_similarity((features[test] - mean)[:, None], (means - mean)[None], dim=-1)
+        retrained = train_plain(of_old, bank, len(order), _STEPS, seed).model
+        answers = {
+            "rbi": _scores(model, cached, test, "reference"),
+            "nearest mean": nearest,
+            "retrained": retrained(features[test]).detach(),
+        }
+        is_old = labels[test] < num_old
+        result: dict[str, Any] = {"seed": seed}
+        for way, scores in answers.items():
+            is_right = (scores.argmax(-1) == labels[test]).float()
+            parts = {"old": is_right[is_old], "new": is_right[~is_old], "all": is_right}
+            result[way] = {part: 100 * values.mean().item() for part, values in parts.items()}
+        closed = (plain.model(features[test]).argmax(-1) == labels[test]).float()[is_old]
+        result["old classifier"] = {"old": 100 * closed.mean().item()}
+        results.append(result)
+    return results
+
+
+def new_classes_table(by_set: dict[str, list[dict[str, Any]]]) -> str:
+    """Accuracy on the old classes, the new ones, and all."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, draws in by_set.items():
+        title = re.sub(r", \w+ held out", "", name)
+        means = [
+            {
+                way: {part: statistics.fmean(draw[way][part] for draw in draws) for part in draws[0][way]}
+                for way in draws[0]
+                if way != "seed"
+            }
+        ]
+        groups.setdefault(title, []).extend(means if "held out" in name else draws)
+    rows = []
+    for title, draws in groups.items():
+        for way in ("rbi", "nearest mean", "retrained"):
+            row = [title, way]
+            for part in ("old", "new", "all"):
+                values = [draw[way][part] for draw in draws]
+                row.append(f"{statistics.fmean(values):.1f}")
+            difference = ""
+            if way != "rbi":
+                own, others = ([draw[each]["all"] for draw in draws] for each in ("rbi", way))
+                difference = _interval(paired_difference(own, others))
+            rows.append([*row, difference])
+        closed = statistics.fmean(draw["old classifier"]["old"] for draw in draws)
+        rows.append([title, "old classifier, old classes only", f"{closed:.1f}", "", "", ""])
+    return markdown_table(["", "", "old", "new", "all", "`rbi` over it, all"], rows)
+
+
+# --- RESULTS.md -----------------------------------------------------------------------------------------------------
+
+
+def replace_tables(text: str, tables: dict[str, str]) -> str:
+    r"""
+    The text with other tables between its markers.
+
+    Raises:
+        ValueError: if a marker is missing.
+    """
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"There is no place for the table {name}: put <!-- {name} --> and <!-- /{name} -->.")
+        escaped = table.replace("\\", r"\\")
+        text = pattern.sub(rf"\g<1>{escaped}\n\g<2>", text)
+    return text
+
+
+@dataclass
+class ResultsArguments:
+    """What to measure, and where to write it."""
+
+    output_dir: str = field(default="outputs/results", metadata={"help": "Folder for all figures."})
+    results_file: str = field(default="RESULTS.md", metadata={"help": "File whose tables are replaced."})
+    studies: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Run these alone, and write no tables: names of ablations "
+            f"({', '.join(BY_NAME)}), references, new-classes."
+        },
+    )
+
+    def __post_init__(self):
+        for name in self.studies or []:
+            if name not in {*BY_NAME, "references", "new-classes"}:
+                raise ValueError(f"There is no study {name}: see --help.")
+
+
+def _measured(name: str, sets: Iterable[str], measure: Callable, folder: Path) -> dict[str, Any]:
+    """Each set's figures, from its file if it is there."""
+    figures = {}
+    for each in sets:
+        slug = re.sub(r"\W+", "-", each).strip("-").lower()
+        path = folder / name / f"{slug}.json"
+        if not path.exists():
+            print(f"{name}: {each}", file=sys.stderr, flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, measure(each, folder / "features" / re.sub(r"-\d-of-a-new-\w+$", "", slug)))
+        figures[each] = read_json(path)
+    return figures
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(args: ResultsArguments):
+    """Runs what is missing, and writes the tables."""
+    folder = Path(args.output_dir)
+    for study in STUDIES:
+        if args.studies is None or study.name in args.studies:
+            print(f"ablation: {study.name}", file=sys.stderr, flush=True)
+            run_study(study, folder)
+    references = new_classes = None
+    if args.studies is None or "references" in args.studies:
+        references = _measured("references", REFERENCE_SETS, measure_references, folder)
+    if args.studies is None or "new-classes" in args.studies:
+        new_classes = _measured("new-classes", NEW_CLASS_SETS, measure_new_classes, folder)
+    if references is None or new_classes is None or args.studies is not None:
+        return
+    results_file = Path(args.results_file)
+    text = replace_tables(results_file.read_text(encoding="utf-8"), make_tables(folder, references, new_classes))
+    draft = results_file.with_name(f".{results_file.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(results_file)
+    print(f"Tables: {results_file.resolve()}\nAll figures: {folder.resolve()}")
+
+
+def make_tables(folder: Path, references: dict[str, Any], new_classes: dict[str, Any]) -> dict[str, str]:
+    """All tables, by the names of their places in RESULTS.md."""
+
+    def read(sets: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+        return {title: [read_json(folder / name / "ablation.json") for name in names] for title, names in sets.items()}
+
+    sets = read(SETS)
+    environment = sets["ELPV"][0]["environment"]
+    versions, hardware = environment["versions"], environment["hardware"]
+    return {
+        "environment": (
+            f"Machine: {hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} thread(s) each run; "
+            f"Python {versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}."
+        ),
+        "gains": gains_table(sets),
+        "gains-macro-f1": gains_table({"ELPV": sets["ELPV"]}, "macro_f1"),
+        "leaks": leaks_table(sets),
+        "accuracies": accuracy_table(sets),
+        "macro-f1": accuracy_table({"ELPV": sets["ELPV"]}, "macro_f1"),
+        "balanced": gains_table(read(BALANCED_SETS)),
+        "end-to-end": gains_table(read(END_TO_END)),
+        "end-to-end-accuracies": accuracy_table(read(END_TO_END)),
+        "references": references_table(references, "accuracy"),
+        "references-macro-f1": references_table(references, "macro_f1"),
+        "new-classes": new_classes_table(new_classes),
+        "arms": "\n".join(f"- `{arm.name}`: {arm.description}." for arm in ARMS.values()),
+    }
+
+
+if __name__ == "__main__":
+    (arguments,) = HfArgumentParser(ResultsArguments).parse_args_into_dataclasses()
+    main(arguments)

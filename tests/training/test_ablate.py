@@ -1,0 +1,117 @@
+"""`python -m training.ablate`: exit codes, what is said, and a killed run that goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training import ablate as command
+from training.ablate import main
+
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"freeze_backbone": True, "frozen_steps": 5, "num_seeds": 2, "num_shuffles": 2}
+
+
+@pytest.fixture
+def line(arguments, tmp_path):
+    """Gives the command line of an ablation on the small data set."""
+
+    def make(name="out", arms=("rbi-kernel-untrained",), **more):
+        return [*arguments(tmp_path / name, **SMALL | more), "--arms", *arms]
+
+    return make
+
+
+def test_it_says_what_came_out_and_where_it_is(line, tmp_path, capsys):
+    assert main(line()) == 0
+    output = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    accuracy = results["arms"]["plain"]["summary"]["test"]["single"]["accuracy"]["mean"]
+    row = next(words for words in output.splitlines() if "plain " in words and "rbi" not in words)
+    assert f"{100 * accuracy:.2f} ±" in row
+    assert str((tmp_path / "out").resolve()) in output and "ablation.md" in output
+    assert "rbi-kernel-untrained" in (tmp_path / "out" / "ablation.md").read_text()
+
+
+def test_a_recipe_by_either_name(line, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("num_seeds: 3\nfrozen_steps: 4\n")
+    for number, words in enumerate((["--recipe", str(recipe)], [f"--recipe={recipe}"], ["--config", str(recipe)])):
+        given = line(f"out-{number}", arms=["plain"])
+        for name in ("--num_seeds", "--frozen_steps"):  # which would win over the recipe
+            place = given.index(name)
+            del given[place : place + 2]
+        assert main([*given, *words]) == 0
+        results = json.loads((tmp_path / f"out-{number}" / "ablation.json").read_text())
+        assert len(results["seeds"]) == 3 and results["arguments"]["frozen_steps"] == 4
+        assert results["recipes"] == [str(recipe)]
+
+
+def test_by_default_the_output_goes_by_the_recipe(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "ablate", lambda args: asked.append(args) or {"arms": {}})
+    recipe = ROOT / "training" / "recipes" / "orl_faces.yaml"
+    assert main(["--recipe", str(recipe), "--freeze_backbone", "--use_cpu"]) == 0
+    assert asked[0].training.output_dir == os.path.join("outputs", "ablation", "orl_faces")
+    assert asked[0].data.dataset_config_name == "2-shot" and asked[0].options.num_seeds == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--arms", "plain", "rbi-kernal"], 2, "There is no arm `rbi-kernal`: did you mean `rbi-kernel`?"),
+        (["--num_seed", "3"], 2, "There is no argument --num_seed: did you mean `--num_seeds`?"),
+        (["--num_seeds", "1"], 2, "--num_seeds must be at least 2, got 1."),
+        (["--num_unlabelled", "99"], 1, "--num_unlabelled 99: the test has 40 pictures"),
+        (["--num_folds", "3"], 1, "--num_folds cannot be used in an ablation"),
+    ],
+)
+def test_faults_cost_nothing_and_are_said(line, tmp_path, capsys, words, code, message):
+    assert main([*line(), *words]) == code
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_stopped_by_hand_it_says_how_to_go_on(line, monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "ablate", stop)
+    assert main(line()) == 130
+    assert "Go on with: python -m training.ablate --dataset_format" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_to_the_same(line, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    more = {"arms": ["rbi", "bank-trained"], "num_seeds": 4, "frozen_steps": 60}
+
+    def words(name):
+        return [sys.executable, "-m", "training.ablate", *line(name, **more)]
+
+    def results(name):
+        content = json.loads((tmp_path / name / "ablation.json").read_text())
+        return [
+            {name: value for name, value in run.items() if name != "seconds"}
+            for arm in content["arms"].values()
+            for run in arm["runs"]
+        ], [(arm["over_control"], arm["over_plain"]) for arm in content["arms"].values()]
+
+    subprocess.run(words("whole"), check=True, cwd=ROOT, env=environment, capture_output=True)
+    process = subprocess.Popen(
+        words("killed"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("*/seed-43.json")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "ablation.json").exists()
+    subprocess.run(words("killed"), check=True, cwd=ROOT, env=environment, capture_output=True)
+    assert results("killed") == results("whole")

@@ -1,0 +1,207 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What an ablation found: means over the seeds, paired differences with intervals, and tables."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from scipy import stats
+
+from .arms import Arm
+
+
+METRICS = ("accuracy", "macro_f1")
+# What an arm is measured by where it is asked in this relation scope. `sorted` tells of a leak, and is no accuracy.
+_PROTOCOLS = {"self": "single", "batch": "shuffled", "reference": "reference"}
+_LEVEL = 0.95
+
+
+def paired_difference(values: Sequence[float], controls: Sequence[float]) -> dict[str, float]:
+    r"""
+    Mean difference of two arms over the seeds, and its 95 % interval by Student's t.
+
+    Args:
+        values (`Sequence[float]`), controls (`Sequence[float]`):
+            Of the same seeds, at least 2.
+    """
+    gains = [value - control for value, control in zip(values, controls, strict=True)]
+    mean = statistics.fmean(gains)
+    margin = float(stats.t.ppf((1 + _LEVEL) / 2, len(gains) - 1) * stats.sem(gains))
+    return {"mean": mean, "low": mean - margin, "high": mean + margin}
+
+
+def arm_results(arm: Arm, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    r"""
+    What there is to say of an arm: itself, its figures, their mean and standard deviation over the seeds, and the
+    paired differences on the test pictures to its control and to `plain`, by protocol.
+
+    Args:
+        arm (`Arm`):
+            The arm.
+        runs (`dict[str, list[dict[str, Any]]]`):
+            Of each arm the figures of each seed, in the same order.
+    """
+    own = runs[arm.name]
+    summary = {
+        part: {
+            protocol: {
+                metric: {
+                    "mean": statistics.fmean(values := [run[part][protocol][metric] for run in own]),
+                    "std": statistics.stdev(values),
+                }
+                for metric in METRICS
+            }
+            for protocol in own[0][part]
+        }
+        for part in ("validation", "test")
+    }
+    return {
+        **{name: value for name, value in dataclasses.asdict(arm).items() if name not in ("name", "scopes")},
+        "scopes": list(arm.scopes),
+        "runs": own,
+        "summary": summary,
+        "over_control": None if arm.control is None else _gains(arm, own, runs[arm.control]),
+        "over_plain": None if arm.name == "plain" else _gains(arm, own, runs["plain"]),
+    }
+
+
+def _gains(arm: Arm, runs: list[dict[str, Any]], controls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Paired differences. A control without a bank answers each picture on its own."""
+    return {
+        protocol: {
+            metric: paired_difference(
+                [run["test"][protocol][metric] for run in runs],
+                [run["test"].get(protocol, run["test"]["single"])[metric] for run in controls],
+            )
+            for metric in METRICS
+        }
+        for protocol in (_PROTOCOLS[scope] for scope in arm.scopes)
+    }
+
+
+def ablation_markdown(results: dict[str, Any]) -> str:
+    r"""
+    The tables of an ablation.
+
+    Args:
+        results (`dict[str, Any]`):
+            As [`ablate`] returns them.
+    """
+    arms = results["arms"]
+    protocols = ["single", "shuffled", "sorted", "reference"]
+    sections = [f"# Ablation\n\n{_caption(results)}"]
+    for metric, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
+        header = ["arm", *protocols, "leak", "validation, single", "trained parameters", "seconds"]
+        rows = []
+        for name, arm in arms.items():
+            test = arm["summary"]["test"]
+            leaks = [run["test"]["sorted"][metric] - run["test"]["shuffled"][metric] for run in arm["runs"]]
+            rows.append(
+                [
+                    f"`{name}`",
+                    *(mean_and_std(test[protocol][metric]) if protocol in test else "" for protocol in protocols),
+                    f"{100 * statistics.fmean(leaks):+.2f}",
+                    mean_and_std(arm["summary"]["validation"]["single"][metric]),
+                    f"{arm['runs'][0]['parameters']:,}",
+                    f"{statistics.fmean(run['seconds'] for run in arm['runs']):.1f}",
+                ]
+            )
+        sections.append(f"## Test {title} in %\n\n{_table(header, rows)}")
+    header = ["arm", "protocol", "control", "accuracy", "macro-F1", "accuracy over `plain`", "macro-F1 over `plain`"]
+    rows = []
+    for name, arm in arms.items():
+        for protocol, over_plain in (arm["over_plain"] or {}).items():
+            over_control = {} if arm["over_control"] is None else arm["over_control"][protocol]
+            rows.append(
+                [
+                    f"`{name}`",
+                    protocol,
+                    "" if arm["control"] is None else f"`{arm['control']}`",
+                    *(interval(over_control.get(metric)) for metric in METRICS),
+                    *(interval(over_plain[metric]) for metric in METRICS),
+                ]
+            )
+    sections.append(
+        "## Paired differences to the control and to `plain`, in points\n\nMean over the seeds [95 % interval by "
+        f"Student's t over the seeds].\n\n{_table(header, rows)}"
+    )
+    lines = "\n".join(f"- `{name}`: {arm['description']}." for name, arm in arms.items())
+    sections.append(f"## Arms\n\n{lines}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _caption(results: dict[str, Any]) -> str:
+    arguments, data, environment = results["arguments"], results["data"], results["environment"]
+    parts = next(iter(data["fingerprints"].values()))["splits"]
+    source = next(
+        arguments[name] for name in ("dataset_name", "dataset_format", "train_dir", "train_file") if arguments[name]
+    )
+    name = " ".join(filter(None, (source, arguments["dataset_config_name"])))
+    sizes = ", ".join(f"{split['pictures']} {part}" for part, split in parts.items())
+    size = f" at {arguments['image_size']} px" if arguments["image_size"] else ""
+    backbone = arguments["model_name_or_path"] or arguments["backbone_config"]
+    batches = "random"
+    if arguments["batch_sampler"] == "balanced":
+        batches = f"class-balanced ({arguments['images_per_class']} of a class)"
+    batches = f"{batches} batches of {arguments['per_device_train_batch_size']}"
+    if arguments["freeze_backbone"]:
+        budget = (
+            "frozen, heads trained on cached features of the whole pictures, without augmentation: "
+            f"{arguments['frozen_steps']} steps of AdamW with a cosine schedule, {batches}, learning rate "
+            f"{arguments['frozen_learning_rate']:g} (classifier) and {arguments['frozen_head_learning_rate']:g} (the "
+            f"rest), weight decay {arguments['weight_decay']:g}"
+        )
+    else:
+        length = f"{arguments['num_train_epochs']:g} epochs"
+        if arguments["max_steps"] > 0:
+            length = f"{arguments['max_steps']} steps"
+        head_rate = arguments["head_learning_rate"] or arguments["learning_rate"]
+        budget = (
+            f"trained end to end with augmentation: {length}, {batches}, learning rate {arguments['learning_rate']:g} "
+            f"(backbone) and {head_rate:g} (the rest), the best epoch by validation (of each picture on its own, or "
+            "with the bank that it was trained through)"
+        )
+    sentences = [
+        f"{name}: {sizes} pictures of {len(data['label_names'])} classes",
+        f"Backbone {backbone}{size}, {budget}",
+        f"{len(results['seeds'])} seeds, {results['seeds'][0]} to {results['seeds'][-1]}, of the data draw, the start "
+        "and the order; mean ± standard deviation over them",
+        "`single`: each picture on its own. `shuffled`: mean of "
+        f"{arguments['num_shuffles']} random orders in batches of about {arguments['per_device_eval_batch_size']}. "
+        "`sorted`: batches in the order of the classes; `leak` = `sorted` - `shuffled` is what labels of the "
+        "neighbours give away, no accuracy. `reference`: each picture and the bank",
+    ]
+    if any(arm["scopes"][-1] == "reference" for arm in results["arms"].values()):
+        bank = "The bank: the training pictures"
+        if "unlabelled" in parts:
+            source = data["unlabelled_from"]
+            bank += f", and {parts['unlabelled']['pictures']} without labels of the {source}"
+            bank += ", which are not tested on" if source == "test" else ""
+        sentences.append(bank)
+    hardware, versions = environment["hardware"], environment["versions"]
+    sentences.append(
+        f"{hardware['processor']}, {hardware['threads']} threads, {hardware['device']}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}"
+    )
+    return ". ".join(sentences) + "."
+
+
+def mean_and_std(summary: dict[str, float]) -> str:
+    """In percent."""
+    return f"{100 * summary['mean']:.2f} ± {100 * summary['std']:.2f}"
+
+
+def interval(difference: dict[str, float] | None) -> str:
+    """In points; nothing for none."""
+    if difference is None:
+        return ""
+    # A rounding error below zero is no -0.00.
+    numbers = (round(100 * difference[name], 2) + 0.0 for name in ("mean", "low", "high"))
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---" if name in ("arm", "protocol", "control") else "---:" for name in header]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
