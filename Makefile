@@ -4,7 +4,7 @@ PYTEST_FLAGS ?= -n 2 --dist=loadfile
 
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-fast test-timm test-oldest lint clean
+.PHONY: help demo results test test-fast test-timm test-oldest lint clean
 
 help:  ## What there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ help:  ## What there is to make
 
 demo: .venv/.made  ## Train, measure, save and reload RBI on real photographs (under 2 minutes on 2 cores)
 	.venv/bin/python -m training.demo $(ARGS)
+
+results: .venv/.made  ## Measure where relations help and write the tables of RESULTS.md (hours on 2 cores)
+	.venv/bin/python -m benchmarks.results $(ARGS)
 
 test: .venv/.made  ## All tests
 	.venv/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm' $(ARGS)

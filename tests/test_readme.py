@@ -43,10 +43,11 @@ def checkpoints(tmp_path, monkeypatch):
 
 def test_python_runs_as_it_stands(checkpoints, capsys):
     blocks = _blocks("python")
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert "torch.Size([2, 1, 2])" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch.Size([2, 1, 2])" in printed and "'num_references': 2" in printed
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

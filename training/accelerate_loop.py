@@ -32,7 +32,7 @@ from .data.reading import DataArguments
 from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from .files import filled_whole, write_json
-from .loss import classification_loss, count_targets
+from .loss import count_targets, training_loss
 from .metrics import compute_metrics
 from .models import ModelArguments, load_model
 from .optimization import parameter_groups
@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None):
 
     # Model and optimizer. The batch is the neighbourhood: that of this process, or of all.
     model.config.gather_across_processes = args.gather_across_processes
+    self_loss_weight = model.config.self_loss_weight
     optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate, args.weight_decay))
     num_steps = args.num_train_epochs * len(sampler)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_steps)
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None):
             num_targets = accelerator.reduce(count_targets(batch))
             outputs = model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"])
             # The loss is a mean over all processes' pictures, and DDP takes the mean of their gradients.
-            loss = classification_loss(outputs.logits, batch, num_targets) * accelerator.num_processes
+            loss = training_loss(outputs, batch, num_targets, self_loss_weight) * accelerator.num_processes
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
+from modeling_rbi import MAX_REFERENCES
+
 from .data.pictures import Collator, Pictures
 from .data.reading import NO_LABEL
 from .data.transforms import EvalTransform
 from .features import extract
-from .trainer import RBITrainer
+from .trainer import FineTuningArguments, RBITrainer
 
 
 class BankTrainer(RBITrainer):
@@ -43,6 +45,21 @@ class BankTrainer(RBITrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
+        size = len(train_dataset) + (0 if unlabelled is None else len(unlabelled))
+        if size > MAX_REFERENCES:
+            raise ValueError(
+                f"A bank of all {size} training and unlabelled pictures is more than a model carries "
+                f"({MAX_REFERENCES}): train in batches, and give --references_per_class."
+            )
+        fine_tuning = kwargs.get("fine_tuning") or FineTuningArguments()
+        refused = {
+            "several processes": args.world_size > 1,
+            "--mixup_alpha or --cutmix_alpha": data_collator is not None and data_collator.mixing is not None,
+            "--ema_decay": fine_tuning.ema_decay is not None,
+            "--crop_to_boxes beside pictures without boxes": train_dataset.crop_to_boxes and unlabelled is not None,
+        }
+        if names := [name for name, is_given in refused.items() if is_given]:
+            raise ValueError(f"Training through a bank does not go with {' and '.join(names)}.")
         super().__init__(
             model,
             args,
@@ -52,7 +69,12 @@ class BankTrainer(RBITrainer):
             callbacks=[*(callbacks or []), _BankCallback(self)],
             **kwargs,
         )
-        splits = [train_dataset.split] if unlabelled is None else [train_dataset.split, unlabelled]
+        columns = ["image", "label", *(["box"] if train_dataset.crop_to_boxes else [])]
+        splits = [
+            split.select_columns(columns).cast_column("label", datasets.Value("int64"))
+            for split in (train_dataset.split, unlabelled)
+            if split is not None
+        ]
         self.num_labelled = len(train_dataset)
         self.references = Pictures(
             datasets.concatenate_datasets(splits),
@@ -63,9 +85,9 @@ class BankTrainer(RBITrainer):
         self._step_of_bank = -1
         self.take_references()
 
-    def take_references(self):
-        """Takes the bank from the backbone as it is now."""
-        if self._step_of_bank == self.state.global_step:
+    def take_references(self, is_stale: bool = False):
+        """Takes the bank from the backbone as it is now, if it has learned since, or `is_stale` says so."""
+        if self._step_of_bank == self.state.global_step and not is_stale:
             return
         model, scope = self.model, self.model.config.relation_scope
         is_training, had_references = model.training, model.config.references is not None

@@ -23,9 +23,10 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
-from modeling_rbi import RBIForImageClassification
+from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
 
 from .arguments import default_output_dir, find_recipes, parse_arguments
+from .bank_trainer import BankTrainer
 from .data import layouts
 from .data.checks import load_checked_pictures, load_unlabelled_pictures
 from .data.mixing import Mixing
@@ -205,10 +206,11 @@ def prepare_output_dir(args: Arguments) -> Path | None:
 
 def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
     r"""
-    The pictures, checked, and what the record says of them.
+    The pictures, checked, those of `--unlabelled_dir` as the split `unlabelled`, and what the record says of them.
 
     Raises:
         BadDataError: if they cannot be trained on, or hold files that cannot be; names them.
+        ValueError: if there are fewer unlabelled pictures than are asked for.
     """
     pictures, report = load_checked_pictures(args.data, args.training.seed)
     skipped = [
@@ -216,6 +218,8 @@ def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
         for finding in report.findings
         if finding.leave_out
     ]
+    if args.fine_tuning.unlabelled_dir is not None:
+        pictures["unlabelled"] = _load_unlabelled(args)
     return pictures, {
         "fingerprint": fingerprint(pictures),
         "label_names": pictures["train"].features["label"].names,
@@ -223,6 +227,20 @@ def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
         "skipped": skipped,
         "notes": [finding.message for finding in report.notes],
     }
+
+
+def _load_unlabelled(args: Arguments) -> datasets.Dataset:
+    """As many pictures as all processes ask for, at least."""
+    options = args.fine_tuning
+    pictures = load_unlabelled_pictures(str(options.unlabelled_dir), args.data.max_pixels, args.data.skip_bad_images)
+    per_batch, references = options.unlabelled_per_batch * args.training.world_size, options.unlabelled_references or 0
+    for name, number in (("unlabelled_per_batch", per_batch), ("unlabelled_references", references)):
+        if number > len(pictures):
+            raise ValueError(
+                f"--unlabelled_dir {options.unlabelled_dir} has {len(pictures)} pictures, fewer than the {number} "
+                f"that --{name} asks for{' on all processes' if number > getattr(options, name) else ''}: lower it."
+            )
+    return pictures
 
 
 def train(
@@ -241,7 +259,8 @@ def train(
         args (`Arguments`):
             What the user asked for.
         pictures (`datasets.DatasetDict`):
-            In the canonical form, with `train`, and `validation` unless nothing is to be chosen by it.
+            In the canonical form, with `train`, and `validation` unless nothing is to be chosen by it. Those of
+            `unlabelled`, if it is there, are neighbours in training alone.
         data_record (`dict[str, Any]`):
             What the record says of the data.
         checkpoint (`Path`, *optional*):
@@ -261,6 +280,8 @@ def train(
     output_dir = Path(args.training.output_dir)
     if checkpoint is not None:
         _check_same_run(RunRecord.read(output_dir), data_record, args.training)
+    unlabelled = pictures.get("unlabelled")
+    _check_references(args.fine_tuning, pictures["train"], data_record["label_names"])
     record = RunRecord(output_dir, args.training.should_save)
     arguments = args.resolved()  # before the trainer changes them
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
@@ -283,15 +304,17 @@ def train(
         args.training.eval_strategy = IntervalStrategy.NO
         args.training.load_best_model_at_end = False
     make = partial(Pictures, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
-    parts = {name: make(split, EvalTransform(image_processor)) for name, split in pictures.items()}
+    parts = {
+        name: make(split, EvalTransform(image_processor)) for name, split in pictures.items() if name != "unlabelled"
+    }
     transform = TrainTransform(image_processor, args.augmentation)
     labelled = make(pictures["train"], transform, augment=True)
-    unlabelled = _load_unlabelled(args)
     train_set: Pictures | WithUnlabelled = labelled
-    if unlabelled is not None:
+    if args.fine_tuning.train_relation_scope == "reference":
+        trainer_class = partial(BankTrainer, unlabelled=unlabelled)
+    elif unlabelled is not None:
         others = Pictures(unlabelled, transform, augment=True, max_pixels=args.data.max_pixels)
         train_set = WithUnlabelled(labelled, others)
-        data_record = data_record | {"unlabelled": len(unlabelled)}
     callbacks: list[transformers.TrainerCallback] = [RecordCallback(record)]
     if args.fine_tuning.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.fine_tuning.early_stopping_patience))
@@ -335,8 +358,10 @@ def train(
         if trained is not model:
             merge_lora(trained)
             trainer.model = trainer.model_wrapped = model
-        if args.fine_tuning.references_per_class is not None or args.fine_tuning.unlabelled_references is not None:
-            _set_references(model, parts["train"], unlabelled, image_processor, args)
+        trainer.average_batch_statistics()  # the bank's features are those of the backbone that is saved
+        if isinstance(trainer, BankTrainer):
+            trainer.take_references(is_stale=True)  # the best epoch's backbone may be another
+        _set_references(model, parts["train"], unlabelled, image_processor, args)
         # Its mean loss is of the steps since a resume; that of each epoch is in the record.
         speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
         results = {"train": speed} | _evaluate(trainer, parts, args)
@@ -350,6 +375,8 @@ def train(
             )
         raise
     record.content.pop("error", None)
+    if model.config.references is not None:
+        record.content["model"]["references"] = model.describe_references()
     record.update(
         status="finished",
         metrics_by_epoch=metrics_by_epoch(trainer.state.log_history),
@@ -360,18 +387,25 @@ def train(
     return record.content
 
 
-def _load_unlabelled(args: Arguments) -> datasets.Dataset | None:
-    folder = args.fine_tuning.unlabelled_dir
-    if folder is None or args.run.dry_run:
-        return None
-    pictures = load_unlabelled_pictures(folder, args.data.max_pixels, args.data.skip_bad_images)
-    wanted = args.fine_tuning.unlabelled_references or 0
-    if max(args.fine_tuning.unlabelled_per_batch, wanted) > len(pictures):
+def _check_references(options: FineTuningArguments, train_set: datasets.Dataset, label_names: list[str]):
+    r"""
+    Raises:
+        ValueError: if the trained model could not be given the bank that is asked for.
+    """
+    size = options.unlabelled_references or 0
+    if options.references_per_class is not None:
+        counts = labels_of(train_set).bincount(minlength=len(label_names))
+        if absent := [label_names[label] for label in (counts == 0).nonzero().flatten().tolist()]:
+            raise ValueError(
+                f"--references_per_class takes pictures of each class, and {', '.join(absent[:10])} has none to train "
+                "on: add some, or leave the option out."
+            )
+        size += int(counts.clamp(max=options.references_per_class).sum())
+    if size > MAX_REFERENCES:
         raise ValueError(
-            f"--unlabelled_dir {folder} has {len(pictures)} pictures: lower --unlabelled_per_batch "
-            f"({args.fine_tuning.unlabelled_per_batch}) or --unlabelled_references ({wanted})."
+            f"The reference bank would have {size} pictures, more than a model carries ({MAX_REFERENCES}): lower "
+            "--references_per_class or --unlabelled_references."
         )
-    return pictures
 
 
 def _set_references(
@@ -381,7 +415,7 @@ def _set_references(
     image_processor: BaseImageProcessor,
     args: Arguments,
 ):
-    """Gives the trained model its bank: of training pictures, of unlabelled ones, or of both."""
+    """Gives the trained model its bank, if one is asked for: of training pictures, of unlabelled ones, or of both."""
     options, seed = args.fine_tuning, args.training.seed
     model.eval()
     if options.references_per_class is not None:
@@ -422,20 +456,27 @@ def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], 
 
 
 def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) -> dict[str, dict[str, float]]:
-    """Metrics of the validation and test pictures, each alone; of the test pictures in shuffled batches, too."""
+    """
+    Metrics of the validation and test pictures, each alone, and with the model's references if it has any; of the test
+    pictures in shuffled batches, too.
+    """
     results = {}
-    if "validation" in parts:
-        results["validation"] = _plain(trainer.evaluate(parts["validation"], metric_key_prefix="validation"))
-    if "test" in parts:
-        config = rbi_model(trainer.model).config
-        usual_scope, config.relation_scope = config.relation_scope, "self"
-        results["test_single"] = _plain(trainer.evaluate(parts["test"], metric_key_prefix="test_single"))
+    config = rbi_model(trainer.model).config
+    usual_scope = config.relation_scope
+    for part, alone in (("validation", "validation"), ("test", "test_single")):
+        if part not in parts:
+            continue
+        config.relation_scope = "self"
+        results[alone] = _plain(trainer.evaluate(parts[part], metric_key_prefix=alone))
         config.relation_scope = usual_scope
         if config.references is not None:
-            results["test_reference"] = _plain(trainer.evaluate(parts["test"], metric_key_prefix="test_reference"))
-        if len(parts["test"]) >= args.training.world_size:
-            metrics = trainer.evaluate_shuffled(parts["test"], metric_key_prefix="test_shuffled")
-            results["test_shuffled"] = _plain(metrics)
+            name = f"{part}_reference"
+            config.relation_scope = "reference"
+            results[name] = _plain(trainer.evaluate(parts[part], metric_key_prefix=name))
+            config.relation_scope = usual_scope
+    if "test" in parts and len(parts["test"]) >= args.training.world_size:
+        metrics = trainer.evaluate_shuffled(parts["test"], metric_key_prefix="test_shuffled")
+        results["test_shuffled"] = _plain(metrics)
     return results
 
 
@@ -468,7 +509,7 @@ def cross_validate(
         if record is None or record.get("status") != "finished":
             console.rule(f"Fold {number} of {len(folds)}")
             parts = {"train": whole.select(train_rows), "validation": whole.select(validation_rows)}
-            parts |= {"test": pictures["test"]} if "test" in pictures else {}
+            parts |= {name: pictures[name] for name in ("test", "unlabelled") if name in pictures}
             one = dataclasses.replace(args, training=dataclasses.replace(args.training, output_dir=str(folder)))
             split = datasets.DatasetDict(parts)
             record = train(
@@ -526,7 +567,13 @@ def dry_run(args: Arguments) -> dict[str, Any]:
             args.fine_tuning,
             relation_batch_size=None,
             images_per_class=min(args.fine_tuning.images_per_class, 2),
+            unlabelled_per_batch=2,
         )
+        if args.fine_tuning.unlabelled_dir is not None:
+            fine_tuning.unlabelled_dir = str(make_published("tiny_imagenet", Path(name) / "unlabelled"))
+        for option in ("references_per_class", "unlabelled_references"):
+            if getattr(fine_tuning, option) is not None:
+                setattr(fine_tuning, option, 1)
         small = dataclasses.replace(args, data=data, training=training, fine_tuning=fine_tuning)
         pictures, data_record = load_data(small)
         return train(small, pictures, data_record, console=Console(quiet=True))
@@ -538,7 +585,7 @@ def _sizes(pictures: datasets.DatasetDict) -> str:
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics without the prefix that `Trainer` gives them."""
-    prefixes = ("test_single_", "test_reference_", "test_shuffled_", "validation_", "train_")
+    prefixes = ("test_single_", "test_reference_", "test_shuffled_", "validation_reference_", "validation_", "train_")
     plain = {}
     for name, value in metrics.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")

@@ -70,6 +70,33 @@ def classification_loss(
     return loss / num_targets
 
 
+def training_loss(
+    outputs: RBIImageClassifierOutput,
+    batch: dict[str, torch.Tensor],
+    num_targets: torch.Tensor,
+    self_loss_weight: float,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    r"""
+    The loss of what a model in training gives: that of its answers, or, where it has also answered for each picture by
+    itself, the mean of both, weighted by `self_loss_weight`.
+
+    Args:
+        outputs (`RBIImageClassifierOutput`):
+            With `logits` and, where there are any, `self_logits`, (B, num_labels).
+        self_loss_weight (`float`):
+            Share of the second loss, as `RBIConfig.self_loss_weight`.
+        batch, num_targets, class_weights, label_smoothing:
+            As in [`classification_loss`].
+    """
+    options = (batch, num_targets, class_weights, label_smoothing)
+    loss = classification_loss(outputs.logits, *options)
+    if outputs.self_logits is None:
+        return loss
+    return torch.lerp(loss, classification_loss(outputs.self_logits, *options), self_loss_weight)
+
+
 def backward_in_two_passes(
     model: RBIForImageClassification,
     pixel_values: torch.Tensor,

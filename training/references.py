@@ -7,7 +7,8 @@
 `--model` is an RBI model, or any image classifier that RBI can be plugged into; `--images` are pictures without labels
 of the place where the model works. With labelled data (`--train_dir` and the like, as in training) its training
 pictures come into the bank, too, and its validation pictures say how much relations help, and which temperature, gain
-and share are the best. If none is, nothing is written. The test pictures are not looked at.
+and share are the best. If none is, nothing is written. The test pictures are not looked at. A bank that the model has
+already is replaced.
 
 Exit code 0: written. 1: model, pictures and arguments do not fit each other, or relations do not help. 2: the
 arguments are wrong.
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.progress import track
@@ -31,14 +33,15 @@ from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
+from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, ReferenceBank, RelationshipPositionEncoding
+from modeling_rbi.modeling_rbi import pairwise_mean_squared_error
 
 from .arguments import find_recipes, parse_arguments
 from .assessment import load_classifier, load_config, match_labels
 from .data.checks import load_checked_pictures, load_unlabelled_pictures
 from .data.decode import DEFAULT_MAX_PIXELS
 from .data.pictures import Pictures
-from .data.reading import DataArguments
+from .data.reading import DataArguments, labels_of
 from .data.transforms import EvalTransform
 from .features import extract
 from .files import filled_whole, write_json
@@ -61,6 +64,10 @@ VOTE_WEIGHTS = (0.0, 0.5)
 # Factors of the logits, one of which takes the model's confidence out of a comparison.
 _CONFIDENCES = [2.0 ** (step / 2) for step in range(-8, 7)]
 _STEP = 256
+# Of two small pictures, pixels in [0, 1], that are the same: 50 dB, less than one grey level.
+_SAME_PICTURE = 1e-5
+# Of two pictures' features that are those of the same one, relatively: beyond what rounding does.
+_SAME_FEATURES = 1e-3
 _SOURCES = ("--dataset_name", "--dataset_format", "--train_dir", "--train_file")
 
 
@@ -102,6 +109,7 @@ class ReferenceArguments:
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures that the backbone takes at once."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures."})
     use_cpu: bool = field(default=False, metadata={"help": "Work on the CPU."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
     seed: int = field(default=42, metadata={"help": "Of what is drawn, and held out for validation, as in training."})
 
     def __post_init__(self):
@@ -109,6 +117,21 @@ class ReferenceArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+        if self.strategy == "random" and self.references_per_class is not None:
+            raise ValueError(
+                "--references_per_class goes with --strategy balanced or herding: for fewer training pictures, "
+                "whatever their classes, give --max_train_samples."
+            )
+
+
+@dataclass
+class UnlabelledArguments:
+    """What `DataArguments` say of the reading of pictures, where no labelled data are named."""
+
+    max_pixels: int = field(
+        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of a picture that is decoded."}
+    )
+    skip_bad_images: bool = field(default=False, metadata={"help": "Leave out pictures that cannot be read."})
 
 
 @dataclass(frozen=True)
@@ -165,21 +188,35 @@ def candidates_for(model: RBIForImageClassification) -> list[Settings]:
 
 @torch.no_grad()
 def scores_with_references(model: RBIForImageClassification, pictures: CachedPictures, scope: str) -> torch.Tensor:
-    """Logits, (n, num_labels); a picture that is in the bank itself, to the pixel, does not attend to that."""
+    """Logits, (n, num_labels); a picture that is in the bank itself does not attend to that."""
     parts, bank = [], model.rbi.references
     for rows in torch.arange(len(pictures.labels)).split(_STEP):
         pixel_values, features = pictures.pixel_values[rows].to(model.device), pictures.features[rows].to(model.device)
         mask = None
-        if scope == "reference" and bank is not None and bank.images is not None:
-            relations, _ = model.rbi.rpe.relate_to_references(pixel_values, bank, len(rows))
-            mask = relations[:, 1:] < 1
+        if scope == "reference" and bank is not None:
+            mask = ~_is_itself(model.rbi.rpe, bank, pixel_values, features)
         output = model(pixel_values=pixel_values, image_features=features, relation_scope=scope, reference_mask=mask)
         parts.append(output.logits.float().cpu())
     return torch.cat(parts)
 
 
+def _is_itself(
+    rpe: RelationshipPositionEncoding, bank: ReferenceBank, pixel_values: torch.Tensor, features: torch.Tensor
+) -> torch.Tensor:
+    """Which references are the pictures themselves, (n, N): by small pictures or, where none are kept, by features."""
+    if bank.images is not None:
+        images = rpe.small_images(pixel_values).flatten(1).float() / 255
+        return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_PICTURE
+    others = bank.features.float()
+    error = pairwise_mean_squared_error(features.float() - others.mean(0), others - others.mean(0))
+    return error < _SAME_FEATURES**2 * others.square().mean(1)
+
+
 def fit_references(
-    model: RBIForImageClassification, held_out: CachedPictures, candidates: Sequence[Settings]
+    model: RBIForImageClassification,
+    held_out: CachedPictures,
+    candidates: Sequence[Settings],
+    progress: bool = False,
 ) -> list[Candidate]:
     r"""
     Tells how good each setting is on held-out pictures, and leaves the model as it was.
@@ -191,16 +228,19 @@ def fit_references(
             Pictures like those that it will meet, which nothing was trained on and which are not in the bank.
         candidates (`Sequence[Settings]`):
             What to choose from.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a bar.
 
     Returns:
         First the model without relations, then the candidates in their order. The best has the lowest `loss`: the
         negative log-likelihood after one factor of the logits was fitted for each, since relations change how
         confident a model is, too.
     """
-    before = Settings.of(model)
+    names = ("reference_share", "reference_temperature", "reference_gain", "reference_vote_weight")
+    before = {name: getattr(model.config, name) for name in names}
     results = []
     try:
-        for settings in track([Settings(), *candidates], "Trying settings", transient=True):
+        for settings in track([Settings(), *candidates], "Trying settings", transient=True, disable=not progress):
             settings.apply(model)
             scope = "self" if settings.share is None else "reference"
             scores = scores_with_references(model, held_out, scope)
@@ -208,8 +248,8 @@ def fit_references(
             metrics = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
             results.append(Candidate(settings, scope, metrics, min(losses)))
     finally:
-        before.apply(model)
-        model.config.reference_share = before.share
+        for name, value in before.items():
+            setattr(model.config, name, value)
     return results
 
 
@@ -255,7 +295,7 @@ class _Relabelled(torch.utils.data.Dataset):
         return self.pictures[row] | {"labels": self.labels[row]}
 
 
-def run(args: ReferenceArguments, data: DataArguments | None, console: Console) -> dict[str, Any]:
+def run(args: ReferenceArguments, data: DataArguments | UnlabelledArguments, console: Console) -> dict[str, Any]:
     r"""
     Makes the bank, fits it, and writes the model.
 
@@ -268,28 +308,33 @@ def run(args: ReferenceArguments, data: DataArguments | None, console: Console) 
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"--output_dir {output_dir} is there already: name a new folder.")
-    if not args.images and data is None:
+    is_labelled = isinstance(data, DataArguments)
+    if not args.images and not is_labelled:
         raise ValueError("Name pictures for the bank: --images FOLDER, or labelled data (--train_dir and the like).")
-    max_pixels = DEFAULT_MAX_PIXELS if data is None else data.max_pixels
-    unlabelled = [load_unlabelled_pictures(folder, max_pixels) for folder in args.images or []]
-    pictures = None if data is None else load_checked_pictures(data, args.seed)[0]
+    for name in ("references_per_class", "strategy"):
+        if getattr(args, name) is not None and not is_labelled:
+            raise ValueError(f"--{name} is for training pictures: name labelled data (--train_dir and the like) too.")
     model, image_processor = load_rbi(args)
+    unlabelled = [
+        load_unlabelled_pictures(folder, data.max_pixels, data.skip_bad_images) for folder in args.images or []
+    ]
+    pictures = load_checked_pictures(data, args.seed)[0] if isinstance(data, DataArguments) else None
     numbers = None if pictures is None else match_labels(pictures["train"], model.config)
-    device = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none").device
+    _check_classes(model, numbers)
+    model.remove_references()
+    _check_size(args, pictures, unlabelled)
+    training = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none")
+    device = training.device
     model.to(device)
+    if not args.use_labels:
+        model.config.reference_vote_weight = 0.0
 
     def prepared(split) -> Pictures:
-        crop = data is not None and data.crop_to_boxes and "box" in split.column_names
-        return Pictures(split, EvalTransform(image_processor), crop_to_boxes=crop, max_pixels=max_pixels)
+        crop = isinstance(data, DataArguments) and data.crop_to_boxes and "box" in split.column_names
+        return Pictures(split, EvalTransform(image_processor), crop_to_boxes=crop, max_pixels=data.max_pixels)
 
     options: dict[str, Any] = {"seed": args.seed, "batch_size": args.per_device_eval_batch_size}
     if pictures is not None and numbers is not None:
-        number = len(pictures["train"])
-        if args.references_per_class is None and number > MAX_REFERENCES:
-            raise ValueError(
-                f"The {number} training pictures are more than a bank holds ({MAX_REFERENCES}): give "
-                "--references_per_class."
-            )
         strategy = args.strategy or ("random" if args.references_per_class is None else "balanced")
         labelled = _Relabelled(prepared(pictures["train"]), numbers)
         model.set_references(
@@ -308,13 +353,20 @@ def run(args: ReferenceArguments, data: DataArguments | None, console: Console) 
 
     record: dict[str, Any] = {
         "model": args.model,
-        "arguments": resolved_arguments(args, *([] if data is None else [data])),
+        "arguments": resolved_arguments(args, data),
         "references": model.describe_references(),
-        "environment": describe_environment(TrainingArguments(output_dir=args.output_dir, report_to="none")),
+        "environment": describe_environment(training),
     }
     if pictures is not None and numbers is not None and "validation" in pictures:
         validation = prepared(pictures["validation"])
-        seen = extract(model, validation, args.per_device_eval_batch_size, device, args.dataloader_num_workers)
+        seen = extract(
+            model,
+            validation,
+            args.per_device_eval_batch_size,
+            device,
+            args.dataloader_num_workers,
+            progress=not args.disable_tqdm,
+        )
         held_out = CachedPictures(seen.pixel_values[:], seen.features, numbers[seen.labels])
         record |= _choose(model, held_out, args, console)
     else:
@@ -327,6 +379,31 @@ def run(args: ReferenceArguments, data: DataArguments | None, console: Console) 
     return record
 
 
+def _check_classes(model: RBIForImageClassification, numbers: torch.Tensor | None):
+    """Classes that were added to a model are known by the bank alone, so that a new one must know all classes."""
+    config = model.config
+    known = set() if numbers is None else set(numbers.tolist())
+    if config.num_added_classes and (missing := [label for label in config.id2label if label not in known]):
+        raise ValueError(
+            f"The model has classes that were added by references, and tells all its classes apart by those: name "
+            f"labelled data with pictures of each, for instance of {config.id2label[missing[0]]!r}."
+        )
+
+
+def _check_size(args: ReferenceArguments, pictures: DatasetDict | None, unlabelled: Sequence[Dataset]):
+    """Before the backbone runs."""
+    num_labelled = 0
+    if pictures is not None:
+        counts = labels_of(pictures["train"]).bincount()
+        num_labelled = int(counts.clamp(max=args.references_per_class or counts.max()).sum())
+    num_unlabelled = sum(min(args.num_references, len(split)) for split in unlabelled)
+    if num_labelled + num_unlabelled > MAX_REFERENCES:
+        raise ValueError(
+            f"The bank would have {num_labelled} training pictures and {num_unlabelled} of --images, more than a "
+            f"model carries ({MAX_REFERENCES}): give --references_per_class, or fewer --num_references."
+        )
+
+
 def _choose(
     model: RBIForImageClassification, held_out: CachedPictures, args: ReferenceArguments, console: Console
 ) -> dict[str, Any]:
@@ -337,7 +414,7 @@ def _choose(
     settings = candidates_for(model) if is_fitted else []
     if not args.use_labels:
         settings = [each for each in settings if not each.vote_weight]
-    results = fit_references(model, held_out, settings)
+    results = fit_references(model, held_out, settings, progress=console.is_terminal and not args.disable_tqdm)
     best = min(results, key=lambda result: result.loss) if is_fitted else None
     helps = best is None or best.scope == "reference"
     if best is not None:
@@ -354,7 +431,7 @@ def _choose(
         f"{title} {gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
         for title, (gain, low, high) in zip(("accuracy", "macro-F1"), gains.values(), strict=True)
     )
-    optimistic = " They chose the settings, so this is somewhat optimistic." if is_fitted else ""
+    optimistic = " They chose the settings, so this is somewhat optimistic." if is_fitted and helps else ""
     console.print(f"References, on {number} held-out pictures: {sentence}.{optimistic}", highlight=False)
     if not helps and not args.force:
         raise ValueError(
@@ -378,7 +455,8 @@ def _table(results: list[Candidate], model: RBIForImageClassification, held_out:
     with_references = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
     settings = Settings.of(model)
     description = ", ".join(f"{name} {value:g}" for name, value in asdict(settings).items() if value)
-    for title, metrics in (("each alone", results[0].metrics), (f"references: {description}", with_references)):
+    described = f"references: {description}" if description else "references"
+    for title, metrics in (("each alone", results[0].metrics), (described, with_references)):
         values = (metrics[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "calibration_error"))
         table.add_row(title, *(f"{100 * value:.2f}" for value in values))
     return table
@@ -392,10 +470,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.width = 120
     args = None
     names_data = find_recipes(argv) or any(word.split("=")[0] in _SOURCES for word in argv)
-    types: tuple[type, ...] = (ReferenceArguments, DataArguments) if names_data else (ReferenceArguments,)
+    types = (ReferenceArguments, DataArguments if names_data else UnlabelledArguments)
     try:
-        args, *data, _ = parse_arguments(argv, types, {}, description=__doc__)
-        record = run(args, data[0] if data else None, console)
+        args, data, _ = parse_arguments(argv, types, {}, description=__doc__)
+        record = run(args, data, console)
     except KeyboardInterrupt:
         print("Stopped. Nothing was written.", file=sys.stderr)
         return 130
@@ -413,7 +491,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"[bold]The model now carries small copies ({' x '.join(map(str, references['image_shape'][1:]))} pixels) "
             "of these pictures[/bold]: publish it only if they may be seen, or use --keep_images False."
         )
-    console.print(f"Model and record: {Path(args.output_dir).resolve()}", soft_wrap=True, highlight=False)
+    place = Path(args.output_dir).resolve()
+    console.print(f"Model and record: {place}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 

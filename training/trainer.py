@@ -31,7 +31,7 @@ from modeling_rbi import RBIImageClassifierOutput
 from .data.pictures import Collator, Pictures, WithUnlabelled
 from .data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
 from .files import write_json
-from .loss import backward_in_two_passes, classification_loss, count_targets
+from .loss import backward_in_two_passes, count_targets, training_loss
 from .optimization import OPTIMIZERS, MovingAverage, parameter_groups, rbi_model
 
 
@@ -48,8 +48,9 @@ class FineTuningArguments:
     train_relation_scope: str = field(
         default="batch",
         metadata={
-            "help": "Whom pictures attend to in training: batch, or self, the control without relations.",
-            "choices": ["batch", "self"],
+            "help": "Whom pictures attend to in training: batch; reference, a bank of the training pictures and those "
+            "of --unlabelled_dir, taken anew each epoch; or self, the control without relations.",
+            "choices": ["batch", "reference", "self"],
         },
     )
     self_loss_weight: float | None = field(
@@ -176,6 +177,11 @@ class FineTuningArguments:
             raise ValueError(
                 f"--train_relation_scope self is training without relations: leave {' and '.join(chosen)} out."
             )
+        if self.train_relation_scope == "reference" and (self.relation_batch_size or self.gather_across_processes):
+            raise ValueError(
+                "--train_relation_scope reference attends to the bank in place of the batch: leave "
+                "--relation_batch_size and --gather_across_processes out."
+            )
         if self.unlabelled_references is not None and self.unlabelled_dir is None:
             raise ValueError("--unlabelled_references are pictures of --unlabelled_dir: name it.")
         if self.unlabelled_dir is not None and self.relation_batch_size is not None:
@@ -300,6 +306,8 @@ class RBITrainer(Trainer):
         options = {
             "--relation_batch_size larger than a batch": self.num_micro_batches > 1,
             "--ema_decay": self.fine_tuning.ema_decay is not None,
+            "--references_per_class": self.fine_tuning.references_per_class is not None,
+            "--unlabelled_references": self.fine_tuning.unlabelled_references is not None,
         }
         if chosen := [name for name, is_on in options.items() if is_on]:
             raise ValueError(
@@ -313,10 +321,11 @@ class RBITrainer(Trainer):
             raise ValueError("Training needs a `train_dataset`.")
         args = self.args
         common = {"batch_size": self._global_batch_size()} | self._process_options()
-        num_unlabelled = len(self.train_dataset) - len(self.train_dataset.labels)
-        if num_unlabelled:
-            per_batch = self.fine_tuning.unlabelled_per_batch * self.args.world_size
-            common |= {"num_unlabelled": num_unlabelled, "unlabelled_per_batch": per_batch}
+        if isinstance(self.train_dataset, WithUnlabelled):
+            common |= {
+                "num_unlabelled": len(self.train_dataset.unlabelled),
+                "unlabelled_per_batch": self._num_unlabelled_per_batch(),
+            }
         if self.fine_tuning.batch_sampler == "balanced":
             self._train_sampler = BalancedSampler(
                 self.train_dataset.labels, images_per_class=self.fine_tuning.images_per_class, **common
@@ -335,6 +344,15 @@ class RBITrainer(Trainer):
 
     def _global_batch_size(self) -> int:
         return self.args.per_device_train_batch_size * self.num_micro_batches * self.args.world_size
+
+    def _num_unlabelled_per_batch(self) -> int:
+        has_unlabelled = isinstance(self.train_dataset, WithUnlabelled)
+        return self.fine_tuning.unlabelled_per_batch * self.args.world_size if has_unlabelled else 0
+
+    def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
+        """As `Trainer.num_examples`, of the pictures with labels: of the others, an epoch draws some."""
+        sampler = dataloader.batch_sampler
+        return sampler.num_rows if isinstance(sampler, NeighborhoodSampler) else super().num_examples(dataloader)
 
     def _process_options(self) -> dict[str, Any]:
         return {
@@ -381,12 +399,9 @@ class RBITrainer(Trainer):
         num_items = count_targets(inputs, self.class_weights) if num_items_in_batch is None else num_items_in_batch
 
         def loss_of(outputs: RBIImageClassifierOutput) -> torch.Tensor:
-            options = (inputs, num_items, self.class_weights, self.args.label_smoothing_factor)
-            loss = classification_loss(outputs.logits, *options)
-            if outputs.self_logits is not None:
-                loss = torch.lerp(loss, classification_loss(outputs.self_logits, *options), self.self_loss_weight)
+            options = (self.self_loss_weight, self.class_weights, self.args.label_smoothing_factor)
             # DDP and FSDP average the gradients over the processes, and num_items counts the targets of all.
-            return loss * self.accelerator.num_processes
+            return training_loss(outputs, inputs, num_items, *options) * self.accelerator.num_processes
 
         if self.num_micro_batches > 1:
             return self._training_step_in_two_passes(model, inputs, loss_of)
@@ -443,7 +458,7 @@ class RBITrainer(Trainer):
         As `Trainer.evaluation_loop`, of the moving average if there is one. The loss is that of the pictures alone:
         `Trainer` counts those twice that fill the last batch up on several processes.
         """
-        self._average_batch_statistics()
+        self.average_batch_statistics()
         average: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._moving_average is not None:
             average = self._moving_average.swapped_in(self.model)
@@ -459,8 +474,8 @@ class RBITrainer(Trainer):
 
     def evaluate_shuffled(self, pictures: Pictures, metric_key_prefix: str = "eval") -> dict[str, float]:
         r"""
-        Metrics of pictures that attend to each other in random neighbourhoods of the training's size, the last
-        included, on any number of processes; whatever `config.relation_scope` is.
+        Metrics of pictures that attend to each other in random neighbourhoods of the training's size, its unlabelled
+        pictures counted, the last included, on any number of processes; whatever `config.relation_scope` is.
 
         Args:
             pictures (`Pictures`):
@@ -468,7 +483,9 @@ class RBITrainer(Trainer):
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
                 What the metrics' names begin with.
         """
-        size = self._global_batch_size() if self.split_size is None else self.split_size * self.args.world_size
+        size = self._global_batch_size() + self._num_unlabelled_per_batch()
+        if self.split_size is not None:
+            size = self.split_size * self.args.world_size
         sampler = ShuffledSampler(len(pictures), size, **self._process_options())
         loader = torch.utils.data.DataLoader(
             pictures, batch_sampler=sampler, collate_fn=Collator(), num_workers=self.args.dataloader_num_workers
@@ -483,10 +500,10 @@ class RBITrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """As `Trainer.save_model`."""
-        self._average_batch_statistics()
+        self.average_batch_statistics()
         super().save_model(output_dir, _internal_call)
 
-    def _average_batch_statistics(self):
+    def average_batch_statistics(self):
         """Each process has seen other batches: what is validated and saved is the mean of their running statistics."""
         if self.accelerator.num_processes == 1:
             return

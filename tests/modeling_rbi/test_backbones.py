@@ -3,6 +3,7 @@ Every supported backbone goes through the same checks: forward, backward, both s
 checkpointing, bf16, and loading in a process that has no package `modeling_rbi`.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -159,8 +160,14 @@ BACKBONES = {
     "timm_swinv2": _timm("swinv2_tiny_window8_256", 48, window_size=4, **_TIMM_WINDOWS),
 }
 
+# Those that are saved with references, too: with and without class tokens, batch normalisation, a pooler.
+WITH_REFERENCES = ("vit", "dinov2", "swin", "convnext", "resnet", "efficientnet", "mobilenet_v2", "timm_densenet201")
+
 every_backbone = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.timm] if "timm" in name else []) for name in BACKBONES]
+)
+backbones_with_references = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.timm] if "timm" in name else []) for name in WITH_REFERENCES]
 )
 both_presets = pytest.mark.parametrize("preset", ["paper", "kernel"])
 both_scopes = pytest.mark.parametrize("scope", ["self", "batch"])
@@ -202,6 +209,11 @@ def _both_logits(model: Callable, pixel_values: torch.Tensor) -> dict[str, torch
     return {scope: model(pixel_values, relation_scope=scope).logits for scope in ("self", "batch")}
 
 
+def _set_references(model: RBIForImageClassification, name: str):
+    pictures = [{"pixel_values": picture} for picture in _pictures(name, 5)]
+    model.set_references(pictures, batch_size=2)
+
+
 @dataclass
 class Saved:
     folder: Path
@@ -221,7 +233,14 @@ def saved_models(request, tmp_path_factory) -> dict[str, Saved]:
         pixel_values = _pictures(name)
         model = _settle(_build(name, preset=("paper", "kernel")[index % 2]), pixel_values)
         model.save_pretrained(root / name)
-        saved[name] = Saved(root / name, pixel_values, model.config, _both_logits(model, pixel_values))
+        saved[name] = Saved(root / name, pixel_values, copy.deepcopy(model.config), _both_logits(model, pixel_values))
+        if name in WITH_REFERENCES:
+            _set_references(model, name)
+            folder = root / f"{name}_with_references"
+            model.save_pretrained(folder)
+            with torch.no_grad():
+                logits = _both_logits(model, pixel_values) | {"reference": model(pixel_values).logits}
+            saved[folder.name] = Saved(folder, pixel_values, model.config, logits)
     yield saved
     shutil.rmtree(root)
 
@@ -258,7 +277,8 @@ for folder, pixel_values in pictures.items():
         refusal = None
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        logits = {scope: model(pixel_values, relation_scope=scope).logits for scope in ("self", "batch")}
+        scopes = ("self", "batch") if model.config.references is None else ("self", "batch", "reference")
+        logits = {scope: model(pixel_values, relation_scope=scope).logits for scope in scopes}
         default = model(pixel_values).logits
     answers[folder] = {
         "logits": logits, "default": default, "module": type(model).__module__, "refusal": refusal,
@@ -389,6 +409,46 @@ def test_loads_without_the_package(name, saved_models, remote_answers):
     _assert_close(answers["default"], saved.logits["self"])
     # Code from a folder runs only where it is asked for.
     assert "trust_remote_code" in answers["refusal"]
+
+
+@backbones_with_references
+def test_references_go_with_the_model(name, saved_models, remote_answers):
+    saved, answers = (each[f"{name}_with_references"] for each in (saved_models, remote_answers))
+    assert answers["module"].startswith("transformers_modules.")
+    model = AutoModelForImageClassification.from_pretrained(saved.folder)
+    assert model.config.references == saved.config.references
+    assert answers["logits"].keys() == saved.logits.keys() == {"self", "batch", "reference"}
+    for scope, expected in saved.logits.items():
+        with torch.no_grad():
+            _assert_close(model(saved.pixel_values, relation_scope=scope).logits, expected)
+        _assert_close(answers["logits"][scope], expected)
+    _assert_close(answers["default"], saved.logits["reference"])
+    assert (saved.logits["reference"] - saved.logits["self"]).abs().max() > 1e-3
+
+
+@backbones_with_references
+@both_presets
+def test_scope_reference_knows_no_batch(name, preset):
+    pixel_values = _pictures(name).double()
+    model = _settle(_build(name, preset).double(), pixel_values)
+    _set_references(model, name)
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+        for batch_size in (1, 2, 5):
+            _assert_close(model(pixel_values[:batch_size]).logits, logits[:batch_size])
+    assert logits.std(0).min() > 1e-3
+
+
+@backbones_with_references
+def test_references_of_another_start_are_refused(name, tmp_path):
+    """The features of a fixed pattern tell a backbone of random weights from another one."""
+    pixel_values = _pictures(name)
+    model, other = (_settle(_build(name), pixel_values) for _ in range(2))
+    _set_references(model, name)
+    model.rbi.backbone.load_state_dict(other.rbi.backbone.state_dict())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"references of .* are of another backbone"):
+        RBIForImageClassification.from_pretrained(tmp_path)
 
 
 def _loss_and_gradients(

@@ -81,6 +81,10 @@ def test_presets_differ_in_what_their_table_says():
         "self_relation": ("one", "nearest"),
         "residual_gate": ("learned", "none"),
         "head_initialization": ("standard", "identity"),
+        "reference_share": (None, 0.25),
+        "num_reference_neighbors": (None, 8),
+        "reference_temperature": (None, 0.3),
+        "reference_gain": (None, 1.0),
     }
     # Where the table says that something learned starts.
     assert kernel.attention_temperature == 0.2 and kernel.relation_gain == 0.5
@@ -136,6 +140,14 @@ WRONG_TYPES = {
     "self_relation": ["two"],
     "head_initialization": ["zeros"],
     "relation_scope": ["all", None],
+    "references": [4, [1, 2]],
+    "reference_share": ["0.25"],
+    "num_reference_neighbors": ["3", 1.5],
+    "reference_temperature": ["0.3"],
+    "reference_gain": [[1.0]],
+    "reference_vote_weight": ["0", None],
+    "num_added_classes": ["1", 1.0, None],
+    "self_loss_weight": ["0.5", None],
     "gather_across_processes": ["yes", None],
     "image_mean": [0.5, ["a", "b", "c"], None],
     "image_std": [0.5, ["a", "b", "c"], None],
@@ -169,6 +181,19 @@ OUT_OF_RANGE = [
     ("attention_temperature", 0.009),
     ("attention_temperature", float("nan")),
     ("relation_gain", float("inf")),
+    ("num_reference_neighbors", 0),
+    ("reference_share", 0.0),
+    ("reference_share", 1.1),
+    ("reference_share", float("nan")),
+    ("reference_temperature", 0.009),
+    ("reference_temperature", float("nan")),
+    ("reference_gain", float("inf")),
+    ("reference_vote_weight", -0.1),
+    ("reference_vote_weight", 1.0),
+    ("num_added_classes", -1),
+    ("num_added_classes", 5),
+    ("self_loss_weight", 1.0),
+    ("self_loss_weight", float("nan")),
     ("psnr_max", 0),
     ("psnr_max", -50.0),
     ("psnr_max", float("nan")),
@@ -285,6 +310,47 @@ def test_configs_do_not_share_their_lists():
     first.image_mean[0] = 0.0
     first.backbone_config.hidden_sizes = [1]
     assert second.image_mean[0] == 0.485 and second.backbone_config.hidden_sizes != [1]
+
+
+REFERENCES = {
+    "num_references": 4,
+    "image_shape": [3, 16, 16],
+    "mean_similarity": 0.25,
+    "strategy": "random",
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("image_shape", [[3, 16, 16], None])
+def test_references_come_back_from_a_file(config, tmp_path, image_shape):
+    references = REFERENCES | {"image_shape": image_shape}
+    config.references, config.relation_scope, config.num_reference_neighbors = references, "reference", 3
+    config.save_pretrained(tmp_path)
+    loaded = RBIConfig.from_pretrained(tmp_path)
+    assert own_values(loaded) == own_values(config)
+    assert loaded.references == references and loaded.num_reference_neighbors == 3
+    without = RBIConfig.from_pretrained(tmp_path, references=None, relation_scope="self")
+    assert without.references is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"relation_scope": "reference"}, "no reference bank.*`model.set_references"),
+        ({"references": {}}, "lacks image_shape, mean_similarity, num_references"),
+        ({"references": {"num_references": 3, "mean_similarity": 0.1}}, "`model.set_references.*lacks image_shape"),
+        ({"references": REFERENCES | {"num_references": 0}}, "a `num_references` of at least 1"),
+    ],
+)
+def test_references_that_cannot_be_are_refused(kwargs, named):
+    with pytest.raises(StrictDataclassError, match=named):
+        RBIConfig(**kwargs)
+
+
+def test_a_scope_that_is_set_later_is_checked_when_the_model_is_built(config):
+    config.relation_scope = "reference"
+    with pytest.raises(StrictDataclassError, match="no reference bank"):
+        RBIModel(config)
 
 
 def test_gathering_is_of_a_run_and_not_saved(backbone_config, tmp_path):

@@ -102,6 +102,15 @@ def save(model: RBIForImageClassification, folder: Path, **kwargs) -> str:
     return str(folder)
 
 
+def make_model_with_references(backbone: str = "convnext", preset: str = "kernel", **kwargs):
+    """As `make_model`, and with 6 references, so that it is in scope "reference"."""
+    model = make_model(backbone, preset, **kwargs)
+    pixel_values = make_pixel_values(6, seed=10)
+    pictures = [{"pixel_values": picture, "label": index % 3} for index, picture in enumerate(pixel_values)]
+    model.set_references(pictures)
+    return model
+
+
 def get_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the gradients, those that there are."""
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
@@ -200,6 +209,20 @@ def test_half():
     assert_close_to_float32(model.half()(pixel_values.half()).logits, expected, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_references_under_autocast(backbone, preset, dtype):
+    model, pixel_values = make_model_with_references(backbone, preset), make_pixel_values()
+    with torch.no_grad():
+        expected = model(pixel_values, output_relations=True)
+        with torch.autocast("cpu", dtype):
+            outputs = model(pixel_values, output_relations=True)
+    assert outputs.logits.dtype == dtype
+    assert_close_to_float32(outputs.logits, expected.logits, dtype)
+    assert torch.equal(outputs.relation_similarities, expected.relation_similarities)
+
+
 def test_large_features_in_half_precision():
     """Their sum over the batch is beyond what fp16 holds; what is made of them is not."""
     rra = make_model(preset="kernel").rbi.rra.half()
@@ -270,6 +293,31 @@ def test_compiled_parts(preset):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_compiled_references(preset, is_training):
+    model = make_model_with_references(preset=preset, num_reference_neighbors=4).train(is_training)
+    inputs = {
+        "pixel_values": make_pixel_values(),
+        "image_features": torch.randn(7, 24),
+        "labels": torch.arange(7) % 3,
+        "reference_mask": torch.rand(7, 6) > 0.3,
+        "relation_scope": "reference",
+        "output_relations": True,
+    }
+    expected = model(**inputs)
+    expected.loss.backward()
+    expected_gradients = get_gradients(model)
+    model.zero_grad()
+
+    outputs = torch.compile(model, fullgraph=True, backend=BACKEND)(**inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(outputs[name], value)
+    outputs.loss.backward()
+    torch.testing.assert_close(get_gradients(model), expected_gradients)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_compiled_head_under_autocast(preset):
     model = make_model(preset=preset)
@@ -297,10 +345,12 @@ def test_no_graph_breaks_in_the_whole(backbone, preset):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("preset", "scope"), [("paper", "batch"), ("kernel", "batch"), ("paper", "self")])
+@pytest.mark.parametrize(
+    ("preset", "scope"), [("paper", "batch"), ("kernel", "batch"), ("paper", "self"), ("kernel", "reference")]
+)
 def test_few_recompilations(preset, scope):
     """The second batch size makes the graph dynamic, and further ones use that; a batch of one has its own graph."""
-    model = make_model(preset=preset)
+    model = (make_model_with_references if scope == "reference" else make_model)(preset=preset)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for count, batch_size in enumerate((7, 5, 3, 11, 2, 1), start=1):
@@ -329,10 +379,13 @@ def test_compiled_head_inductor():
         ("vit", "kernel", "self"),
         ("resnet", "paper", "batch"),
         ("convnext", "kernel", "batch"),
+        ("convnext", "kernel", "reference"),
+        ("vit", "paper", "reference"),
+        ("resnet", "kernel", "reference"),
     ],
 )
 def test_export_with_dynamic_batch(backbone, preset, scope):
-    model = make_model(backbone, preset)
+    model = (make_model_with_references if scope == "reference" else make_model)(backbone, preset)
     batch_size = torch.export.Dim("batch_size", min=2, max=64)
     shapes = {"pixel_values": {0: batch_size}, "relation_scope": None}
     arguments = {"relation_scope": scope}
@@ -341,6 +394,19 @@ def test_export_with_dynamic_batch(backbone, preset, scope):
         pixel_values = make_pixel_values(size, seed=size)
         expected = model(pixel_values, **arguments).logits
         torch.testing.assert_close(program(pixel_values, **arguments).logits, expected)
+
+
+def test_export_of_a_deployed_model(tmp_path):
+    """The scope is the config's, and the references go with the program into its file."""
+    model = make_model_with_references()
+    shapes = {"pixel_values": {0: torch.export.Dim("batch_size", min=1, max=64)}}
+    program = torch.export.export(model, (make_pixel_values(),), dynamic_shapes=shapes, strict=False)
+    torch.export.save(program, tmp_path / "program.pt2")
+    del program
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    for size in (1, 2, 7, 64):
+        pixel_values = make_pixel_values(size, seed=size)
+        torch.testing.assert_close(program(pixel_values).logits, model(pixel_values).logits)
 
 
 # Gradient checkpointing
@@ -542,6 +608,41 @@ def test_trainer_loads_the_best_model(tmp_path, train_dataset, eval_dataset, bac
     assert type(AutoImageProcessor.from_pretrained(tmp_path / "checkpoint-12")) is ViTImageProcessorPil
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_trainer_with_references(tmp_path, train_dataset, eval_dataset, backbone):
+    """The head is trained on a backbone that stays as it is, so that the references stay its own."""
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset,
+        eval_dataset,
+        backbone,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        num_train_epochs=3,
+    )
+    model = trainer.model
+    model.rbi.backbone.requires_grad_(False)
+    model.set_references(train_dataset, per_class=4)
+    features = model.rbi.references.features.clone()
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    assert torch.equal(model.rbi.references.features, features)
+    assert model.config.relation_scope == "reference"
+
+    logits = torch.from_numpy(trainer.predict(eval_dataset).predictions)
+    pixel_values = collate(list(eval_dataset))["pixel_values"]
+    model = trainer.model.eval()
+    torch.testing.assert_close(logits, model(pixel_values).logits.detach(), atol=1e-5, rtol=1e-5)
+    # ResNet's statistics of the batch change in training, whatever has a gradient: its references do not stay its own.
+    kwargs = {"references": None, "relation_scope": "self"} if backbone == "resnet" else {}
+    best = AutoModelForImageClassification.from_pretrained(trainer.state.best_model_checkpoint, **kwargs)
+    scope = "self" if backbone == "resnet" else None
+    for picture_values in pixel_values.split(4):
+        expected = best(picture_values).logits
+        torch.testing.assert_close(model(picture_values, relation_scope=scope).logits, expected)
+
+
 def test_load_state_dict_takes_what_was_saved(tmp_path):
     """For ViT the names in the file are not those of the modules; transformers' Trainer loads the file as it is."""
     model = make_model("vit")
@@ -659,6 +760,22 @@ def test_pipeline_answers_do_not_depend_on_the_company(tmp_path, classifier, pic
     related = pipeline("image-classification", save(make_model(relation_scope="batch"), tmp_path))
     answers = get_scores([related(batch, batch_size=7)[0] for batch in (first, second)])
     assert max(abs(score - other) for score, other in zip(*answers, strict=True)) > 1e-3
+
+
+def test_pipeline_with_references(tmp_path, classifier, pictures):
+    others = [make_picture(1, seed=index) for index in range(50, 56)]
+    model = make_model_with_references()
+    related = pipeline("image-classification", save(model, tmp_path))
+    assert related.model.config.relation_scope == "reference"
+    first, second = ([pictures[0], *company] for company in (pictures[1:], others))
+    assert related(first, batch_size=7)[0] == related(second, batch_size=7)[0]
+    with torch.no_grad():
+        expected = model(**make_image_processor()(pictures, return_tensors="pt")).logits.softmax(-1)
+    for batch_size in (1, 3, 7):
+        scores = get_scores(related(pictures, batch_size=batch_size))
+        assert scores == [pytest.approx(row, abs=1e-6) for row in expected.tolist()]
+    without = torch.tensor(get_scores(classifier(pictures)))
+    assert (without - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16", "CMYK"])
@@ -809,20 +926,39 @@ def test_device_map(tmp_path, preset, arguments, is_offloaded):
 
 
 @pytest.mark.parametrize(
+    "device_map",
+    ["auto", "cpu", OFFLOADED_HEAD | {"rbi.references": "cpu"}, OFFLOADED_BACKBONE | {"rbi.references": "cpu"}],
+    ids=["auto", "cpu", "head_offloaded", "backbone_offloaded"],
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_device_map_with_references(tmp_path, preset, device_map):
+    model, pixel_values = make_model_with_references("vit", preset), make_pixel_values()
+    folder = save(model, tmp_path / "saved", max_shard_size="20KB")
+    offload_folder = str(tmp_path / "offload")
+    placed = AutoModelForImageClassification.from_pretrained(
+        folder, device_map=device_map, offload_folder=offload_folder
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(placed(pixel_values).logits, model(pixel_values).logits)
+
+
+@pytest.mark.parametrize(
     "make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_copies(backbone, preset, make_copy):
-    model, pixel_values = make_model(backbone, preset), make_pixel_values()
-    expected = model(pixel_values, relation_scope="batch").logits
+    model, pixel_values = make_model_with_references(backbone, preset), make_pixel_values()
+    expected = {scope: model(pixel_values, relation_scope=scope).logits for scope in ("batch", "reference")}
     other = make_copy(model)
     assert other.config.to_dict() == model.config.to_dict()
     assert_same_weights(other, model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(other(pixel_values, relation_scope="batch").logits, expected)
+    model.remove_references()
+    for scope, logits in expected.items():
+        assert torch.equal(other(pixel_values, relation_scope=scope).logits, logits)
 
 
 # Where the package is not installed
@@ -868,7 +1004,7 @@ report["classes"] = [type(each).__name__ for each in (config, model, base, proce
 report["modules"] = [type(each).__module__ for each in (config, model, base, classifier.model)]
 report["answers"] = classifier(os.path.join(os.path.dirname(inputs), "picture.png"))
 with torch.no_grad():
-    results = {"self": model(pixel_values).logits, "batch": model(pixel_values, relation_scope="batch").logits}
+    results = {"default": model(pixel_values).logits, "batch": model(pixel_values, relation_scope="batch").logits}
     results["base"] = base(pixel_values, relation_scope="batch").pooler_output
 save_file(results, outputs)
 
@@ -919,7 +1055,7 @@ def test_loads_where_the_package_is_not_installed(folders_without_package, class
     model, pixel_values = make_model(), make_pixel_values()
     with torch.no_grad():
         expected = {
-            "self": model(pixel_values).logits,
+            "default": model(pixel_values).logits,
             "batch": model(pixel_values, relation_scope="batch").logits,
             "base": model.rbi(pixel_values, relation_scope="batch").pooler_output,
         }
@@ -941,7 +1077,7 @@ def test_saved_again_where_the_package_is_not_installed(folders_without_package)
     (first, *_), (second, *_) = folders_without_package
     first, second, base = Path(first), Path(second), Path(second).parent / "base"
     assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir())
-    for name in ("modeling_rbi.py", "configuration_rbi.py", "image_processing_rbi.py"):
+    for name in ("modeling_rbi.py", "configuration_rbi.py", "image_processing_rbi.py", "references_rbi.py"):
         assert (first / name).read_text() == (second / name).read_text() == (base / name).read_text()
     for folder in (first, second, base):
         assert json.loads((folder / "config.json").read_text())["auto_map"] == {
@@ -951,6 +1087,25 @@ def test_saved_again_where_the_package_is_not_installed(folders_without_package)
         }
     assert_same_weights(AutoModelForImageClassification.from_pretrained(second), make_model())
     assert_same_weights(AutoModel.from_pretrained(base), make_model().rbi)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_references_load_where_the_package_is_not_installed(load_without_package, tmp_path, preset):
+    model, pixel_values = make_model_with_references("vit", preset), make_pixel_values()
+    report, results = load_without_package(save(model, tmp_path / "first"), tmp_path / "second")
+    again, results_again = load_without_package(tmp_path / "second", tmp_path / "third")
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        assert (expected - model(pixel_values, relation_scope="self").logits).abs().max() > 1e-3
+    assert torch.equal(results["default"], expected) and torch.equal(results_again["default"], expected)
+    assert (
+        report["answers"]
+        == again["answers"]
+        == pipeline("image-classification", str(tmp_path / "third"))(make_picture(1, seed=5))
+    )
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "third")
+    assert loaded.describe_references() == model.describe_references()
 
 
 def test_auto_map_of_a_folder_from_the_hub(tmp_path):

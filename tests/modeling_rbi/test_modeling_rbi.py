@@ -885,6 +885,72 @@ def test_the_loss_is_cross_entropy(model, pixel_values):
     torch.testing.assert_close(outputs.loss, expected)
 
 
+CLASSES = torch.tensor([0, 1, 2, 3, 4, -100, 0])
+
+
+def loss_and_gradients(model, pixel_values, **kwargs):
+    model.zero_grad()
+    loss = model(pixel_values, labels=CLASSES, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [{}, {"relation_mask": torch.arange(7) != 2}, {"relation_batch_size": 3}], ids=str)
+@pytest.mark.parametrize("weight", [0.25, 0.9])
+def test_the_self_loss_is_that_of_the_other_scope(model, pixel_values, weight, options):
+    """One forward has the loss and the gradients of two, weighted."""
+    model.train()
+    model.config.self_loss_weight = 0.0
+    loss, gradients = loss_and_gradients(model, pixel_values, **options)
+    self_loss, self_gradients = loss_and_gradients(model, pixel_values, relation_scope="self")
+    assert (loss - self_loss).abs() > 1e-3
+    model.config.self_loss_weight = weight
+    actual_loss, actual = loss_and_gradients(model, pixel_values, **options)
+    torch.testing.assert_close(actual_loss, (1 - weight) * loss + weight * self_loss)
+    assert self_gradients.keys() <= gradients.keys() == actual.keys()
+    for name, gradient in gradients.items():
+        expected = (1 - weight) * gradient + weight * self_gradients.get(name, torch.zeros(()))
+        torch.testing.assert_close(
+            actual[name], expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: name + text
+        )
+
+
+def test_in_training_there_are_answers_of_both_scopes(model, pixel_values, features):
+    model.train()
+    model.config.self_loss_weight = 0.5
+    outputs = model(pixel_values, image_features=features)
+    for scope, logits in (("batch", outputs.logits), ("self", outputs.self_logits)):
+        torch.testing.assert_close(logits, logits_of(model, pixel_values, scope, image_features=features))
+    pooled = model.rbi(pixel_values, image_features=features)
+    alone = model.rbi(pixel_values, image_features=features, relation_scope="self")
+    torch.testing.assert_close(pooled.self_pooler_output, alone.pooler_output)
+    assert alone.self_pooler_output is None, "they are the answers"
+
+
+@pytest.mark.parametrize(
+    ("is_training", "weight", "scope"),
+    [(False, 0.5, "batch"), (False, 0.5, None), (True, 0.0, None), (True, 0.5, "self")],
+)
+def test_without_a_self_loss_nothing_is_added(model, pixel_values, is_training, weight, scope):
+    model.train(is_training)
+    model.config.self_loss_weight = weight
+    outputs = model(pixel_values, labels=CLASSES, relation_scope=scope)
+    assert outputs.self_logits is None
+    expected = nn.functional.cross_entropy(outputs.logits, CLASSES, ignore_index=-100)
+    torch.testing.assert_close(outputs.loss, expected)
+    assert model.rbi(pixel_values, relation_scope=scope).self_pooler_output is None
+
+
+def test_the_self_loss_keeps_rows_that_are_not_finite_apart(model, pixel_values, features):
+    model.train()
+    model.config.self_loss_weight = 0.5
+    features[5, 0] = torch.inf
+    outputs = model(pixel_values, image_features=features, labels=CLASSES)  # its label is -100
+    assert outputs.self_logits[5].isnan().all() and outputs.self_logits[CLASSES >= 0].isfinite().all()
+    outputs.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
 @pytest.mark.parametrize("scope", ["self", "batch"])
 def test_image_features_stand_for_the_backbone(model, pixel_values, scope):
     features, outputs = model.rbi.extract_features(pixel_values)

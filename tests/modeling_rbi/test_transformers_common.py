@@ -140,7 +140,7 @@ ModelTesterMixin = type("NoCommonTests", (), {}) if _error else _modeling.ModelT
 def test_common_tests_are_there():
     """Without them the classes below would hold next to no tests, and pass."""
     assert _error is None, _error
-    for model_test in (RBIWithViTTest, RBIWithConvNextTest, RBIWithResNetTest):
+    for model_test in (RBIWithViTTest, RBIWithConvNextTest, RBIWithResNetTest, RBIWithReferencesTest):
         assert len(unittest.defaultTestLoader.getTestCaseNames(model_test)) > 140
 
 
@@ -214,8 +214,9 @@ class RBICommonTests:
             super().test_can_load_ignoring_mismatched_shapes()
 
     def test_model_weights_reload_no_missing_tied_weights(self):
-        # The common test loads a checkpoint without any weights. RBI refuses one that lacks the backbone's...
-        with self.assertRaisesRegex(ValueError, "lacks .* weights of the .* backbone"):
+        # The common test loads a checkpoint without any weights. RBI refuses one that lacks the backbone's, or its
+        # references...
+        with self.assertRaisesRegex(ValueError, "lacks .* weights of the .* backbone|references, but .* hold none"):
             super().test_model_weights_reload_no_missing_tied_weights()
         # ... and, with that check off, reports what is missing like any model.
         with patch.object(RBIPreTrainedModel, "from_pretrained", PreTrainedModel.__dict__["from_pretrained"]):
@@ -277,3 +278,16 @@ class RBIWithResNetTest(RBIWithCNNTests, ModelTesterMixin, unittest.TestCase):
     def make_config():
         backbone_config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
         return RBIConfig.paper(backbone_config=backbone_config, relation_scope="batch")
+
+
+class RBIWithReferencesTest(RBIWithCNNTests, ModelTesterMixin, unittest.TestCase):
+    @staticmethod
+    def make_config():
+        backbone_config = ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=32)
+        references = {"num_references": 5, "image_shape": [3, 16, 16], "mean_similarity": 0.2}
+        return RBIConfig.kernel(backbone_config=backbone_config, references=references, relation_scope="reference")
+
+    def setUp(self):
+        super().setUp()
+        # The common tests make models of a config alone, whose references are all zero and of no backbone.
+        self.enterContext(patch.object(RBIModel, "_has_own_references", lambda model: True))

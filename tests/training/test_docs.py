@@ -1,4 +1,4 @@
-"""The commands of training/README.md run, on a small data set and a small checkpoint of the name they use."""
+"""The commands of training/README.md run, on small data sets and a small checkpoint of the name they use."""
 
 import os
 import re
@@ -6,14 +6,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
+from training.ablation import AblationArguments
+from training.assessment import AssessmentArguments
 from training.fine_tuning import Arguments
+from training.references import ReferenceArguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +36,9 @@ def workplace(tmp_path_factory):
         for number in range(8):
             colour = (90 * place, 10 * number, 99)
             Image.new("RGB", (40, 48), colour).save(folder / "pictures" / name / f"{number}.png")
+    (folder / "camera").mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 48), (9, 60 * number, 9)).save(folder / "camera" / f"{number}.png")
     config = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     Dinov2Model(config).save_pretrained(folder / "facebook" / "dinov2-small")
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -40,7 +48,7 @@ def workplace(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_commands_run_in_their_order(workplace):
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 10
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for command in COMMANDS:
         line = shlex.split(command)
@@ -57,7 +65,9 @@ def test_the_commands_run_in_their_order(workplace):
             record = output_dir / "run.json"
             record.write_text(record.read_text().replace('"status": "finished"', '"status": "running"'))
             shutil.rmtree(max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
-        if any(part.endswith("orl_faces.yaml") for part in line):
+        if "training.ablate" in line:
+            line += ["--num_seeds", "2", "--frozen_steps", "2"]
+        elif any(part.endswith("orl_faces.yaml") for part in line):
             line += ["--num_train_epochs", "1"]
         result = subprocess.run(line, cwd=workplace, env=environment, capture_output=True, text=True, timeout=600)
         is_check = "training.check_data" in line
@@ -67,8 +77,12 @@ def test_the_commands_run_in_their_order(workplace):
 def test_arguments_that_the_text_names_are_there():
     names = set(re.findall(r"--([a-z0-9_]+)", TEXT)) - {"help", "config_file", "config"}
     assert len(names) > 30
-    for name in names:
-        try:
-            Arguments.parse(["--train_dir", "x", "--model_name_or_path", "y", f"--{name}"])
-        except ValueError as error:
-            assert "There is no argument" not in str(error), name
+    known = {
+        field.name
+        for arguments in (Arguments, AblationArguments)
+        for part in get_type_hints(arguments).values()
+        if is_dataclass(part)
+        for field in fields(part)
+    }
+    known |= {field.name for arguments in (AssessmentArguments, ReferenceArguments) for field in fields(arguments)}
+    assert names <= known

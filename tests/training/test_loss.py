@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import ConvNextConfig, ResNetConfig, ViTConfig
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
-from training.loss import backward_in_two_passes, classification_loss, count_targets
+from modeling_rbi import RBIConfig, RBIForImageClassification, RBIImageClassifierOutput
+from training.loss import backward_in_two_passes, classification_loss, count_targets, training_loss
 from training.optimization import add_lora, freeze_backbone, freeze_batch_norm
 
 
@@ -121,6 +121,31 @@ def test_half_precision_is_summed_in_float32():
     torch.testing.assert_close(mean_loss(logits, batch), mean_loss(logits.float(), batch))
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_training_loss_is_the_weighted_mean_of_both(weight, soft):
+    batch = make_batch(soft=soft, padding=(2,))
+    num_targets = 3 * count_targets(batch, WEIGHTS)  # as where a step has more batches
+    outputs = RBIImageClassifierOutput(logits=torch.randn(9, 5), self_logits=torch.randn(9, 5))
+    together, alone = (
+        classification_loss(logits, batch, num_targets, WEIGHTS, 0.1)
+        for logits in (outputs.logits, outputs.self_logits)
+    )
+    actual = training_loss(outputs, batch, num_targets, weight, WEIGHTS, 0.1)
+    torch.testing.assert_close(actual, (1 - weight) * together + weight * alone)
+    outputs.self_logits = None
+    assert training_loss(outputs, batch, num_targets, weight, WEIGHTS, 0.1) == together
+
+
+def test_the_training_loss_is_that_of_the_model():
+    model, pixel_values = make_model("convnext", "kernel", self_loss_weight=0.3), smooth_pictures()
+    labels = torch.tensor([0, 1, 2, -100, 4, 0, 1])
+    batch = {"labels": labels}
+    outputs = model(pixel_values=pixel_values, labels=labels)
+    assert outputs.self_logits is not None
+    torch.testing.assert_close(training_loss(outputs, batch, count_targets(batch), 0.3), outputs.loss)
+
+
 _VIT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 BACKBONES = {
     "convnext": ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_scale_init_value=0.5),
@@ -193,6 +218,30 @@ def test_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_si
     torch.testing.assert_close(actual_loss, loss.detach())
     assert not actual_loss.requires_grad
     assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("micro_batch_size", MICRO_BATCH_SIZES)
+@pytest.mark.parametrize("preset", ["paper", "kernel"])
+@pytest.mark.parametrize("backbone", ["convnext", "vit"])
+def test_with_a_self_loss_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_size):
+    model, pixel_values, mask = (
+        make_model(backbone, preset, self_loss_weight=0.4),
+        smooth_pictures(),
+        relation_masks("rows"),
+    )
+    batch = {"labels": torch.arange(7) % 5}
+
+    def loss_of(outputs):
+        return training_loss(outputs, batch, torch.tensor(7.0), 0.4)
+
+    loss = loss_of(model(pixel_values=pixel_values, relation_mask=mask))
+    loss.backward()
+    expected = gradients(model)
+    actual_loss, actual = two_passes(model, pixel_values, mask, micro_batch_size, loss_of)
+    torch.testing.assert_close(actual_loss, loss.detach())
+    assert_same_gradients(actual, expected)
+    _, without = two_passes(model, pixel_values, mask, micro_batch_size, loss_for())
+    assert any((actual[name] - without[name]).abs().max() > 1e-3 for name in actual), "it is of both"
 
 
 def in_micro_batches(model, pixel_values, mask, micro_batch_size, loss_of):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,9 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from training import train
+from training import fine_tuning, train
 from training.data import checks
 from training.data.layouts import LAYOUTS
+from training.data.pictures import Pictures
+from training.data.reading import read_unlabelled
+from training.data.transforms import EvalTransform
+from training.fine_tuning import Arguments, dry_run, load_data
 from training.trainer import RBITrainer, last_complete_checkpoint
 
 
@@ -119,6 +124,10 @@ HARD = {
     "optimizer": "radam",
     "lr_scheduler_type": "cosine",
     "save_total_limit": 2,
+    "self_loss_weight": 0.3,
+    "unlabelled_per_batch": 4,
+    "references_per_class": 2,
+    "unlabelled_references": 5,
     "rbi_config": '{"attention_dropout": 0.2, "classifier_dropout": 0.2}',
 }
 
@@ -134,9 +143,9 @@ def comparable(record):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["training.train", "training.accelerate_loop"])
-def test_killed_in_mid_epoch_it_goes_on_to_the_bit(arguments, tmp_path, module):
+def test_killed_in_mid_epoch_it_goes_on_to_the_bit(arguments, tmp_path, unlabelled_dir, module):
     if module == "training.train":
-        options, resume = HARD, ["--resume_from_checkpoint", "last"]
+        options, resume = HARD | {"unlabelled_dir": unlabelled_dir}, ["--resume_from_checkpoint", "last"]
     else:
         options = {"num_train_epochs": 4, "checkpointing_steps": 1, "rand_augment_num_ops": 1}
         options |= {"rbi_config": HARD["rbi_config"]}
@@ -168,6 +177,7 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_bit(arguments, tmp_path, module):
     assert result.returncode == 0, result.stderr[-2000:]
     expected, weights = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert ("rbi.references.features" in expected) == (module == "training.train")
     if module == "training.train":
         records = [json.loads((folder / "run.json").read_text()) for folder in (whole, killed)]
         assert records[1]["status"] == "finished"
@@ -253,6 +263,39 @@ def test_it_does_not_go_on_with_other_data_or_processes(arguments, tmp_path, sto
     assert everything_in(tmp_path / "out") == before
 
 
+def test_it_does_not_go_on_with_other_unlabelled_pictures(arguments, tmp_path, unlabelled_dir, stop_at, capsys):
+    line = arguments(tmp_path / "out", unlabelled_dir=tmp_path / "others", unlabelled_per_batch=4)
+    shutil.copytree(unlabelled_dir, tmp_path / "others")
+    go_on = stop_at(7, KeyboardInterrupt())
+    assert train.main(line) == 130
+    go_on()
+    before = everything_in(tmp_path / "out")
+    make_picture(tmp_path / "others" / "another.png")
+    assert train.main([*line, "--resume_from_checkpoint", "last"]) == 1
+    assert "The data are not those" in capsys.readouterr().err
+    assert everything_in(tmp_path / "out") == before
+    (tmp_path / "others" / "another.png").unlink()
+    assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
+
+
+def test_stopped_after_its_last_step_it_has_the_same_bank(arguments, tmp_path, unlabelled_dir, monkeypatch):
+    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 4, "num_train_epochs": 1}
+    options |= {"references_per_class": 2, "unlabelled_references": 5}
+    assert train.main(arguments(tmp_path / "whole", **options)) == 0
+
+    def fail(*args):
+        raise OSError("the plug was pulled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tuning, "_save", fail)
+        assert train.main(arguments(tmp_path / "out", **options)) == 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert train.main(arguments(tmp_path / "out", resume_from_checkpoint="last", **options)) == 0
+    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert "rbi.references.features" in expected
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
 def test_no_token_is_written_down(arguments, tmp_path):
     line = arguments(tmp_path / "out", num_train_epochs=1, token="hf_secret", hub_token="hf_secret")
     assert train.main(line) == 0
@@ -317,12 +360,16 @@ def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path,
 # --- Bad data, and what is done about it -----------------------------------------------------------------------------
 
 
+def make_picture(path, colour=(1, 2, 3)):
+    Image.new("RGB", (40, 40), colour).save(path)
+
+
 def make_folder(folder, classes=("a", "b"), number=6):
     """A folder of pictures that differ."""
     for place, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for count in range(number):
-            Image.new("RGB", (40, 40), (80 * place, 5 * count, 90)).save(folder / name / f"{count}.png")
+            make_picture(folder / name / f"{count}.png", (80 * place, 5 * count, 90))
     return folder
 
 
@@ -363,6 +410,53 @@ def test_bad_data_are_refused_before_any_work(arguments, tmp_path, capsys, chang
     assert train.main(line) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and any(part in error for part in message.split("|"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_unlabelled_pictures_are_refused_or_skipped(arguments, tmp_path, unlabelled_dir, capsys):
+    shutil.copytree(unlabelled_dir, tmp_path / "others")
+    (tmp_path / "others" / "broken.png").write_bytes(b"nothing")
+    line = arguments(tmp_path / "out", unlabelled_dir=tmp_path / "others", unlabelled_per_batch=4, num_train_epochs=1)
+    assert train.main(line) == 1
+    assert "broken.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert train.main([*line, "--skip_bad_images"]) == 0
+    assert splits_of(tmp_path / "out")["unlabelled"]["pictures"] == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unlabelled_dir": "nothing"}, "nothing is not a folder"),
+        (
+            {"unlabelled_per_batch": 16},
+            "has 15 pictures, fewer than the 16 that --unlabelled_per_batch asks for: lower",
+        ),
+        ({"unlabelled_references": 16, "unlabelled_per_batch": 2}, "the 16 that --unlabelled_references asks for"),
+        (
+            {"references_per_class": 5, "unlabelled_references": 1},
+            "would have 21 pictures, more than a model carries (20)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pictures_that_are_not_there_are_not_asked_for(
+    arguments, tmp_path, unlabelled_dir, monkeypatch, capsys, options, message
+):
+    monkeypatch.setattr(fine_tuning, "MAX_REFERENCES", 20)
+    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 2} | options
+    assert train.main(arguments(tmp_path / "out", **options)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bank_without_training_pictures_of_a_class_is_refused(arguments, tmp_path):
+    args = Arguments.parse(arguments(tmp_path / "out", references_per_class=2))
+    pictures, data_record = load_data(args)
+    rows = [row for row, label in enumerate(pictures["train"]["label"]) if label != 2]
+    pictures["train"] = pictures["train"].select(rows)
+    with pytest.raises(ValueError, match=f"{data_record['label_names'][2]} has none to train on: add some, or leave"):
+        fine_tuning.train(args, pictures, data_record)
     assert not (tmp_path / "out").exists()
 
 
@@ -463,6 +557,118 @@ def test_without_validation_the_last_epoch_is_kept(arguments, tmp_path):
     assert set(results_of(tmp_path / "out")) == {"train", "test_single", "test_shuffled"}
 
 
+def splits_of(folder):
+    return json.loads((folder / "run.json").read_text())["data"]["fingerprint"]["splits"]
+
+
+@pytest.fixture(scope="module")
+def with_bank(published, unlabelled_dir, tmp_path_factory):
+    """The folder of a run whose model has a bank: 2 training pictures of each class, and 5 without labels."""
+    output_dir = tmp_path_factory.mktemp("bank") / "out"
+    line = [*_arguments(published, output_dir), "--preset", "kernel", "--references_per_class", "2"]
+    line += ["--unlabelled_dir", str(unlabelled_dir), "--unlabelled_per_batch", "4", "--unlabelled_references", "5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        assert train.main(line) == 0
+    return output_dir
+
+
+def load(folder):
+    """Model and image processor, by the code that was saved with them."""
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    return model, AutoImageProcessor.from_pretrained(folder)
+
+
+def pixels_and_labels(split, processor):
+    items = [Pictures(split, EvalTransform(processor))[row] for row in range(len(split))]
+    return torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
+
+
+class TestBank:
+    def test_the_record_says_what_is_in_it(self, with_bank):
+        record = json.loads((with_bank / "run.json").read_text())
+        references = record["model"]["references"]
+        assert references["num_references"] == 13 and references["num_labelled"] == 8
+        assert list(references["references_per_class"].values()) == [2] * 4
+        assert list(references["references_per_class"]) == record["data"]["label_names"]
+        assert {name: split["pictures"] for name, split in splits_of(with_bank).items()} == {
+            "train": 32,
+            "validation": 8,
+            "test": 40,
+            "unlabelled": 15,
+        }
+
+    def test_the_model_loads_and_answers_with_it(self, with_bank, published):
+        """The metrics of the record are those of what was saved: with the bank, and alone."""
+        results = results_of(with_bank)
+        assert results == json.loads((with_bank / "run.json").read_text())["results"]
+        expected = {"train", "validation", "validation_reference", "test_single", "test_reference", "test_shuffled"}
+        assert set(results) == expected
+        model, processor = load(with_bank)
+        pixel_values, labels = pixels_and_labels(LAYOUTS["cub_200_2011"](published)["test"], processor)
+        assert model.config.relation_scope == "reference"
+        for scope, part in ((None, "test_reference"), ("self", "test_single")):
+            with torch.no_grad():
+                logits = model(pixel_values, relation_scope=scope).logits
+                one_by_one = torch.cat([model(each[None], relation_scope=scope).logits for each in pixel_values])
+            torch.testing.assert_close(one_by_one, logits, atol=1e-4, rtol=1e-4)
+            loss = torch.nn.functional.cross_entropy(logits, labels).item()
+            assert loss == pytest.approx(results[part]["loss"], abs=1e-4)
+            accuracy = (logits.argmax(-1) == labels).float().mean().item()
+            assert accuracy == pytest.approx(results[part]["accuracy"])
+        assert abs(results["test_reference"]["loss"] - results["test_single"]["loss"]) > 1e-4
+        assert abs(results["validation_reference"]["loss"] - results["validation"]["loss"]) > 1e-4
+
+    def test_the_validation_is_alone_as_in_each_epoch(self, with_bank):
+        record = json.loads((with_bank / "run.json").read_text())
+        best = next(entry for entry in record["metrics_by_epoch"] if entry["step"] == record["best"]["step"])
+        for name in ("accuracy", "loss"):
+            assert record["results"]["validation"][name] == pytest.approx(best[f"eval_{name}"], abs=1e-5)
+
+    def test_it_is_of_training_and_unlabelled_pictures(self, with_bank, published, unlabelled_dir):
+        """Each reference is one of them, once, with its label; none is of the validation or the test."""
+        model, processor = load(with_bank)
+        args = Arguments.parse(_arguments(published, with_bank))
+        pictures, _ = load_data(args)
+        bank, rows = model.rbi.references, {}
+        for name, split in (*pictures.items(), ("unlabelled", read_unlabelled(unlabelled_dir))):
+            pixel_values, labels = pixels_and_labels(split, processor)
+            with torch.no_grad():
+                features = model.rbi.extract_features(pixel_values)[0]
+            same = bank.images[:, None] == model.rbi.rpe.small_images(pixel_values)
+            rows[name] = same.flatten(2).all(-1).nonzero().tolist()
+            for row, column in rows[name]:
+                assert bank.labels[row] == labels[column]
+                torch.testing.assert_close(bank.features[row], features[column], atol=1e-5, rtol=1e-4)
+        assert {name: len(found) for name, found in rows.items()} == {
+            "train": 8,
+            "validation": 0,
+            "test": 0,
+            "unlabelled": 5,
+        }
+        assert sorted(row for found in rows.values() for row, _ in found) == list(range(13))
+
+
+def test_a_bank_of_unlabelled_pictures_alone(arguments, tmp_path, unlabelled_dir):
+    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 1, "unlabelled_references": 6}
+    assert train.main(arguments(tmp_path / "out", num_train_epochs=1, **options)) == 0
+    references = json.loads((tmp_path / "out" / "run.json").read_text())["model"]["references"]
+    assert (references["num_references"], references["num_labelled"]) == (6, 0)
+    assert "test_reference" in results_of(tmp_path / "out")
+    assert load(tmp_path / "out")[0].config.relation_scope == "reference"
+
+
+def test_each_fold_has_its_bank(arguments, tmp_path, unlabelled_dir):
+    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 4, "references_per_class": 2}
+    assert train.main(arguments(tmp_path / "out", num_folds=2, num_train_epochs=1, **options)) == 0
+    summary = json.loads((tmp_path / "out" / "run.json").read_text())["results"]
+    assert {"validation", "validation_reference", "test_reference"} <= summary.keys()
+    banks = [load_file(tmp_path / "out" / f"fold-{number}" / "model.safetensors") for number in (1, 2)]
+    features = [bank["rbi.references.features"] for bank in banks]
+    assert [len(each) for each in features] == [8, 8]
+    assert not torch.equal(*features)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -476,6 +682,10 @@ def test_without_validation_the_last_epoch_is_kept(arguments, tmp_path):
         {"warmup_steps": 0.1, "lr_scheduler_type": "cosine", "layer_decay": 0.8},
         {"bf16": True},
         {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        {"references_per_class": 3, "lora_rank": 2},
+        {"references_per_class": 1, "train_val_split": 0, "ema_decay": 0.9},
+        {"train_relation_scope": "self", "references_per_class": 1, "preset": "kernel"},
+        {"self_loss_weight": 0.5},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -526,4 +736,15 @@ def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([*arguments(tmp_path / "out"), "--dry_run"]) == 0
     assert "Dry run passed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_goes_through_unlabelled_pictures_and_the_bank(arguments, tmp_path, monkeypatch):
+    """With made-up ones: the folder need not be there."""
+    monkeypatch.chdir(tmp_path)
+    options = {"unlabelled_dir": "nothing", "unlabelled_references": 50, "references_per_class": 40}
+    record = dry_run(Arguments.parse([*arguments(tmp_path / "out", **options), "--dry_run"]))
+    assert record["data"]["fingerprint"]["splits"]["unlabelled"]["pictures"] > 0
+    assert record["model"]["references"]["num_references"] == record["model"]["references"]["num_labelled"] + 1
+    assert "test_reference" in record["results"]
     assert list(tmp_path.iterdir()) == []

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.data.layouts import LAYOUTS
-from training.data.pictures import Collator, Pictures
+from training.data.mixing import Mixing
+from training.data.pictures import Collator, Pictures, WithUnlabelled
 from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from training.metrics import compute_metrics
 from training.trainer import (
@@ -34,9 +37,12 @@ VIT = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, imag
 
 @pytest.fixture
 def make_trainer(published, tmp_path, backbone_config):
-    """Gives a trainer of a tiny model on 20 training pictures; keywords go to where they are known."""
+    """
+    Gives a trainer of a tiny model on 20 training pictures, and others without labels if asked for; keywords go to
+    where they are known.
+    """
 
-    def make(trainer_class=RBITrainer, preset="paper", rows=20, backbone=backbone_config, **kwargs):
+    def make(trainer_class=RBITrainer, preset="paper", rows=20, unlabelled=0, backbone=backbone_config, **kwargs):
         torch.manual_seed(0)
         model = RBIForImageClassification(getattr(RBIConfig, preset)(backbone_config=backbone, num_labels=4))
         processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -61,14 +67,16 @@ def make_trainer(published, tmp_path, backbone_config):
         if trainer_class is RBITrainer:
             more["fine_tuning"] = FineTuningArguments(**options)
         more.setdefault("data_collator", Collator())
+        shuffled, transform = pictures["train"].shuffle(seed=0), TrainTransform(processor, AugmentationArguments())
+        train_dataset = Pictures(shuffled.select(range(rows)), transform, augment=True)
+        if unlabelled:
+            others = shuffled.select(range(rows, rows + unlabelled)).remove_columns("label")
+            others = others.add_column("label", [-100] * unlabelled)
+            train_dataset = WithUnlabelled(train_dataset, Pictures(others, transform, augment=True))
         return trainer_class(
             model=model,
             args=args,
-            train_dataset=Pictures(
-                pictures["train"].shuffle(seed=0).select(range(rows)),
-                TrainTransform(processor, AugmentationArguments()),
-                augment=True,
-            ),
+            train_dataset=train_dataset,
             eval_dataset=Pictures(pictures["test"], EvalTransform(processor)),
             compute_metrics=compute_metrics,
             processing_class=processor,
@@ -131,8 +139,9 @@ def test_drop_last_is_of_the_training_alone(make_trainer):
         {"per_device_train_batch_size": 9},
         {"per_device_train_batch_size": 18, "relation_batch_size": 9},
         {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "relation_batch_size": 9},
+        {"per_device_train_batch_size": 6, "unlabelled": 5, "unlabelled_per_batch": 3},
     ],
-    ids=["the batch", "smaller", "larger"],
+    ids=["the batch", "smaller", "larger", "with unlabelled pictures"],
 )
 def test_shuffled_evaluation_is_in_equal_neighbourhoods(make_trainer, options):
     trainer = make_trainer(**options)
@@ -219,6 +228,16 @@ def test_a_split_batch_is_accumulation(make_trainer):
         ({"lora_rank": 2, "freeze_backbone": True}, "use one of them"),
         ({"images_per_class": 2}, "--batch_sampler balanced"),
         ({"train_relation_scope": "self", "relation_batch_size": 3}, "training without relations"),
+        ({"train_relation_scope": "self", "self_loss_weight": 0.5}, "leave --self_loss_weight out"),
+        ({"train_relation_scope": "self", "unlabelled_dir": "a"}, "leave --unlabelled_dir out"),
+        ({"self_loss_weight": 1.0}, "--self_loss_weight must be at least 0 and less than 1, got 1.0"),
+        ({"self_loss_weight": -0.1}, "--self_loss_weight must be at least 0"),
+        ({"self_loss_weight": float("nan")}, "--self_loss_weight must be at least 0"),
+        ({"unlabelled_references": 3}, "are pictures of --unlabelled_dir: name it"),
+        ({"unlabelled_dir": "a", "relation_batch_size": 3}, "leave it out beside --unlabelled_dir"),
+        ({"unlabelled_dir": "a", "unlabelled_per_batch": 0}, "--unlabelled_per_batch must be at least 1"),
+        ({"unlabelled_dir": "a", "unlabelled_references": 0}, "--unlabelled_references must be at least 1"),
+        ({"references_per_class": 0}, "--references_per_class must be at least 1"),
         ({"layer_decay": 1.5}, "--layer_decay must be between 0 and 1"),
         ({"class_weights": "balanced", "batch_sampler": "balanced"}, "twice"),
     ],
@@ -226,6 +245,111 @@ def test_a_split_batch_is_accumulation(make_trainer):
 def test_options_that_do_not_fit_are_refused(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options)
+
+
+@pytest.mark.parametrize("option", ["references_per_class", "unlabelled_references", "ema_decay"])
+def test_what_cannot_be_sharded_is_refused(make_trainer, monkeypatch, option):
+    trainer = make_trainer(**{option: 0.9 if option == "ema_decay" else 2, "unlabelled_dir": "a"})
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=f"^--{option} cannot be used with FSDP"):
+        trainer._refuse_what_cannot_be_sharded()
+
+
+# --- A second loss, and neighbours without labels --------------------------------------------------------------------
+
+
+def first_loss(trainer):
+    trainer.train()
+    return losses_of(trainer)[0]
+
+
+@pytest.mark.parametrize("preset", ["paper", "kernel"])
+def test_the_self_loss_is_that_of_training_without_relations(make_trainer, preset):
+    """From the same start and pictures, the loss of a step is the mean of both."""
+    options = {"preset": preset, "max_steps": 1, "label_smoothing_factor": 0.1, "class_weights": "balanced"}
+    together = first_loss(make_trainer(self_loss_weight=0.0, **options))
+    alone = first_loss(make_trainer(train_relation_scope="self", **options))
+    both = first_loss(make_trainer(self_loss_weight=0.3, **options))
+    assert abs(together - alone) > 1e-4
+    assert both == pytest.approx(0.7 * together + 0.3 * alone, abs=1e-5)
+
+
+def test_the_self_loss_is_as_the_config_has_it_unless_it_is_given(make_trainer):
+    options = {"preset": "kernel", "max_steps": 1}
+    losses = [
+        first_loss(make_trainer(**more, **options))
+        for more in ({}, {"self_loss_weight": 0.5}, {"self_loss_weight": 0.0}, {"self_loss_weight": 0.9})
+    ]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+    trainer = make_trainer(self_loss_weight=0.9, **options)
+    assert trainer.model.config.self_loss_weight == 0.9, "and is saved so"
+
+
+def cross_entropy_by_hand(trainer, batch):
+    """Of the pictures with labels alone, with all of the batch as neighbours, from one plain forward."""
+    trainer.model.train()
+    logits = trainer.model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"]).logits
+    targets = batch.get("targets", batch["labels"])[batch["labels"] >= 0]
+    return torch.nn.functional.cross_entropy(logits[batch["labels"] >= 0], targets), logits
+
+
+@pytest.mark.parametrize("batch_sampler", ["shuffled", "balanced"])
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.5])
+def test_unlabelled_pictures_are_neighbours_and_have_no_loss(make_trainer, batch_sampler, mixup_alpha):
+    mixing = Mixing(AugmentationArguments(mixup_alpha=mixup_alpha), 4) if mixup_alpha else None
+    options = {"unlabelled": 12, "unlabelled_per_batch": 4, "batch_sampler": batch_sampler}
+    trainer = make_trainer(**options, data_collator=Collator(mixing))
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) == 4
+    for batch in batches:
+        is_labelled = batch["labels"] >= 0
+        size = len(is_labelled) - 4
+        assert size in (5, 6) and is_labelled.tolist() == [True] * size + [False] * 4
+        loss, logits = cross_entropy_by_hand(trainer, batch)
+        torch.testing.assert_close(trainer.training_step(trainer.model, batch), loss.detach())
+        part = {name: value[:size] for name, value in batch.items()}
+        part["relation_mask"] = part["relation_mask"][..., :size]
+        _, without = cross_entropy_by_hand(trainer, part)
+        assert (logits[:size] - without).abs().max() > 1e-4, "they change the others' answers"
+
+
+def test_unlabelled_pictures_learn_through_the_others_alone(make_trainer):
+    trainer = make_trainer(unlabelled=6, unlabelled_per_batch=3)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for scope, has_gradient in (("batch", True), ("self", False)):
+        trainer.fine_tuning.train_relation_scope = scope
+        batch["pixel_values"] = batch["pixel_values"].detach().requires_grad_()
+        trainer.training_step(trainer.model, batch)
+        gradients = batch["pixel_values"].grad.abs().amax((1, 2, 3))
+        assert (gradients[:5] > 0).all() and (gradients[5:] > 0).tolist() == [has_gradient] * 3
+
+
+def test_unlabelled_pictures_never_come_into_evaluation(make_trainer):
+    trainer = make_trainer(unlabelled=12, unlabelled_per_batch=4, max_steps=2, eval_strategy="steps", eval_steps=1)
+    seen = {True: [], False: []}
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen[model.training].append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    trainer.train()
+    assert seen[True] == [9, 9]
+    assert sum(seen[False]) == 2 * len(trainer.eval_dataset)
+    seen[False].clear()
+    trainer.evaluate_shuffled(trainer.eval_dataset)
+    assert sum(seen[False]) == len(trainer.eval_dataset)
+
+
+def test_unlabelled_pictures_count_for_no_class_and_no_speed(make_trainer):
+    plain, trainer = (
+        make_trainer(class_weights="balanced", unlabelled=number, unlabelled_per_batch=2) for number in (0, 12)
+    )
+    assert torch.equal(trainer.class_weights, plain.class_weights)
+    loaders = [each.get_train_dataloader() for each in (plain, trainer)]
+    assert [trainer.num_examples(loader) for loader in (*loaders, trainer.get_eval_dataloader())] == [20, 20, 40]
+
+
+def test_there_must_be_as_many_unlabelled_pictures_as_a_batch_takes(make_trainer):
+    with pytest.raises(ValueError, match="cannot have 5 of 4 unlabelled pictures"):
+        make_trainer(unlabelled=4, unlabelled_per_batch=5).get_train_dataloader()
 
 
 # --- Several processes -----------------------------------------------------------------------------------------------
@@ -290,7 +414,8 @@ def run_distributed(folder, arguments, num_processes, **kwargs):
     record = json.loads((folder / "out" / "run.json").read_text())
     losses = [entry["loss"] for entry in record["metrics_by_epoch"] if "loss" in entry]
     results = record["results"]
-    losses += [results[part][name] for part in ("validation", "test_single") for name in ("loss", "macro_f1")]
+    parts = [part for part in ("validation", "test_single", "test_reference") if part in results]
+    losses += [results[part][name] for part in parts for name in ("loss", "macro_f1")]
     return losses, load_file(folder / "gradients.safetensors"), load_file(folder / "out" / "model.safetensors")
 
 
@@ -324,6 +449,40 @@ def test_two_passes_on_two_processes_are_one_large_batch(arguments, tmp_path):
     )
     for value, expected in zip(two, one, strict=True):
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_unlabelled_pictures_and_references_are_those_of_one_process(arguments, tmp_path, unlabelled_dir):
+    """7 pictures with labels and 6 without in each batch: 3 + 3 of the latter on two processes, 2 + 2 + 2 on three."""
+    common = {"preset": "kernel", "gather_across_processes": True, "unlabelled_dir": unlabelled_dir} | SGD
+    common |= {"references_per_class": 2, "unlabelled_references": 5, "max_train_samples": 21}
+    one = run_distributed(
+        tmp_path / "1", arguments, 1, per_device_train_batch_size=9, unlabelled_per_batch=6, **common
+    )
+    assert len(one[0]) == 5 + 6
+    assert one[2]["rbi.references.labels"].sort().values.tolist() == [-100] * 5 + [0, 0, 1, 1, 2, 2, 3, 3]
+    for number, batch_size in ((2, 4), (3, 3)):
+        many = run_distributed(
+            tmp_path / str(number),
+            arguments,
+            number,
+            per_device_train_batch_size=batch_size,
+            unlabelled_per_batch=6 // number,
+            **common,
+        )
+        for value, expected in zip(many, one, strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_bank_is_of_the_batch_statistics_that_are_saved(arguments, tmp_path):
+    """Each process has seen other pictures, and what is saved is the mean of their statistics."""
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
+    options = {"backbone_config": json.dumps(backbone), "references_per_class": 1, "train_val_split": 0}
+    run_distributed(tmp_path / "2", arguments, 2, per_device_train_batch_size=5, **options)
+    model = RBIForImageClassification.from_pretrained(tmp_path / "2" / "out")
+    bank = model.rbi.references
+    torch.testing.assert_close(bank.probe, model.rbi._probe_features().detach(), atol=1e-5, rtol=1e-4)
 
 
 # --- What is trained, and what is kept -------------------------------------------------------------------------------

@@ -236,6 +236,8 @@ def load_unlabelled_pictures(
         )
     if len(bad) == len(keys):
         raise BadDataError(f"No picture in {folder} is fit to be used.")
+    if bad:
+        logger.warning("%d of the %d pictures in %s are left out: they can't be read.", len(bad), len(keys), folder)
     return pictures.select(sorted(set(range(len(keys))) - set(bad))) if bad else pictures
 
 

@@ -56,12 +56,12 @@ class Mixing:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
                 The pictures. They are left as they are; the mixed ones are a new tensor.
             labels (`torch.LongTensor` of shape `(batch_size,)`):
-                Their classes; -100 marks padding, which is not mixed with anything.
+                Their classes; -100 marks padding and unlabelled pictures, which are not mixed with anything.
             seed (`int` or sequence of `int`):
                 All that the draws depend on, not negative. No global generator is read or changed.
 
         Returns:
-            `MixedBatch`: the pictures; the `targets`, which sum to 1 in each row, and to 0 for padding; and the
+            `MixedBatch`: the pictures; the `targets`, which sum to 1 in each row, and to 0 without a label; and the
             `relation_mask`, False where two different pictures contain the same original, True on the diagonal.
 
         Raises:
@@ -76,7 +76,7 @@ class Mixing:
         if ((labels < 0) & is_real).any() or (labels >= self.num_labels).any():
             raise ValueError(
                 f"The labels go from {labels[is_real].min()} to {labels.max()}; with {self.num_labels} classes they "
-                f"are 0 to {self.num_labels - 1}, or {NO_LABEL} for padding."
+                f"are 0 to {self.num_labels - 1}, or {NO_LABEL} for none."
             )
         rng = np.random.default_rng(seed)
         partners = torch.arange(len(labels), device=labels.device)

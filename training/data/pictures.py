@@ -105,8 +105,9 @@ class WithUnlabelled(torch.utils.data.Dataset):
 
 class Collator:
     r"""
-    Stacks items of [`Pictures`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding, and
-    `relation_mask`, (B,), `False` for padding. With `mixing`, also `targets` (B, num_labels), and the mask is (B, B).
+    Stacks items of [`Pictures`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding and pictures
+    without a label, and `relation_mask`, (B,), `False` for padding. With `mixing`, also `targets` (B, num_labels), and
+    the mask is (B, B); pictures without a label are not mixed.
     """
 
     def __init__(self, mixing: Mixing | None = None):

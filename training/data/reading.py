@@ -241,8 +241,8 @@ def fingerprint(dataset: datasets.DatasetDict) -> dict[str, Any]:
     rows, summary = [], {}
     for name, split in dataset.items():
         labels = labels_of(split)
-        names = split.features["label"].names
-        counts = labels.bincount(minlength=len(names))
+        names = getattr(split.features["label"], "names", [])  # unlabelled pictures have none
+        counts = labels[labels != NO_LABEL].bincount(minlength=len(names))
         counts = counts[counts > 0]
         summary[name] = {
             "pictures": len(labels),
@@ -255,7 +255,8 @@ def fingerprint(dataset: datasets.DatasetDict) -> dict[str, Any]:
         root = os.path.commonpath(folders) if folders else ""
         for (path, content), label, box in keys:
             place = Path(os.path.relpath(path, root)).as_posix() if path is not None else None
-            rows.append(json.dumps([name, names[label], box, place, content]))
+            label_name = None if label == NO_LABEL else names[label]
+            rows.append(json.dumps([name, label_name, box, place, content]))
     digest = hashlib.sha256("\n".join(sorted(rows)).encode())
     return {"sha256": digest.hexdigest(), "splits": summary}
 
@@ -328,15 +329,19 @@ def walk_folder(folder: Path) -> FolderContent:
                 content.strays.append(path)
             else:
                 pictures[os.path.relpath(parent, root).split(os.sep)[0]].append(path)
-    for path in [*pictures, *(path for paths in pictures.values() for path in paths)]:
-        try:
-            path.encode()
-        except UnicodeEncodeError as error:
-            raise BadDataError(f"A name in {root} is not UTF-8, rename it: {path!a}.") from error
+    _refuse_other_encodings([*pictures, *(path for paths in pictures.values() for path in paths)], root)
     for name in [name for name, paths in pictures.items() if not paths]:
         content.empty_classes.append(os.path.join(root, name))
         del pictures[name]
     return content
+
+
+def _refuse_other_encodings(paths: Iterable[str], folder: str):
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise BadDataError(f"A name in {folder} is not UTF-8, rename it: {path!a}.") from error
 
 
 def read_unlabelled(folder: str | Path) -> datasets.Dataset:
@@ -345,12 +350,13 @@ def read_unlabelled(folder: str | Path) -> datasets.Dataset:
 
     Raises:
         ValueError: if it is no folder.
-        BadDataError: if it holds no pictures.
+        BadDataError: if it holds no pictures, or a name is not UTF-8.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder.")
     content = walk_folder(Path(folder))
     loose = [path for path in content.strays if os.path.dirname(path) == content.folder and _is_picture(path)]
+    _refuse_other_encodings(loose, content.folder)
     paths = [*sorted(loose, key=natural_key), *(path for paths in content.pictures.values() for path in paths)]
     if not paths:
         raise BadDataError(f"{folder} holds no pictures.")

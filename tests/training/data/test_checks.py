@@ -19,6 +19,7 @@ from training.data.checks import (
     Place,
     check_pictures,
     drop_bad,
+    load_unlabelled_pictures,
     refuse_bad,
 )
 from training.data.reading import BOX, IMAGE, BadDataError, DataArguments, ignored_files, load_pictures
@@ -273,6 +274,47 @@ def test_with_boxes_what_is_in_them_counts():
     assert _kinds(report) == {"empty_box": 1, "duplicate": 1}
     assert [place.row for place in report.findings[1].places] == [0, 2]
     assert report.rows_to_leave_out() == {"train": [3]}
+
+
+class TestUnlabelled:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """7 pictures, one of them in a folder of its own."""
+        for number in range(6):
+            _save(tmp_path / "others" / f"{number}.png")
+        _save(tmp_path / "others" / "more" / "6.png")
+        return tmp_path / "others"
+
+    def test_all_that_are_whole(self, folder):
+        split = load_unlabelled_pictures(folder)
+        assert [os.path.relpath(row["image"]["path"], folder) for row in split] == [
+            *(f"{number}.png" for number in range(6)),
+            "more/6.png",
+        ]
+
+    @pytest.mark.parametrize(("kind", "number"), [(kind, number) for kind in BAD for number in range(len(BAD[kind]))])
+    def test_those_that_can_not_be_used_are_named_or_left_out(self, folder, kind, number, caplog):
+        path = folder / "more" / "x.jpg"
+        BAD[kind][number](path)
+        with pytest.raises(BadDataError, match=r"(?s)1 of the 8 pictures in .*others.*x\.jpg.*--skip_bad_images"):
+            load_unlabelled_pictures(folder, max_pixels=1000)
+        assert not caplog.messages
+        split = load_unlabelled_pictures(folder, max_pixels=1000, skip_bad_images=True)
+        assert "1 of the 8 pictures in" in caplog.text
+        assert len(split) == 7 and str(path) not in {row["image"]["path"] for row in split}
+
+    def test_the_first_of_many_are_named(self, folder):
+        for number in range(5):
+            (folder / f"{number}.png").write_bytes(b"")
+        with pytest.raises(BadDataError, match="5 of the 7") as raised:
+            load_unlabelled_pictures(folder)
+        assert str(raised.value).count(".png") == 3
+
+    def test_none_is_left(self, folder):
+        for path in folder.rglob("*.png"):
+            path.write_bytes(b"")
+        with pytest.raises(BadDataError, match=r"No picture in .*others is fit to be used"):
+            load_unlabelled_pictures(folder, skip_bad_images=True)
 
 
 class TestKeptFacts:

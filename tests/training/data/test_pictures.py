@@ -12,7 +12,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.data.decode import UnreadableImageError
 from training.data.mixing import Mixing
-from training.data.pictures import Collator, Pictures
+from training.data.pictures import Collator, Pictures, WithUnlabelled
 from training.data.samplers import Draw, ShuffledSampler
 from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 
@@ -245,6 +245,61 @@ def test_mixing_makes_targets_and_a_mask_of_pairs():
     assert torch.equal(batch["targets"], targets)
     assert torch.equal(mask[:, :5], relation_mask[:, :5])
     assert mask[range(5), range(5)].all()
+
+
+@pytest.fixture
+def with_unlabelled(make_split):
+    """The first 5 pictures with labels, the other 3 without."""
+    split = make_split(with_boxes=False)
+    others = split.select([5, 6, 7]).remove_columns("label").add_column("label", [-100] * 3)
+    return WithUnlabelled(training_pictures(split.select(range(5))), training_pictures(others))
+
+
+def test_unlabelled_pictures_follow_the_others(with_unlabelled, make_split):
+    whole = training_pictures(make_split(with_boxes=False))
+    assert len(with_unlabelled) == 8
+    assert with_unlabelled.labels == whole.labels[:5]
+    for row in range(8):
+        draw = Draw(row, seed=row)
+        item, expected = with_unlabelled[draw], whole[draw]
+        assert torch.equal(item["pixel_values"], expected["pixel_values"])
+        assert item["labels"] == (expected["labels"] if row < 5 else -100)
+        assert (item["draw"].seed, item["draw"].is_padding) == (row, False)
+        assert with_unlabelled[row]["labels"] == item["labels"], "by a plain number, too"
+    assert with_unlabelled[Draw(6, 1, is_padding=True)]["draw"].is_padding
+
+
+def test_unlabelled_pictures_are_neighbours_without_a_label(with_unlabelled):
+    sampler = ShuffledSampler(5, 5, num_unlabelled=3, unlabelled_per_batch=2)
+    (batch,) = DataLoader(with_unlabelled, batch_sampler=sampler, collate_fn=Collator())
+    assert sorted(batch["labels"][:5].tolist()) == [0, 0, 1, 1, 2]
+    assert batch["labels"][5:].tolist() == [-100] * 2
+    assert batch["relation_mask"].all()
+    shares = [
+        ShuffledSampler(5, 5, num_unlabelled=3, unlabelled_per_batch=2, num_processes=3, process_index=n)
+        for n in range(3)
+    ]
+    parts = [next(iter(DataLoader(with_unlabelled, batch_sampler=each, collate_fn=Collator()))) for each in shares]
+    masks = [part["relation_mask"].tolist() for part in parts]
+    assert masks == [[True, True, True], [True, True, True], [True, False, False]], "5 and 2 over 3 processes"
+    whole = torch.cat([part["pixel_values"][part["relation_mask"]] for part in parts])
+    order = [0, 1, 5, 2, 3, 6, 4]
+    assert torch.equal(whole, batch["pixel_values"][order])
+
+
+def test_unlabelled_pictures_are_not_mixed():
+    """The others are, among themselves, as without them; and each may attend to those without labels."""
+    collate = Collator(Mixing(AugmentationArguments(mixup_alpha=0.5), 3))
+    alone, batch = collate(items([0, 1, 2, 0])), collate(items([0, 1, 2, 0, -100, -100, -100], paddings=(6,)))
+    plain = torch.stack([item["pixel_values"] for item in items([0] * 7)])
+    assert torch.equal(batch["pixel_values"][:4], alone["pixel_values"])
+    assert not torch.equal(batch["pixel_values"][:4], plain[:4])
+    assert torch.equal(batch["pixel_values"][4:], plain[4:])
+    assert torch.equal(batch["targets"][:4], alone["targets"])
+    assert not batch["targets"][4:].any()
+    mask = batch["relation_mask"]
+    assert torch.equal(mask[:4, :4], alone["relation_mask"])
+    assert mask[:, 4:6].all() and mask[4:6, :6].all() and not mask[:, 6].any()
 
 
 def test_mixing_without_draws_draws_from_torchs_generator():

@@ -25,6 +25,7 @@ from training.data.reading import (
     labels_of,
     load_pictures,
     natural_key,
+    read_unlabelled,
     walk_folder,
 )
 from training.data.tiny import make_published
@@ -567,6 +568,66 @@ class TestFormats:
             _load(dataset_format="cub_200_2011", dataset_dir=str(tmp_path), dataset_config_name="x")
         with pytest.raises(ValueError, match="leave --dataset_dir out"):
             _load(dataset_format=next(iter(packaged.PACKAGED)), dataset_dir=str(tmp_path))
+
+
+class TestUnlabelled:
+    def _names(self, folder):
+        return [os.path.relpath(row["image"]["path"], folder) for row in read_unlabelled(folder)]
+
+    def test_pictures_at_any_depth_in_an_order_of_their_own(self, tmp_path):
+        places = ["10.png", "9.jpg", "b/2.png", "a/deep/er/1.png", "a/0.webp", "train/3.png", "test/4.png"]
+        for place in reversed(places):
+            _picture(tmp_path / place)
+        assert self._names(tmp_path) == [
+            "9.jpg",
+            "10.png",
+            *("a/0.webp", "a/deep/er/1.png", "b/2.png", "test/4.png", "train/3.png"),
+        ]
+
+    def test_the_form(self, folder):
+        split = read_unlabelled(folder)
+        assert len(split) == 20 and set(split["label"]) == {-100}
+        assert split.features["image"] == IMAGE
+        assert all(os.path.isabs(row["image"]["path"]) and row["image"]["bytes"] is None for row in split)
+        assert (labels_of(split) == -100).all()
+
+    def test_what_is_no_picture_or_hidden_is_passed_over(self, tmp_path):
+        for place in ("a.png", "notes.txt", ".b.png", ".trash/c.png", "d/__MACOSX/e.png", "d/labels.csv"):
+            path = tmp_path / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        assert self._names(tmp_path) == ["a.png"]
+
+    @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: _picture(path / ".hidden" / "0.png")])
+    def test_no_pictures(self, tmp_path, make):
+        make(tmp_path / "empty")
+        with pytest.raises(BadDataError, match=r"empty holds no pictures\."):
+            read_unlabelled(tmp_path / "empty")
+
+    @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("")])
+    def test_no_folder(self, tmp_path, make):
+        make(tmp_path / "nothing")
+        with pytest.raises(ValueError, match="nothing is not a folder"):
+            read_unlabelled(tmp_path / "nothing")
+
+    @pytest.mark.parametrize("place", [".", "a"])
+    def test_names_that_are_not_utf8(self, tmp_path, place):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), place.encode()), exist_ok=True)
+        with open(os.path.join(os.fsencode(tmp_path), place.encode(), b"\xff.png"), "wb"):
+            pass
+        with pytest.raises(BadDataError, match="not UTF-8, rename it"):
+            read_unlabelled(tmp_path)
+
+    def test_the_fingerprint_is_of_them_too(self, folder, tmp_path):
+        labelled = _load(train_dir=str(folder))
+        others = _folder(tmp_path / "others", {"x": 3, "y": 1})
+        both = datasets.DatasetDict(dict(labelled) | {"unlabelled": read_unlabelled(others)})
+        before = fingerprint(both)
+        assert before["splits"]["unlabelled"]["pictures"] == 4
+        assert {name: before["splits"][name] for name in labelled} == fingerprint(labelled)["splits"]
+        (others / "x" / "0.png").rename(others / "x" / "9.png")
+        after = fingerprint(datasets.DatasetDict(dict(labelled) | {"unlabelled": read_unlabelled(others)}))
+        assert len({fingerprint(labelled)["sha256"], before["sha256"], after["sha256"]}) == 3
 
 
 class TestFingerprint:

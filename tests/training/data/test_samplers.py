@@ -88,6 +88,64 @@ def test_processes_share_the_batches_of_one(kind, num_processes):
         assert len(parts[0]) <= -(-10 // num_processes)
 
 
+# 23 pictures without labels, 7 of which come to each batch.
+UNLABELLED = {"num_unlabelled": 23, "unlabelled_per_batch": 7}
+
+
+def is_unlabelled(sampler, draw):
+    return draw.row >= sampler.num_rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unlabelled_pictures_come_to_each_batch_besides(kind):
+    plain, sampler = make(kind, seed=3), make(kind, seed=3, **UNLABELLED)
+    assert len(sampler) == len(plain)
+    seen = Counter()
+    for epoch in range(40):
+        for expected, batch in zip(rows_of(plain, epoch), rows_of(sampler, epoch), strict=True):
+            labelled, others = batch[: len(expected)], batch[len(expected) :]
+            assert labelled == expected, "those with labels are as without the others"
+            assert len(set(others)) == 7, "each at most once in a batch"
+            seen.update(others)
+    assert set(seen) == set(range(sampler.num_rows, sampler.num_rows + 23)), "no row that is not there"
+    mean = seen.total() / 23
+    assert all(abs(count - mean) < 5 * mean**0.5 for count in seen.values()), "none is preferred"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4, 5])
+def test_processes_share_both_kinds_of_pictures(kind, num_processes):
+    """Of 10 pictures with labels and 7 without, each process has its share of both, in order."""
+    whole = make(kind, seed=3, **UNLABELLED)
+    shares = [
+        make(kind, seed=3, num_processes=num_processes, process_index=n, **UNLABELLED) for n in range(num_processes)
+    ]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert not any(draw.is_padding for draw in batch)
+        for kept in (True, False):
+            expected = [draw for draw in batch if is_unlabelled(whole, draw) == kept]
+            own = [[draw for draw in part if is_unlabelled(whole, draw) == kept] for part in parts]
+            assert [draw for part in own for draw in part if not draw.is_padding] == expected, "the same draws"
+            assert {len(part) for part in own} == {-(-len(expected) // num_processes)}, "each process as many"
+            assert max(sum(draw.is_padding for draw in part) for part in own) <= 1
+        assert all(not is_unlabelled(whole, part[0]) and not part[0].is_padding for part in parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seed_and_epoch_decide_which_unlabelled_pictures_come(kind):
+    def unlabelled(seed, epoch):
+        sampler = make(kind, seed=seed, **UNLABELLED)
+        sampler.set_epoch(epoch)
+        return [[draw for draw in batch if is_unlabelled(sampler, draw)] for batch in sampler]
+
+    drawn = {key: unlabelled(*key) for key in itertools.product((0, 1), (0, 1))}
+    assert all(unlabelled(*key) == batches for key, batches in drawn.items()), "again"
+    for one, other in itertools.combinations(drawn.values(), 2):
+        assert [[draw.row for draw in batch] for batch in one] != [[draw.row for draw in batch] for batch in other]
+    seeds = [draw.seed for batches in drawn.values() for batch in batches for draw in batch]
+    assert len(set(seeds)) == len(seeds), "each looks otherwise each time"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_seed_and_epoch_decide(kind):
     np.random.seed(0)
@@ -254,6 +312,11 @@ def test_rounds_are_random():
             lambda: ShuffledSampler(9, 8, num_processes=8),
             "9 training pictures make 2 batches of 4.*raise the batch size",
         ),
+        (
+            lambda: ShuffledSampler(9, 3, num_unlabelled=4, unlabelled_per_batch=5),
+            "cannot have 5 of 4 unlabelled pictures: lower",
+        ),
+        (lambda: BalancedSampler([0, 1], 2, unlabelled_per_batch=1), "cannot have 1 of 0 unlabelled"),
         (lambda: BalancedSampler([0, 1], 5, images_per_class=2), "multiple of `images_per_class`"),
         (lambda: BalancedSampler([0, 1], 4, images_per_class=0), "cannot hold 0 of each class"),
         (lambda: BalancedSampler([0, 1], 6, images_per_class=2), "need 3 classes, but there are 2: raise"),
