@@ -345,7 +345,6 @@ class RBIConfig(PreTrainedConfig):
         | residual | learned gate | none: the image takes part in its own message |
         | start | uniform +-1/sqrt(fan_in) | identities |
         | references | as a batch | a quarter of the attention, to the nearest 8, at temperature 0.3 and gain 1 |
-        | training | in batches | half of the loss is that of each image by itself |
         | without training | unusable | a similarity kernel over the pictures |
         """
         preset = {
@@ -376,7 +375,6 @@ class RBIConfig(PreTrainedConfig):
             "num_reference_neighbors": 8,
             "reference_temperature": 0.3,
             "reference_gain": 1.0,
-            "self_loss_weight": 0.5,
         }
         return cls(**(preset | kwargs))
 
