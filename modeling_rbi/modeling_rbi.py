@@ -18,7 +18,8 @@ import difflib
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,10 @@ from .image_processing_rbi import load_image_processor, pixel_statistics
 from .references_rbi import (
     NO_LABEL,
     ReferenceBank,
+    check_choice,
     check_size,
     choose_references,
+    default_strategy,
     labels_before_reading,
     quantized,
     read_batches,
@@ -69,6 +72,9 @@ _PROBE_TOLERANCE = 0.1
 
 # Logit of a class that is never answered, finite in half precision.
 _NEVER = -1e4
+
+# The mean relation of a bank's pictures is taken over the pairs of this many of them at most.
+_NUM_MEAN_REFERENCES = 1024
 
 # The largest scale of cosine attention, 1 / temperature, as in SwinV2.
 _MAX_LOGIT_SCALE = 100.0
@@ -643,6 +649,10 @@ class RBIPreTrainedModel(PreTrainedModel):
             init.eye_(module.weight)
         elif name is not None:
             init.zeros_(module.weight)
+        if isinstance(module, ReferenceBank):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
+            init.constant_(module.labels, NO_LABEL)
         if module is rra and module.relation_gain is not None:
             init.constant_(module.relation_gain, float(self.config.relation_gain))
         if module is rra and module.logit_scale is not None:
@@ -687,7 +697,8 @@ class RBIPreTrainedModel(PreTrainedModel):
                 f"`{cls.__name__}.from_backbone_pretrained` takes."
             )
         mismatched = sorted(info["mismatched_keys"])
-        if mismatched and not ignore_mismatched_sizes:
+        # References cannot start anew.
+        if mismatched and not (ignore_mismatched_sizes and all("references." not in name for name, *_ in mismatched)):
             name, saved_shape, shape = mismatched[0]
             raise RuntimeError(
                 f"{len(mismatched)} weights of {pretrained_model_name_or_path} have other shapes than its config "
@@ -738,7 +749,9 @@ class RBIPreTrainedModel(PreTrainedModel):
                 output_loading_info=True,
             )
             read = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
-            state_dict = read | {name: state_dict[name] for name in info["unexpected_keys"] if name in state_dict}
+            # Transformers does not count the references of another model as unexpected.
+            unexpected = {*info["unexpected_keys"], *(name for name in state_dict if "references." in name)}
+            state_dict = read | {name: state_dict[name] for name in unexpected - read.keys() if name in state_dict}
         loaded = super().load_state_dict(state_dict, strict, assign)
         self.base_model._prepare_references()
         return loaded
@@ -798,12 +811,11 @@ class RBIPreTrainedModel(PreTrainedModel):
             ValueError: if the pictures or labels are not of these forms, a class of the model has no picture (unless
                 chosen at random), or there are more references than `MAX_REFERENCES`. The model is then as it was.
         """
-        features, images, labels = self._choose_references(
+        features, images, labels, strategy = self._choose_references(
             pictures, per_class, num_references, strategy, seed, image_processor, batch_size
         )
-        if strategy is None:
-            strategy = "balanced" if (labels != NO_LABEL).all() else "random"
         facts = {"strategy": strategy, "per_class": per_class, "seed": seed}
+        facts["mean_similarity"] = self.base_model._mean_similarity(images)
         self.base_model._set_bank(features, images if keep_images else None, labels, facts)
 
     def add_references(
@@ -822,12 +834,13 @@ class RBIPreTrainedModel(PreTrainedModel):
         keeps small copies of all its pictures or of none.
 
         Raises:
-            ValueError: as `set_references`, and if the model has no bank.
+            ValueError: as `set_references`, and if the model has no bank, or one of another backbone's features.
         """
-        self.base_model._require_references("add to")
-        self._append_references(
-            *self._choose_references(pictures, per_class, num_references, strategy, seed, image_processor, batch_size)
+        self.base_model._require_own_references("add to")
+        features, images, labels, _ = self._choose_references(
+            pictures, per_class, num_references, strategy, seed, image_processor, batch_size
         )
+        self._append_references(features, images, labels)
 
     def _append_references(self, features: torch.Tensor, images: torch.Tensor, labels: torch.Tensor):
         bank = self.base_model.references
@@ -836,11 +849,17 @@ class RBIPreTrainedModel(PreTrainedModel):
                 f"The bank's pictures are of {tuple(bank.images.shape[1:])}, those to be added of "
                 f"{tuple(images.shape[1:])}: give pictures of the size that the model takes."
             )
+        facts = {
+            name: self.config.references.get(name) for name in ("strategy", "per_class", "seed", "mean_similarity")
+        }
+        all_images = None if bank.images is None else torch.cat([bank.images.cpu(), images])
+        if all_images is not None:
+            facts["mean_similarity"] = self.base_model._mean_similarity(all_images)
         self.base_model._set_bank(
             torch.cat([bank.features.cpu(), features.to(bank.features.dtype)]),
-            None if bank.images is None else torch.cat([bank.images.cpu(), images]),
+            all_images,
             torch.cat([bank.labels.cpu(), labels]),
-            {name: self.config.references.get(name) for name in ("strategy", "per_class", "seed")},
+            facts,
         )
 
     # trf-ignore: TRF033
@@ -864,13 +883,18 @@ class RBIPreTrainedModel(PreTrainedModel):
                 Their classes, -100 where not known.
 
         Raises:
-            ValueError: if the shapes do not fit, or there are more references than `MAX_REFERENCES`.
+            ValueError: if the shapes do not fit, features are not finite, or there are more references than
+                `MAX_REFERENCES`.
         """
         size = self.config.feature_size
         if features.ndim != 2 or features.shape[1] != size or not len(features):
             raise ValueError(
                 f"`features` of references must have the shape (N, {size}), N at least 1, got {tuple(features.shape)}: "
                 "they must come from the model's own backbone."
+            )
+        if not (is_finite := features.isfinite().all(-1)).all():
+            raise ValueError(
+                f"The features of reference {int((~is_finite).nonzero()[0])} are not finite: leave it out."
             )
         labels = torch.full((len(features),), NO_LABEL) if labels is None else labels.cpu()
         if pixel_values is not None:
@@ -879,10 +903,13 @@ class RBIPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`labels` are for {len(labels)} references, but `features` hold {len(features)}.")
         choose_references(labels, self.config.id2label, strategy="random")  # checks them
         images = None if pixel_values is None else self.base_model.rpe.small_images(pixel_values)
-        self.base_model._set_bank(features.detach(), images, labels, {})
+        facts = {"mean_similarity": 1.0 if images is None else self.base_model._mean_similarity(images)}
+        self.base_model._set_bank(features.detach(), images, labels, facts)
 
     def remove_references(self):
         """Takes the reference bank away. An image then attends to itself alone in evaluation."""
+        # Deleted first, as torch takes weights for a part that is `None` without a word.
+        del self.base_model.references
         self.base_model.references = None
         self.config.references = None
         if self.config.relation_scope == "reference":
@@ -922,44 +949,50 @@ class RBIPreTrainedModel(PreTrainedModel):
         seed: int,
         image_processor: BaseImageProcessor | None,
         batch_size: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features, small pictures and labels of those chosen; the others are not read where that can be."""
-        options = (self.config.id2label, per_class, num_references, strategy, seed)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+        """
+        Features, small pictures and labels of those chosen, and the strategy; the others are not read where that can
+        be.
+        """
+        check_choice(per_class, num_references, strategy)
+        options = (self.config.id2label, per_class, num_references)
         labels = None if strategy == "herding" else labels_before_reading(pictures)
         if labels is not None:
-            return self._read_pictures(pictures, choose_references(labels, *options), image_processor, batch_size)
+            strategy = strategy or default_strategy(labels)
+            rows = choose_references(labels, *options, strategy, seed)
+            return *self._read_pictures(pictures, rows, image_processor, batch_size), strategy
         features, images, labels = self._read_pictures(pictures, None, image_processor, batch_size)
-        rows = choose_references(labels, *options, features)
-        return features[rows], images[rows], labels[rows]
+        strategy = strategy or default_strategy(labels)
+        rows = choose_references(labels, *options, strategy, seed, features)
+        return features[rows], images[rows], labels[rows], strategy
 
     @torch.no_grad()
     def _read_pictures(
         self, pictures, rows: torch.Tensor | None, image_processor, batch_size: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features, small pictures and labels of all pictures, in evaluation mode."""
-        model, was_training = self.base_model, self.training
+        model = self.base_model
         parameter = next(model.backbone.parameters())
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
         total = len(rows) if rows is not None else None
-        model.backbone.eval()
-        try:
-            with logging.tqdm(total=total, desc="References", unit=" pictures", leave=False) as bar:
-                for pixel_values, labels in read_batches(
-                    pictures, None if rows is None else rows.tolist(), image_processor, batch_size
+        with (
+            _in_evaluation(model.backbone),
+            logging.tqdm(total=total, desc="References", unit=" pictures", leave=False) as bar,
+        ):
+            for pixel_values, labels in read_batches(
+                pictures, None if rows is None else rows.tolist(), image_processor, batch_size
+            ):
+                pixel_values = pixel_values.to(parameter.device)
+                _check_images(pixel_values, None, self.config)
+                features, _ = model.extract_features(pixel_values.to(parameter.dtype))
+                if not features.isfinite().all():
+                    row = sum(map(len, parts[2])) + int((~features.isfinite().all(-1)).nonzero()[0])
+                    raise ValueError(f"Picture {row} has features that are not finite: leave it out.")
+                for part, values in zip(
+                    parts, (features.cpu(), model.rpe.small_images(pixel_values).cpu(), labels), strict=True
                 ):
-                    pixel_values = pixel_values.to(parameter.device)
-                    _check_images(pixel_values, None, self.config)
-                    features, _ = model.extract_features(pixel_values.to(parameter.dtype))
-                    if not features.isfinite().all():
-                        row = sum(map(len, parts[2])) + int((~features.isfinite().all(-1)).nonzero()[0])
-                        raise ValueError(f"Picture {row} has features that are not finite: leave it out.")
-                    for part, values in zip(
-                        parts, (features.cpu(), model.rpe.small_images(pixel_values).cpu(), labels), strict=True
-                    ):
-                        part.append(values)
-                    bar.update(len(labels))
-        finally:
-            model.backbone.train(was_training)
+                    part.append(values)
+                bar.update(len(labels))
         if not parts[0]:
             raise ValueError("There are no pictures to make references of.")
         if len({images.shape[1:] for images in parts[1]}) > 1:
@@ -1089,22 +1122,24 @@ class RBIModel(RBIPreTrainedModel):
             raise ValueError(f"The model has no reference bank to {purpose}: make one with `set_references`.")
         return self.references
 
+    def _require_own_references(self, purpose: str) -> ReferenceBank:
+        bank = self._require_references(purpose)
+        if not self._has_own_references():
+            raise ValueError(
+                "The backbone has been trained since the references were set, so they do not fit it any more: set them "
+                "again, with `set_references`."
+            )
+        return bank
+
     def _set_bank(
         self, features: torch.Tensor, images: torch.Tensor | None, labels: torch.Tensor, facts: dict[str, Any]
     ):
         """Puts a bank in the place of the one that is there, if there is one; images are small ones."""
         check_size(len(features))
-        mean_similarity = 1.0
-        if images is not None and len(images) > 1:
-            pixels = images.flatten(1).float() / 255
-            similarities = self.rpe._similarities(pixels - pixels.mean(0), None)
-            others = ~torch.eye(len(images), dtype=torch.bool, device=images.device)
-            mean_similarity = similarities[others].mean().item()
         references = facts | {
             "num_references": len(features),
             "num_labelled": int((labels != NO_LABEL).sum()),
             "image_shape": None if images is None else list(images.shape[1:]),
-            "mean_similarity": mean_similarity,
         }
         config = copy.deepcopy(self.config)
         config.references = references
@@ -1121,6 +1156,16 @@ class RBIModel(RBIPreTrainedModel):
         self.config.references, self.config.relation_scope = references, "reference"
         self._prepare_references()
 
+    def _mean_similarity(self, images: torch.Tensor) -> float:
+        """Mean relation of different pictures of a bank, which are small ones, or 1 of a single one."""
+        rows = torch.linspace(0, len(images) - 1, min(len(images), _NUM_MEAN_REFERENCES)).long()
+        if len(rows) < 2:
+            return 1.0
+        pixels = images[rows.to(images.device)].flatten(1).float() / 255
+        similarities = self.rpe._similarities(pixels - pixels.mean(0), None)
+        others = ~torch.eye(len(rows), dtype=torch.bool, device=images.device)
+        return similarities[others].mean().item()
+
     @torch.no_grad()
     def _probe_features(self) -> torch.Tensor:
         """Features, (d,), of a fixed pattern: waves of several lengths, of another one in each channel."""
@@ -1132,12 +1177,8 @@ class RBIModel(RBIPreTrainedModel):
             for channel in range(len(self.config.image_mean))
         ]
         pattern = torch.stack(waves)[None].to(parameter.device, parameter.dtype)
-        was_training = self.backbone.training
-        self.backbone.eval()
-        try:
+        with _in_evaluation(self.backbone):
             return self.extract_features(pattern)[0][0]
-        finally:
-            self.backbone.train(was_training)
 
     def _has_own_references(self) -> bool:
         """Whether the bank's features are those of this backbone, as it is now; also where there is none to ask."""
@@ -1479,7 +1520,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
             ValueError: if a name is there already, a class has no picture, or a picture no label, and if the bank
                 lacks labelled pictures of a class. The model is then as it was.
         """
-        bank, before = self.rbi._require_references("add classes to"), self.config.id2label
+        bank, before = self.rbi._require_own_references("add classes to"), self.config.id2label
         names = list(names)
         if not names or len({*names, *before.values()}) != len(names) + len(before):
             raise ValueError(f"The names of new classes must be new and differ from each other, got {names}.")
@@ -1502,6 +1543,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
             self.classifier.bias.fill_(_NEVER)
             self.classifier.weight[: len(before)] = old.weight
             self.classifier.bias[: len(before)] = old.bias
+        self.classifier.train(old.training).requires_grad_(old.weight.requires_grad)
 
     def _classify(self, features: torch.Tensor) -> torch.Tensor:
         # Past the classifier and back, since 0 * NaN in its gradient would be NaN for all images.
@@ -1577,6 +1619,18 @@ class RBIForImageClassification(RBIPreTrainedModel):
             model.classifier.weight.copy_(linear.weight)
             model.classifier.bias.copy_(torch.zeros(()) if linear.bias is None else linear.bias)
         return model
+
+
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while. Afterwards each part is in its own mode again: some may be frozen in evaluation."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:

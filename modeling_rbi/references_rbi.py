@@ -13,6 +13,7 @@
 # limitations under the License.
 """The reference bank of RBI: pictures kept with the model, for others to attend to, and how they are chosen."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -121,15 +122,8 @@ def choose_references(
         ValueError: if the arguments do not fit each other or the labels, or there would be too many references.
     """
     is_labelled = labels != NO_LABEL
-    if strategy is None:
-        strategy = "balanced" if is_labelled.all() else "random"
-    if strategy not in STRATEGIES:
-        raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
-    if per_class is not None and num_references is not None:
-        raise ValueError("Give `per_class` or `num_references`, not both.")
-    for name, value in (("per_class", per_class), ("num_references", num_references)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    strategy = strategy or default_strategy(labels)
+    check_choice(per_class, num_references, strategy)
     if not len(labels):
         raise ValueError("There are no pictures to make references of.")
     known = labels[is_labelled]
@@ -137,10 +131,6 @@ def choose_references(
         wrong = int(known.max() if known.max() >= len(class_names) else known.min())
         raise ValueError(
             f"A picture has the label {wrong}, but the model's classes are 0..{len(class_names) - 1} (-100: no label)."
-        )
-    if strategy == "random" and per_class is not None:
-        raise ValueError(
-            '`per_class` goes with labels and `strategy="balanced"` or `"herding"`: give `num_references` instead.'
         )
     if strategy != "random" and 0 < len(known) < len(labels):
         raise ValueError(
@@ -179,6 +169,31 @@ def choose_references(
     return chosen.sort().values
 
 
+def default_strategy(labels: torch.Tensor) -> str:
+    """The strategy of `choose_references` where none is given."""
+    return "balanced" if (labels != NO_LABEL).all() else "random"
+
+
+def check_choice(per_class: int | None, num_references: int | None, strategy: str | None):
+    r"""
+    What can be said of the arguments of `choose_references` before there are labels.
+
+    Raises:
+        ValueError: if they are out of range, or exclude each other.
+    """
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
+    if per_class is not None and num_references is not None:
+        raise ValueError("Give `per_class` or `num_references`, not both.")
+    for name, value in (("per_class", per_class), ("num_references", num_references)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if strategy == "random" and per_class is not None:
+        raise ValueError(
+            '`per_class` goes with labels and `strategy="balanced"` or `"herding"`: give `num_references` instead.'
+        )
+
+
 def check_size(num_references: int):
     r"""
     Raises:
@@ -211,11 +226,16 @@ def _herd(features: torch.Tensor) -> torch.Tensor:
 
 def labels_before_reading(pictures: Any) -> torch.Tensor | None:
     """Labels of a data set that gives them without its pictures: `labels` of ours, a column of `datasets`."""
+    if not (isinstance(pictures, Sized) and hasattr(pictures, "__getitem__")):
+        return None
     labels = getattr(pictures, "labels", None)
     for name in ("labels", "label"):
         if labels is None and name in (getattr(pictures, "column_names", None) or ()):
-            labels = pictures[name][:]
-    return None if labels is None else torch.as_tensor(labels).long()
+            # Else a transform of the data set's is run, on all pictures.
+            labels = pictures.with_format(None)[name][:]  # type: ignore[attr-defined]
+    if labels is None or len(labels) != len(pictures):
+        return None
+    return _labels(labels, torch.Size([len(pictures)]))
 
 
 def read_batches(
@@ -241,6 +261,11 @@ def read_batches(
     Raises:
         ValueError: if an item is of another form.
     """
+    if isinstance(pictures, Mapping):
+        raise ValueError(
+            f"The pictures for references are a {type(pictures).__name__} with the keys "
+            f"{', '.join(map(str, pictures))}: pass one of its data sets, or, if it is a batch, a list of it."
+        )
     if rows is None and isinstance(pictures, Sized) and hasattr(pictures, "__getitem__"):
         rows = range(len(pictures))
     items = iter(pictures) if rows is None else (pictures[int(row)] for row in rows)  # type: ignore[index]
@@ -259,6 +284,8 @@ def read_batches(
 
 
 def _stacked(pictures: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    if len({pixel_values.shape for pixel_values, _ in pictures}) > 1:
+        raise ValueError("The pictures are of several sizes: pass them through the model's image processor.")
     return torch.stack([pixel_values for pixel_values, _ in pictures]), torch.tensor([label for _, label in pictures])
 
 
@@ -281,12 +308,19 @@ def _pixels_and_labels(item: Any, image_processor: Callable | None) -> tuple[tor
         )
     shape = pixel_values.shape[:1] if pixel_values.ndim == 4 else ()
     labels = next((item[name] for name in ("labels", "label") if item.get(name) is not None), None)
-    labels = torch.full(shape, NO_LABEL) if labels is None else torch.as_tensor(labels).cpu()
-    if labels.shape != shape or labels.is_floating_point():
-        raise ValueError(
-            f"Labels must be one whole number for each picture, got {labels.dtype} {tuple(labels.shape)}."
-        )
-    return pixel_values, labels.long()
+    return pixel_values, torch.full(shape, NO_LABEL) if labels is None else _labels(labels, torch.Size(shape))
+
+
+def _labels(labels: Any, shape: torch.Size) -> torch.Tensor:
+    """Labels as a tensor, those that are `None` as -100."""
+    if isinstance(labels, (list, tuple)):
+        labels = [NO_LABEL if label is None else label for label in labels]
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of what is no number
+        labels = torch.as_tensor(labels).cpu()
+        if labels.shape == shape and not labels.is_floating_point():
+            return labels.long()
+    given = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else f"{labels!r:.100}"
+    raise ValueError(f"Labels must be one whole number for each picture, got {given}.")
 
 
 __all__ = ["MAX_REFERENCES", "ReferenceBank", "choose_references"]
