@@ -311,6 +311,14 @@ class RBIConfig(PreTrainedConfig):
 
     def validate_references(self):
         """Part of `@strict`-powered validation: the reference bank."""
+        if (self.reference_vote_weight or self.num_added_classes) and self.problem_type not in (
+            None,
+            "single_label_classification",
+        ):
+            raise ValueError(
+                "`reference_vote_weight` and `num_added_classes` are for pictures with one label each, not for "
+                f'`problem_type="{self.problem_type}"`.'
+            )
         if not 0 <= self.num_added_classes < max(self.num_labels, 1):
             raise ValueError(
                 f"`num_added_classes` must be at least 0 and below the number of classes ({self.num_labels}), got "
@@ -320,7 +328,8 @@ class RBIConfig(PreTrainedConfig):
             if self.relation_scope == "reference":
                 raise ValueError(
                     '`relation_scope="reference"`, but the model has no reference bank: make one with '
-                    "`model.set_references(...)`, which sets the scope, too."
+                    "`model.set_references(...)`, which sets the scope, too, or load a model without its bank by "
+                    '`references=None, relation_scope="self"`.'
                 )
             return
         missing = {"num_references", "image_shape", "mean_similarity"} - self.references.keys()

@@ -1136,6 +1136,10 @@ class RBIModel(RBIPreTrainedModel):
     ):
         """Puts a bank in the place of the one that is there, if there is one; images are small ones."""
         check_size(len(features))
+        if self.config.num_added_classes and len(set(labels.tolist()) - {NO_LABEL}) < self.config.num_labels:
+            raise ValueError(
+                "The model has added classes, which its references tell apart: each class needs labelled references."
+            )
         references = facts | {
             "num_references": len(features),
             "num_labelled": int((labels != NO_LABEL).sum()),
@@ -1316,11 +1320,13 @@ class RBIModel(RBIPreTrainedModel):
     def _count_votes(self, votes: torch.Tensor) -> torch.Tensor:
         """The mean attention to the references of each class, normalised, (B, heads, N) -> (B, num_labels)."""
         labels, num_labels = self.references.labels, self.config.num_labels
-        members = labels[:, None] == torch.arange(num_labels, device=labels.device)
-        members = members / members.sum(0).clamp(min=1)
+        is_labelled = labels != NO_LABEL
+        rows = labels.where(is_labelled, 0)
+        numbers = votes.new_zeros(num_labels).index_add(0, rows, is_labelled.to(votes.dtype))
         # Classes are compared with each other: references without a label have no say.
-        votes = votes.masked_fill(labels == NO_LABEL, -math.inf)
-        votes = (votes - votes.amax(-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).min)).exp() @ members
+        votes = votes.masked_fill(~is_labelled, -math.inf)
+        votes = (votes - votes.amax(-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).min)).exp()
+        votes = votes.new_zeros(*votes.shape[:2], num_labels).index_add(-1, rows, votes) / numbers.clamp(min=1)
         return (votes / votes.sum(-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)).mean(1)
 
     def _integrate_batch(
@@ -1489,7 +1495,9 @@ class RBIForImageClassification(RBIPreTrainedModel):
         if not num_added:
             return torch.lerp(known.softmax(-1), votes, weight).clamp(min=tiny).log()
         order = (known - known.amax(-1, keepdim=True)) / 2
-        order = nn.functional.pad(order, (0, num_added))
+        # Where nothing votes, as with all labelled references masked, the classifier is left with what it knows.
+        has_votes = votes.sum(-1, keepdim=True) > 0
+        order = torch.cat([order, torch.where(has_votes, 0.0, _NEVER).expand(-1, num_added)], dim=-1)
         return (votes.clamp(min=tiny).log() + order).log_softmax(-1)
 
     def add_classes(

@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(results_table(assessment, content["left_out"]))
     for finding in assessment.findings.values():
         console.print(escape(finding.sentence), highlight=False)
+    if number := content["pictures_in_bank"]:
+        console.print(
+            f"{number:,} of the pictures are in the model's reference bank. They do not attend to themselves, but the "
+            "bank was not made without them."
+        )
     data_facts, seconds = content["data"], content["seconds"]
     console.print(
         f"{data_facts['pictures']:,} pictures of {data_facts['classes']} classes. {seconds['total']:.1f} s in all, "

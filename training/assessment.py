@@ -37,7 +37,7 @@ from .data.decode import decode_image
 from .data.pictures import Pictures
 from .data.reading import SPLITS, DataArguments, fingerprint, iter_rows, labels_of, load_pictures
 from .data.transforms import EvalTransform, processed_size
-from .features import ExtractedPictures, extract
+from .features import ExtractedPictures, extract, is_itself
 from .files import filled_whole, write_json
 from .intervals import LEVEL, METRICS, Bootstrap, Estimate, interval, mean_metrics
 from .plots import ConfusedPair, plot_batch_sizes, plot_confused_pairs, plot_confusion_matrix, plot_reliability
@@ -264,6 +264,7 @@ def run(
         "arguments": resolved_arguments(args, data),
         "environment": describe_environment(training),
         "left_out": plan.left_out,
+        "pictures_in_bank": count_in_bank(model, extracted),
         **_as_json(assessment),
     }
     names = class_names(config)
@@ -461,23 +462,36 @@ def class_names(config: PreTrainedConfig) -> list[str]:
     ]
 
 
+@torch.no_grad()
+def count_in_bank(model: PreTrainedModel, pictures: ExtractedPictures) -> int:
+    """How many of the pictures are in the model's bank themselves."""
+    if not isinstance(model, RBIForImageClassification) or model.rbi.references is None:
+        return 0
+    number = 0
+    for rows in torch.arange(len(pictures.labels)).split(256):
+        pixel_values, features, _ = (values.to(model.device) for values in pictures.batch(rows))
+        number += int(is_itself(model.rbi.rpe, model.rbi.references, pixel_values, features).any(1).sum())
+    return number
+
+
 def predict_from(model: PreTrainedModel, pictures: ExtractedPictures) -> Predict:
-    """Logits of rows of the pictures, from their features alone; of a classifier that is not RBI, they are these."""
+    """
+    Logits of rows of the pictures, from their features alone; of a classifier that is not RBI, they are these. A
+    picture that is in the model's bank itself does not attend to itself there.
+    """
 
     @torch.no_grad()
     def predict(rows: torch.Tensor, relation_scope: str) -> torch.Tensor:
         pixel_values, features, _ = pictures.batch(rows)
         if not isinstance(model, RBIForImageClassification):
             return features.float()
-        return (
-            model(
-                pixel_values=pixel_values.to(model.device),
-                image_features=features.to(model.device),
-                relation_scope=relation_scope,
-            )
-            .logits.float()
-            .cpu()
+        pixel_values, features, mask = pixel_values.to(model.device), features.to(model.device), None
+        if relation_scope == "reference" and model.rbi.references is not None:
+            mask = ~is_itself(model.rbi.rpe, model.rbi.references, pixel_values, features)
+        output = model(
+            pixel_values=pixel_values, image_features=features, relation_scope=relation_scope, reference_mask=mask
         )
+        return output.logits.float().cpu()
 
     return predict
 

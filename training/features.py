@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel
+from modeling_rbi import (
+    RBIConfig,
+    RBIForImageClassification,
+    RBIModel,
+    ReferenceBank,
+    RelationshipPositionEncoding,
+)
+from modeling_rbi.modeling_rbi import pairwise_mean_squared_error
 
 from .data.pictures import Collator, Pictures
 from .frozen import CachedPictures
@@ -20,6 +27,10 @@ from .frozen import CachedPictures
 
 # Up to here, pictures at full size are kept as they are.
 _MAX_FLOAT_BYTES = 2**30
+# Of two small pictures, pixels in [0, 1], that are the same: 50 dB, less than one grey level.
+_SAME_PICTURE = 1e-5
+# Of two pictures' features that are those of the same one, relatively: beyond what rounding does.
+_SAME_FEATURES = 1e-3
 # Grey levels that a pixel may be off [0, 1] by rounding.
 _TOLERANCE = 0.5
 
@@ -167,3 +178,15 @@ def _make_room(num_pictures: int, pixel_values: torch.Tensor, config: RBIConfig)
     if is_large and getattr(config, "psnr_image_size", 0) is None:
         return EightBitPixels(num_pictures, shape, config)
     return torch.empty(num_pictures, *shape)
+
+
+def is_itself(
+    rpe: RelationshipPositionEncoding, bank: ReferenceBank, pixel_values: torch.Tensor, features: torch.Tensor
+) -> torch.Tensor:
+    """Which references are the pictures themselves, (n, N): by small pictures or, where none are kept, by features."""
+    if bank.images is not None:
+        images = rpe.small_images(pixel_values).flatten(1).float() / 255
+        return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_PICTURE
+    others = bank.features.float()
+    error = pairwise_mean_squared_error(features.float() - others.mean(0), others - others.mean(0))
+    return error < _SAME_FEATURES**2 * others.square().mean(1)

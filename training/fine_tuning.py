@@ -233,7 +233,9 @@ def _load_unlabelled(args: Arguments) -> datasets.Dataset:
     """As many pictures as all processes ask for, at least."""
     options = args.fine_tuning
     pictures = load_unlabelled_pictures(str(options.unlabelled_dir), args.data.max_pixels, args.data.skip_bad_images)
-    per_batch, references = options.unlabelled_per_batch * args.training.world_size, options.unlabelled_references or 0
+    is_in_batches = options.train_relation_scope == "batch"
+    per_batch = options.unlabelled_per_batch * args.training.world_size if is_in_batches else 0
+    references = options.unlabelled_references or 0
     for name, number in (("unlabelled_per_batch", per_batch), ("unlabelled_references", references)):
         if number > len(pictures):
             raise ValueError(

@@ -4,6 +4,7 @@
 
 import difflib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from modeling_rbi import RBIConfig, RBIForImageClassification, load_image_processor, pixel_statistics
 
 from .weights import packaged_model
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -198,6 +202,18 @@ def _load_pretrained(
         ignore_mismatched_sizes=args.ignore_mismatched_sizes,
         **{"image_mean": image_mean, "image_std": image_std} | labels | args.rbi_fields | hub,
     )
+    if model.config.num_added_classes:
+        raise ValueError(
+            f"{args.model_name_or_path} answers {model.config.num_added_classes} classes by its references alone: it "
+            "cannot be trained further. Train a model of all classes."
+        )
+    if model.config.references is not None:
+        model.remove_references()
+        logger.warning(
+            "The references of %s are left out, since training changes what they stand for: give the trained model "
+            "others (--references_per_class, or training.references).",
+            args.model_name_or_path,
+        )
     return model, image_processor
 
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, ReferenceBank, RelationshipPositionEncoding
-from modeling_rbi.modeling_rbi import pairwise_mean_squared_error
+from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
 
 from .arguments import find_recipes, parse_arguments
 from .assessment import load_classifier, load_config, match_labels
@@ -43,7 +43,7 @@ from .data.decode import DEFAULT_MAX_PIXELS
 from .data.pictures import Pictures
 from .data.reading import DataArguments, labels_of
 from .data.transforms import EvalTransform
-from .features import extract
+from .features import extract, is_itself
 from .files import filled_whole, write_json
 from .frozen import CachedPictures
 from .intervals import Bootstrap, interval
@@ -64,10 +64,8 @@ VOTE_WEIGHTS = (0.0, 0.5)
 # Factors of the logits, one of which takes the model's confidence out of a comparison.
 _CONFIDENCES = [2.0 ** (step / 2) for step in range(-8, 7)]
 _STEP = 256
-# Of two small pictures, pixels in [0, 1], that are the same: 50 dB, less than one grey level.
-_SAME_PICTURE = 1e-5
-# Of two pictures' features that are those of the same one, relatively: beyond what rounding does.
-_SAME_FEATURES = 1e-3
+# Of taking settings for better that are not.
+_CHANCE = 0.05
 _SOURCES = ("--dataset_name", "--dataset_format", "--train_dir", "--train_file")
 
 
@@ -170,6 +168,8 @@ class Candidate:
     scope: str
     metrics: dict[str, float]
     loss: float  # mean negative log-likelihood at the best confidence
+    advantage: float  # how much lower it is than without relations
+    advantage_error: float  # standard error of that
 
 
 def candidates_for(model: RBIForImageClassification) -> list[Settings]:
@@ -194,22 +194,10 @@ def scores_with_references(model: RBIForImageClassification, pictures: CachedPic
         pixel_values, features = pictures.pixel_values[rows].to(model.device), pictures.features[rows].to(model.device)
         mask = None
         if scope == "reference" and bank is not None:
-            mask = ~_is_itself(model.rbi.rpe, bank, pixel_values, features)
+            mask = ~is_itself(model.rbi.rpe, bank, pixel_values, features)
         output = model(pixel_values=pixel_values, image_features=features, relation_scope=scope, reference_mask=mask)
         parts.append(output.logits.float().cpu())
     return torch.cat(parts)
-
-
-def _is_itself(
-    rpe: RelationshipPositionEncoding, bank: ReferenceBank, pixel_values: torch.Tensor, features: torch.Tensor
-) -> torch.Tensor:
-    """Which references are the pictures themselves, (n, N): by small pictures or, where none are kept, by features."""
-    if bank.images is not None:
-        images = rpe.small_images(pixel_values).flatten(1).float() / 255
-        return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_PICTURE
-    others = bank.features.float()
-    error = pairwise_mean_squared_error(features.float() - others.mean(0), others - others.mean(0))
-    return error < _SAME_FEATURES**2 * others.square().mean(1)
 
 
 def fit_references(
@@ -238,19 +226,34 @@ def fit_references(
     """
     names = ("reference_share", "reference_temperature", "reference_gain", "reference_vote_weight")
     before = {name: getattr(model.config, name) for name in names}
-    results = []
+    results: list[Candidate] = []
+    alone = torch.zeros(())
     try:
         for settings in track([Settings(), *candidates], "Trying settings", transient=True, disable=not progress):
             settings.apply(model)
             scope = "self" if settings.share is None else "reference"
             scores = scores_with_references(model, held_out, scope)
-            losses = [nn.functional.cross_entropy(factor * scores, held_out.labels).item() for factor in _CONFIDENCES]
+            by_factor = [
+                nn.functional.cross_entropy(factor * scores, held_out.labels, reduction="none")
+                for factor in _CONFIDENCES
+            ]
+            losses = min(by_factor, key=lambda each: each.mean().item()).double()
+            alone = alone if results else losses
             metrics = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
-            results.append(Candidate(settings, scope, metrics, min(losses)))
+            error = (alone - losses).std().item() / len(losses) ** 0.5
+            results.append(
+                Candidate(settings, scope, metrics, losses.mean().item(), (alone - losses).mean().item(), error)
+            )
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
     return results
+
+
+def is_better(candidate: Candidate, num_candidates: int) -> bool:
+    """Whether the best of so many settings has a lower loss than no relations, by more than chance (Bonferroni)."""
+    least = NormalDist().inv_cdf(1 - _CHANCE / num_candidates)
+    return candidate.scope == "reference" and candidate.advantage > least * candidate.advantage_error
 
 
 def paired_gain(
@@ -416,7 +419,6 @@ def _choose(
         settings = [each for each in settings if not each.vote_weight]
     results = fit_references(model, held_out, settings, progress=console.is_terminal and not args.disable_tqdm)
     best = min(results, key=lambda result: result.loss) if is_fitted else None
-    helps = best is None or best.scope == "reference"
     if best is not None:
         best.settings.apply(model)
     gains = {name: paired_gain(model, held_out, name, args.seed) for name in ("accuracy", "macro_f1")}
@@ -425,7 +427,7 @@ def _choose(
             f"{number} held-out pictures are too few to choose by (fewer than {MIN_FOR_FIT}): the settings stay "
             f"{asdict(defaults)}."
         )
-        helps = gains["accuracy"][0] >= 0
+    helps = gains["accuracy"][0] > 0 if best is None else is_better(best, len(settings)) and gains["accuracy"][0] >= 0
     console.print(_table(results, model, held_out))
     sentence = "; ".join(
         f"{title} {gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
@@ -435,8 +437,8 @@ def _choose(
     console.print(f"References, on {number} held-out pictures: {sentence}.{optimistic}", highlight=False)
     if not helps and not args.force:
         raise ValueError(
-            "Relations do not help on the held-out pictures: nothing was written. Use the model as it is, try other "
-            "references, or write it all the same with --force."
+            "The held-out pictures do not show that relations help: nothing was written. Use the model as it is, try "
+            "other references, or write it all the same with --force."
         )
     return {
         "held_out_pictures": number,

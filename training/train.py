@@ -83,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             record = train(args, pictures, data_record, checkpoint)
         if args.training.should_log:
             console.print(results_table(record["results"]))
+            if (references := record.get("model", {}).get("references")) and references["has_pictures"]:
+                console.print(
+                    f"The model carries small copies of {references['num_references']} pictures, its references: "
+                    "publish it only if they may be seen."
+                )
             console.print(
                 f"Model, record ({RECORD_FILE}) and checkpoints{' of each fold' if args.run.num_folds else ''}: "
                 f"{Path(args.training.output_dir).resolve()}",

@@ -65,6 +65,8 @@ def test_the_commands_run_in_their_order(workplace):
             record = output_dir / "run.json"
             record.write_text(record.read_text().replace('"status": "finished"', '"status": "running"'))
             shutil.rmtree(max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
+        if "training.references" in line:
+            line += ["--force"]  # three held-out pictures show nothing
         if "training.ablate" in line:
             line += ["--num_seeds", "2", "--frozen_steps", "2"]
         elif any(part.endswith("orl_faces.yaml") for part in line):

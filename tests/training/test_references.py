@@ -1,0 +1,844 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m training.references`: what it chooses on planted pictures, and that it writes what it measured."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training import references
+from training.data import pictures as reading
+from training.features import EightBitPixels
+from training.frozen import CachedPictures
+from training.metrics import compute_metrics
+from training.references import (
+    KERNELS,
+    SHARES,
+    VOTE_WEIGHTS,
+    Settings,
+    candidates_for,
+    fit_references,
+    paired_gain,
+    scores_with_references,
+)
+
+
+CLASSES = ("cat", "dog", "fox")
+# Not the data's, which is alphabetical.
+MODEL_CLASSES = ("fox", "cat", "dog")
+COLOURS = {"cat": (200, 60, 60), "dog": (60, 200, 60), "fox": (60, 60, 200)}
+NUM_TRAIN = {"cat": 4, "dog": 5, "fox": 6}
+NUM_VALIDATION = 34  # of each class: enough to choose by
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+# --- Planted features -----------------------------------------------------------------------------------------------
+
+NUM_LABELS = 4
+FEATURE_SIZE = 24
+NUM_HELD_OUT = 120
+LABELS = torch.arange(NUM_HELD_OUT) % NUM_LABELS
+REFERENCE_LABELS = torch.arange(40) % NUM_LABELS
+
+
+def one_hot(labels, size=FEATURE_SIZE):
+    return nn.functional.one_hot(labels, size).float()
+
+
+def pictures_of(labels, noise=0.05):
+    """Pictures, normalised, (n, 3, 16, 16), that are alike where the labels are the same."""
+    patterns = torch.rand(NUM_LABELS, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    return ((patterns[labels] + noise * torch.randn(len(labels), 3, 16, 16)).clamp(0, 1) - 0.5) / 0.25
+
+
+def make_model(backbone_config, preset="kernel", **fields):
+    """A classifier that reads its classes off the first features."""
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    sizes = {"feature_size": FEATURE_SIZE, "num_labels": NUM_LABELS}
+    config = getattr(RBIConfig, preset)(backbone_config=backbone_config, **statistics | sizes | fields)
+    model = RBIForImageClassification(config).eval()
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.eye(NUM_LABELS, FEATURE_SIZE))
+        model.classifier.bias.zero_()
+    return model
+
+
+def best_of(model, held_out, candidates=None):
+    results = fit_references(model, held_out, candidates_for(model) if candidates is None else candidates)
+    return min(results, key=lambda result: result.loss)
+
+
+def clear_bank(noise=0.1):
+    """Features of the references, of their classes."""
+    return one_hot(REFERENCE_LABELS) + noise * torch.randn(len(REFERENCE_LABELS), FEATURE_SIZE)
+
+
+def noisy_held_out(pixel_labels=LABELS, noise=0.6):
+    features = one_hot(LABELS) + noise * torch.randn(NUM_HELD_OUT, FEATURE_SIZE)
+    return CachedPictures(pictures_of(pixel_labels), features, LABELS)
+
+
+def test_clear_references_of_the_same_class_get_the_largest_share(backbone_config):
+    model = make_model(backbone_config)
+    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS))
+    best = best_of(model, noisy_held_out())
+    assert best.scope == "reference" and best.settings.share == max(SHARES) and best.settings.vote_weight == 0
+
+
+def test_the_gain_follows_the_worth_of_the_pictures(backbone_config):
+    """Where pictures are like those of another class, features tell more than PSNR; where features are noise, less."""
+    model = make_model(backbone_config)
+    # The classifier does not read all that attention does.
+    more = 3 * one_hot(REFERENCE_LABELS + NUM_LABELS)
+    model.set_reference_features(clear_bank() + more, pictures_of(REFERENCE_LABELS, noise=0.2))
+    candidates = [Settings(0.5, 0.3, gain) for gain in (0.0, 0.25, 1.0)]
+    lying = noisy_held_out((LABELS + 1) % NUM_LABELS)
+    lying = dataclasses.replace(lying, features=lying.features + 3 * one_hot(LABELS + NUM_LABELS))
+    assert best_of(model, lying, candidates).settings.gain == 0.0
+    telling = noisy_held_out(noise=2)
+    assert best_of(model, telling, candidates).settings.gain == 1.0
+
+
+def test_labels_vote_where_the_classifier_knows_nothing(backbone_config):
+    model = make_model(backbone_config)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    best = best_of(model, noisy_held_out())
+    assert best.settings.vote_weight == max(VOTE_WEIGHTS) and best.metrics["accuracy"] > 0.9
+
+
+def test_no_votes_where_the_labels_of_the_bank_are_wrong(backbone_config):
+    model = make_model(backbone_config)
+    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), (REFERENCE_LABELS + 1) % NUM_LABELS)
+    best = best_of(model, noisy_held_out())
+    assert best.scope == "reference" and best.settings.vote_weight == 0
+
+
+def test_none_is_best_where_the_nearest_are_of_other_classes(backbone_config):
+    """Likeness is of no class: the nearest references, in features and pixels, are all of the next one."""
+    model = make_model(backbone_config)
+    next_class = (REFERENCE_LABELS + 1) % NUM_LABELS
+    model.set_reference_features(
+        one_hot(next_class) + 5 * one_hot(REFERENCE_LABELS + NUM_LABELS), pictures_of(REFERENCE_LABELS), next_class
+    )
+    held_out = CachedPictures(pictures_of(LABELS), one_hot(LABELS) + 5 * one_hot(LABELS + NUM_LABELS), LABELS)
+    results = fit_references(model, held_out, candidates_for(model))
+    best = min(results, key=lambda result: result.loss)
+    assert best is results[0] and best.scope == "self" and best.settings == Settings()
+    assert best.metrics["accuracy"] == 1
+
+
+def test_confidence_alone_is_no_gain(backbone_config):
+    """A reference without features halves the logits, of a model that is too confident."""
+    model = make_model(backbone_config)
+    with torch.no_grad():
+        model.classifier.weight.mul_(8)
+    model.set_reference_features(torch.zeros(1, FEATURE_SIZE), pictures_of(LABELS[:1]))
+    held_out = noisy_held_out()
+    alone, halved = fit_references(model, held_out, [Settings(0.5, 0.3, 1.0)])
+    assert halved.metrics["accuracy"] == alone.metrics["accuracy"]
+    assert halved.loss == pytest.approx(alone.loss, rel=1e-5)
+    losses = [
+        nn.functional.cross_entropy(factor * held_out.features[:, :NUM_LABELS], LABELS).item() for factor in (8, 4)
+    ]
+    assert losses[1] < losses[0] - 0.1, "the halved logits must be better as they are, or nothing was tested"
+
+
+@pytest.mark.parametrize("preset", ["kernel", "paper"])
+def test_the_order_of_the_held_out_pictures_is_of_no_account(backbone_config, preset, monkeypatch):
+    monkeypatch.setattr(references, "_STEP", 50)
+    model = make_model(backbone_config, preset)
+    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    held_out, order = noisy_held_out(), torch.randperm(NUM_HELD_OUT)
+    moved = CachedPictures(held_out.pixel_values[order], held_out.features[order], held_out.labels[order])
+    results = [fit_references(model, each, candidates_for(model)) for each in (held_out, moved)]
+    for one, other in zip(*results, strict=True):
+        assert one.settings == other.settings
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.metrics == pytest.approx(other.metrics, abs=1e-6)
+
+
+def test_results_are_those_of_the_settings(backbone_config):
+    """Of each candidate, from the answers of a model that has its settings."""
+    model = make_model(backbone_config)
+    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    held_out = noisy_held_out()
+    candidates = [Settings(0.25, 0.1, 0.25, 0.5), Settings(0.5, 0.5, 1.0)]
+    results = fit_references(model, held_out, candidates)
+    assert [result.settings for result in results] == [Settings(), *candidates]
+    for result in results:
+        fields = {"reference_vote_weight": result.settings.vote_weight}
+        if result.scope == "reference":
+            fields |= {
+                "reference_share": result.settings.share,
+                "reference_temperature": result.settings.temperature,
+                "reference_gain": result.settings.gain,
+            }
+        other = make_model(backbone_config, **fields)
+        bank = model.rbi.references
+        other.set_reference_features(bank.features, pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+        other.rbi.references.images.copy_(bank.images)
+        with torch.no_grad():
+            logits = other(
+                held_out.pixel_values, image_features=held_out.features, relation_scope=result.scope
+            ).logits.double()
+        assert result.metrics == pytest.approx(compute_metrics(EvalPrediction(logits.float(), LABELS)))
+        losses = [
+            nn.functional.cross_entropy(factor * logits, LABELS).item() for factor in np.geomspace(1 / 16, 8, 15)
+        ]
+        assert result.loss == pytest.approx(min(losses), rel=1e-4)
+
+
+def state_of(model):
+    return model.config.to_dict(), {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("vote_weight", [0.0, 0.3])
+@pytest.mark.parametrize("is_interrupted", [False, True])
+@pytest.mark.parametrize("preset", ["kernel", "paper", "cosine"])
+def test_the_fit_leaves_the_model_as_it_was(backbone_config, preset, is_interrupted, vote_weight, monkeypatch):
+    fields = {"reference_vote_weight": vote_weight}
+    if preset == "cosine":
+        # A share, a temperature and a gain that are learned, to which the candidates have others.
+        fields |= {"reference_share": None, "reference_temperature": None, "reference_gain": None}
+    model = make_model(backbone_config, "paper" if preset == "paper" else "kernel", **fields)
+    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    held_out, candidates = noisy_held_out(), candidates_for(model)
+    (config, state), answers = state_of(model), scores_with_references(model, held_out, "reference")
+    if is_interrupted:
+        calls = []
+
+        def stop(prediction):
+            calls.append(prediction)
+            if len(calls) == len(candidates):
+                raise KeyboardInterrupt
+            return {}
+
+        monkeypatch.setattr(references, "compute_metrics", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit_references(model, held_out, candidates)
+    else:
+        fit_references(model, held_out, candidates)
+    now, weights = state_of(model)
+    assert now == config
+    assert all(torch.equal(value, state[name]) for name, value in weights.items())
+    assert torch.equal(scores_with_references(model, held_out, "reference"), answers)
+
+
+def test_what_there_is_to_choose_from(backbone_config):
+    features, pixels = clear_bank(), pictures_of(REFERENCE_LABELS)
+
+    def kernels_and_votes(model):
+        candidates = candidates_for(model)
+        assert len(set(candidates)) == len(candidates) and {each.share for each in candidates} == set(SHARES)
+        return {(each.temperature, each.gain) for each in candidates}, {each.vote_weight for each in candidates}
+
+    model = make_model(backbone_config)
+    model.set_reference_features(features, pixels)
+    assert kernels_and_votes(model) == (set(KERNELS), {0.0})
+    assert Settings.of(model) in candidates_for(model)
+    model.set_reference_features(features, pixels, REFERENCE_LABELS)
+    assert kernels_and_votes(model) == (set(KERNELS), set(VOTE_WEIGHTS))
+    model.set_reference_features(features)
+    assert kernels_and_votes(model) == ({(temperature, None) for temperature, _ in KERNELS}, {0.0})
+    model = make_model(backbone_config, "paper")
+    model.set_reference_features(features, pixels, REFERENCE_LABELS)
+    assert kernels_and_votes(model) == ({(None, None)}, set(VOTE_WEIGHTS))
+
+
+@pytest.mark.parametrize("psnr_max", [20, 50, 80])
+@pytest.mark.parametrize("keep_images", [True, False])
+@pytest.mark.parametrize("psnr_image_size", [16, None])
+def test_a_held_out_picture_does_not_attend_to_itself(backbone_config, keep_images, psnr_image_size, psnr_max):
+    """Whichever PSNR counts as that of the same picture."""
+    model = make_model(backbone_config, psnr_image_size=psnr_image_size, psnr_max=psnr_max, reference_vote_weight=0.4)
+    held_out = noisy_held_out()
+    in_bank = torch.tensor([3, 50, 77])
+    labels = torch.cat([REFERENCE_LABELS, LABELS[in_bank]])
+    pixels = torch.cat([pictures_of(REFERENCE_LABELS), held_out.pixel_values[in_bank]])
+    # Another batch size rounds otherwise.
+    features = torch.cat([clear_bank(), held_out.features[in_bank] * (1 + 1e-6)])
+    model.set_reference_features(features, pixels if keep_images else None, labels)
+    mask = torch.ones(NUM_HELD_OUT, len(labels), dtype=torch.bool)
+    mask[in_bank, torch.arange(len(REFERENCE_LABELS), len(labels))] = False
+    arguments = {"pixel_values": held_out.pixel_values, "image_features": held_out.features}
+    with torch.no_grad():
+        expected, with_itself = (
+            model(**arguments, reference_mask=each).logits for each in (mask, torch.ones_like(mask))
+        )
+    scores = scores_with_references(model, held_out, "reference")
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    assert ((with_itself - expected).abs().amax(1) > 1e-4).nonzero().flatten().tolist() == in_bank.tolist()
+
+
+def test_8_bit_pictures_are_known_again(backbone_config):
+    model = make_model(backbone_config, "paper")
+    held_out = noisy_held_out()
+    model.set_reference_features(held_out.features[:5], held_out.pixel_values[:5])
+    store = EightBitPixels(NUM_HELD_OUT, (3, 16, 16), model.config)
+    store[:] = held_out.pixel_values
+    mask = ~torch.eye(NUM_HELD_OUT, 5, dtype=torch.bool)
+    with torch.no_grad():
+        expected = model(store[:], image_features=held_out.features, reference_mask=mask).logits
+    scores = scores_with_references(model, dataclasses.replace(held_out, pixel_values=store[:]), "reference")
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_gain_is_paired(backbone_config):
+    model = make_model(backbone_config, reference_share=0.5)
+    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS))
+    held_out = noisy_held_out()
+    hits = [
+        (scores_with_references(model, held_out, scope).argmax(1) == LABELS).float() for scope in ("self", "reference")
+    ]
+    value, low, high = paired_gain(model, held_out)
+    assert value == pytest.approx(100 * (hits[1] - hits[0]).mean().item()) and low < value < high
+    # About that of the normal distribution for paired hits.
+    margin = 196 * (hits[1] - hits[0]).std().item() / NUM_HELD_OUT**0.5
+    assert high - low == pytest.approx(2 * margin, rel=0.25)
+    model.config.reference_share = 1e-6
+    assert paired_gain(model, held_out) == pytest.approx((0, 0, 0))
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def save_picture(path, colour, rng):
+    """A smooth pattern around a colour."""
+    small = rng.normal(colour, 40, (4, 4, 3)).clip(0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize((32, 32), Image.Resampling.BILINEAR).save(path)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Folders of the classes, in `train`, `validation` and `test`; the colour of a picture tells its class."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split in ("train", "validation", "test"):
+        for name in CLASSES:
+            number = {"train": NUM_TRAIN[name], "validation": NUM_VALIDATION, "test": 2}[split]
+            for index in range(number):
+                save_picture(folder / split / name / f"{index}.png", COLOURS[name], rng)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def camera(tmp_path_factory):
+    """7 pictures without labels, one of them in a folder of its own."""
+    folder, rng = tmp_path_factory.mktemp("camera"), np.random.default_rng(1)
+    for index in range(6):
+        save_picture(folder / f"{index}.png", (128, 128, 128), rng)
+    save_picture(folder / "more" / "deeper" / "6.png", (128, 128, 128), rng)
+    return folder
+
+
+def processor():
+    return ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def pixels_of(paths):
+    return processor()([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")["pixel_values"]
+
+
+def make_classifier():
+    """A ResNet for the classes that knows nothing: all scores are the same."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[32, 256],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(MODEL_CLASSES)),
+        label2id={name: label for label, name in enumerate(MODEL_CLASSES)},
+    )
+    model = ResNetForImageClassification(config).eval()
+    for parameter in model.classifier.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classifier_dir(tmp_path_factory):
+    """A classifier that is no RBI model, and knows nothing."""
+    return saved(make_classifier(), tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="module")
+def rbi_dir(tmp_path_factory):
+    """The same as an RBI model of the paper's form."""
+    model = RBIForImageClassification.from_image_classifier(
+        make_classifier(), preset="paper", image_processor=processor()
+    )
+    return saved(model, tmp_path_factory.mktemp("rbi"))
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs the command; gives its exit code, and keeps the model that it had in memory."""
+    loaded, original = [], references.load_rbi
+
+    def load(args):
+        loaded.append(original(args))
+        return loaded[-1]
+
+    monkeypatch.setattr(references, "load_rbi", load)
+
+    def run(**arguments):
+        words = []
+        for name, value in (
+            {"output_dir": tmp_path / "out", "use_cpu": True, "disable_tqdm": True} | arguments
+        ).items():
+            words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        code = references.main(words)
+        run.model = loaded[-1][0] if loaded else None
+        return code
+
+    return run
+
+
+def record_of(folder):
+    return json.loads((folder / "references.json").read_text())
+
+
+def answers_of(model, pixel_values, **kwargs):
+    with torch.no_grad():
+        return model(pixel_values, **kwargs).logits
+
+
+def assert_it_loads(folder, model, pixel_values):
+    """By the auto classes, and answers as the model in memory."""
+    loaded = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    kept, expected = (each.config.to_dict() for each in (loaded, model))
+    assert {name for name in kept if kept[name] != expected.get(name)} <= {"_name_or_path", "auto_map"}
+    inputs = AutoImageProcessor.from_pretrained(folder)([Image.new("RGB", (40, 20), "teal")], return_tensors="pt")
+    torch.testing.assert_close(
+        inputs["pixel_values"], processor()([Image.new("RGB", (40, 20), "teal")], return_tensors="pt")["pixel_values"]
+    )
+    for scope in ("self", "reference", None):
+        expected = answers_of(model, pixel_values, relation_scope=scope)
+        assert torch.equal(answers_of(loaded, pixel_values, relation_scope=scope), expected)
+    assert loaded.config.relation_scope == "reference"
+
+
+def everything_in(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["classifier", "rbi"])
+def test_unlabelled_pictures(kind, classifier_dir, rbi_dir, camera, data_dir, command, tmp_path, capsys):
+    source = {"classifier": classifier_dir, "rbi": rbi_dir}[kind]
+    before = everything_in(source)
+    assert command(model=source, images=camera) == 0
+    assert everything_in(source) == before
+    record = record_of(tmp_path / "out")
+    assert record["model"] == source and record["arguments"]["images"] == [str(camera)]
+    assert record["references"]["num_references"] == 7 and record["references"]["num_labelled"] == 0
+    assert record["settings"]["share"] == (0.25 if kind == "classifier" else None)
+    assert "candidates" not in record and record["environment"]["hardware"]["device"] == "cpu"
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "was not measured",
+        "7 references",
+        "16 x 16" if kind == "classifier" else "32 x 32",
+        str(tmp_path / "out"),
+    ):
+        assert part in printed, part
+    # The bank is that of the pictures in the folder, in any order.
+    paths = sorted(camera.rglob("*.png"))
+    expected = (
+        RBIForImageClassification.from_pretrained(source)
+        if kind == "rbi"
+        else (RBIForImageClassification.from_image_classifier(make_classifier(), image_processor=processor()))
+    )
+    expected.set_references([{"pixel_values": pixels} for pixels in pixels_of(paths)])
+    pixel_values = pixels_of(sorted((data_dir / "test").rglob("*.png")))
+    torch.testing.assert_close(answers_of(command.model, pixel_values), answers_of(expected, pixel_values))
+    assert_it_loads(tmp_path / "out", command.model, pixel_values)
+
+
+@pytest.fixture(scope="module")
+def fitted(classifier_dir, camera, data_dir, tmp_path_factory):
+    """The folder of a run with both kinds of pictures, for a classifier that knows nothing, and the files it read."""
+    folder = tmp_path_factory.mktemp("fitted") / "out"
+    words = ["--model", classifier_dir, "--images", camera, "--train_dir", data_dir, "--output_dir", folder]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        read, decode = [], reading.decode_image
+
+        def note(image, **kwargs):
+            read.append(Path(image["path"]))
+            return decode(image, **kwargs)
+
+        patch.setattr(reading, "decode_image", note)
+        assert references.main([*map(str, words), "--use_cpu"]) == 0
+    return folder, read
+
+
+def test_the_record_says_what_was_tried(fitted):
+    record = record_of(fitted[0])
+    number = 3 * NUM_VALIDATION
+    assert record["held_out_pictures"] == number and record["fitted"]
+    first, *others = record["candidates"]
+    assert first["scope"] == "self" and set(first["settings"].values()) == {None, 0.0}
+    tried = [tuple(each["settings"].values()) for each in others]
+    assert len(tried) == len(set(tried)) == len(SHARES) * len(KERNELS) * len(VOTE_WEIGHTS)
+    # The classifier by itself tells nothing.
+    assert first["metrics"]["accuracy"] == pytest.approx(1 / 3) and first["loss"] == pytest.approx(np.log(3), rel=1e-5)
+    best = min(record["candidates"], key=lambda each: each["loss"])
+    assert record["settings"] == best["settings"] and best["settings"]["vote_weight"] == 0.5
+    gain = record["gains"]["accuracy"]
+    assert gain["value"] == pytest.approx(100 * (best["metrics"]["accuracy"] - 1 / 3), abs=1e-3)
+    assert 0 < gain["low"] < gain["value"] <= gain["high"] and record["gains"]["macro_f1"]["low"] > 0
+    assert record["arguments"]["train_dir"] and record["arguments"]["num_references"] == 1000
+    assert {"versions", "git", "hardware"} <= record["environment"].keys()
+
+
+def test_labels_are_matched_by_name(fitted, data_dir):
+    """The data's order is another one than the model's."""
+    model = RBIForImageClassification.from_pretrained(fitted[0])
+    assert [model.config.id2label[label] for label in range(3)] == list(MODEL_CLASSES)
+    bank = model.rbi.references
+    assert record_of(fitted[0])["references"]["references_per_class"] == NUM_TRAIN
+    assert (bank.labels == -100).sum() == 7
+    for name in CLASSES:
+        # By the colour that each class has most of.
+        strongest = bank.images[bank.labels == MODEL_CLASSES.index(name)].float().mean((2, 3)).argmax(1)
+        assert (strongest == CLASSES.index(name)).all()
+    # The votes know the test pictures, and each has the number that the model's classes have.
+    paths = sorted((data_dir / "test").rglob("*.png"))
+    answers = answers_of(model, pixels_of(paths)).argmax(1).tolist()
+    assert [MODEL_CLASSES[label] for label in answers] == [path.parent.name for path in paths]
+
+
+def test_test_pictures_are_not_read(fitted):
+    """The backbone sees each of the others once."""
+    _, read = fitted
+    splits = [path.parent.parent.name for path in read if path.parent.name in CLASSES]
+    assert {split: splits.count(split) for split in set(splits)} == {
+        "train": sum(NUM_TRAIN.values()),
+        "validation": 3 * NUM_VALIDATION,
+    }
+    assert len(read) == len(set(read)) == len(splits) + 7
+
+
+WITHOUT_PACKAGE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_rbi", "training"):
+            raise ModuleNotFoundError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Refuse())
+
+import torch
+from transformers import AutoModelForImageClassification
+
+torch.set_num_threads(1)
+folder, pictures, answers = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(torch.load(pictures)).logits, answers)
+assert "modeling_rbi" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_it_loads_without_the_package(fitted, data_dir, tmp_path):
+    pixel_values = pixels_of(sorted((data_dir / "test").rglob("*.png")))
+    torch.save(pixel_values, tmp_path / "pictures.pt")
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_PACKAGE, fitted[0], tmp_path / "pictures.pt", tmp_path / "answers.pt"],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = answers_of(RBIForImageClassification.from_pretrained(fitted[0]), pixel_values)
+    torch.testing.assert_close(torch.load(tmp_path / "answers.pt"), expected)
+
+
+@pytest.mark.parametrize("keep_images", [True, False])
+def test_the_papers_form_with_labelled_data(rbi_dir, data_dir, camera, command, tmp_path, keep_images, capsys):
+    arguments = {"model": rbi_dir, "train_dir": data_dir, "images": camera, "keep_images": keep_images, "force": True}
+    assert command(**arguments) == 0
+    record, model = record_of(tmp_path / "out"), command.model
+    assert len(record["candidates"]) == 1 + len(SHARES) * len(VOTE_WEIGHTS)
+    assert record["settings"]["temperature"] is None and record["settings"]["gain"] is None
+    assert Settings(**record["settings"]) == Settings.of(model)
+    pixel_values = pixels_of(sorted((data_dir / "test").rglob("*.png")))
+    assert_it_loads(tmp_path / "out", model, pixel_values)
+    assert record["references"]["has_pictures"] == keep_images
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.endswith("references.images") for name in weights) == keep_images
+    assert any(value.dtype == torch.uint8 for value in weights.values()) == keep_images
+    assert ("carries small copies" in capsys.readouterr().out) == keep_images
+
+
+def test_nothing_is_written_where_relations_hurt(data_dir, tmp_path, command, capsys):
+    """Labels of chance, learned one by one: likeness tells nothing, and any other feature does harm."""
+    paths = {split: sorted((data_dir / split).rglob("*.png")) for split in ("train", "validation")}
+    for split, own in paths.items():
+        lines = [f"{path},{MODEL_CLASSES[index % 3]}" for index, path in enumerate(own)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,label", *lines]))
+    model = make_classifier()
+    with torch.no_grad():
+        features = model.resnet(pixels_of(paths["validation"])).pooler_output.flatten(1).double()
+        targets = one_hot(torch.arange(len(features)) % 3, 3).double() - 1 / 3
+        model.classifier[1].weight.copy_(torch.linalg.lstsq(features, targets, driver="gelsd").solution.T)
+    arguments = {
+        "model": saved(model, tmp_path / "model"),
+        "train_file": tmp_path / "train.csv",
+        "validation_file": tmp_path / "validation.csv",
+    }
+    assert command(**arguments) == 1
+    printed = capsys.readouterr()
+    assert "do not show that relations help" in printed.err and "--force" in printed.err
+    assert "each alone" in printed.out and not (tmp_path / "out").exists()
+    assert command(**arguments, force=True) == 0
+    record = record_of(tmp_path / "out")
+    losses = [each["loss"] for each in record["candidates"]]
+    assert losses[0] == min(losses) and record["candidates"][0]["metrics"]["accuracy"] == 1
+    assert "optimistic" not in printed.out
+    # The preset's own, since none was better.
+    assert Settings(**record["settings"]) == Settings(0.25, 0.3, 1.0, 0.0)
+    assert_it_loads(tmp_path / "out", command.model, pixels_of(paths["train"][:3]))
+
+
+def test_few_held_out_pictures_choose_nothing(classifier_dir, data_dir, tmp_path, command, capsys):
+    assert command(model=classifier_dir, train_dir=data_dir, max_eval_samples=99, force=True) == 0
+    record = record_of(tmp_path / "out")
+    assert record["held_out_pictures"] == 99 and not record["fitted"]
+    assert len(record["candidates"]) == 1 and record["candidates"][0]["scope"] == "self"
+    assert Settings(**record["settings"]) == Settings.of(command.model) == Settings(0.25, 0.3, 1.0, 0.0)
+    assert record["gains"].keys() == {"accuracy", "macro_f1"}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "99 held-out pictures are too few to choose by" in printed and "optimistic" not in printed
+    assert command(model=classifier_dir, train_dir=data_dir, max_eval_samples=100, output_dir=tmp_path / "more") == 0
+    assert record_of(tmp_path / "more")["fitted"]
+    assert "optimistic" in capsys.readouterr().out
+
+
+def test_without_held_out_pictures_nothing_is_measured(classifier_dir, data_dir, tmp_path, command, capsys):
+    data = {"train_dir": data_dir / "train", "train_val_split": 0}
+    assert command(model=classifier_dir, **data, references_per_class=3, strategy="herding") == 0
+    record = record_of(tmp_path / "out")
+    assert record["references"]["references_per_class"] == dict.fromkeys(CLASSES, 3)
+    assert record["references"]["strategy"] == "herding" and "gains" not in record
+    assert "was not measured" in " ".join(capsys.readouterr().out.split())
+
+
+def test_labels_do_not_vote_where_they_are_not_to(classifier_dir, data_dir, tmp_path, command):
+    model = RBIForImageClassification.from_image_classifier(
+        make_classifier(), image_processor=processor(), reference_vote_weight=0.5
+    )
+    source = saved(model, tmp_path / "voting")
+    for number in (99, 102):
+        folder = tmp_path / str(number)
+        arguments = {"model": source, "train_dir": data_dir, "max_eval_samples": number, "use_labels": False}
+        assert command(**arguments, output_dir=folder, force=True) == 0
+        record = record_of(folder)
+        assert all(each["settings"]["vote_weight"] == 0 for each in record["candidates"])
+        assert record["settings"]["vote_weight"] == command.model.config.reference_vote_weight == 0
+
+
+def test_the_number_of_unlabelled_pictures(classifier_dir, camera, data_dir, tmp_path, command):
+    """Of each folder, as many as there are at most, by chance and by the seed."""
+    folders = [camera, data_dir / "test"]
+    assert command(model=classifier_dir, images=folders, num_references=5) == 0
+    assert record_of(tmp_path / "out")["references"]["num_references"] == 10
+    assert command(model=classifier_dir, images=folders, num_references=10**6, output_dir=tmp_path / "all") == 0
+    whole = command.model.rbi.references.images.flatten(1).tolist()
+    assert len(whole) == 13
+    chosen = []
+    for seed in (0, 0, 1, 2):
+        folder = tmp_path / f"{len(chosen)}"
+        assert command(model=classifier_dir, images=camera, num_references=3, seed=seed, output_dir=folder) == 0
+        images = command.model.rbi.references.images.flatten(1).tolist()
+        assert len(images) == 3 and all(image in whole for image in images)
+        chosen.append(images)
+    assert chosen[0] == chosen[1] and (chosen[0] != chosen[2] or chosen[0] != chosen[3])
+
+
+@pytest.fixture
+def with_bank(tmp_path):
+    """An RBI model with a bank of its own."""
+    model = RBIForImageClassification.from_image_classifier(make_classifier(), image_processor=processor())
+    model.set_references([{"pixel_values": torch.randn(3, 32, 32), "labels": label} for label in range(3)])
+    return model
+
+
+@pytest.mark.parametrize("keep_images", [True, False])
+def test_a_bank_that_is_there_is_replaced(with_bank, camera, tmp_path, command, keep_images):
+    source = saved(with_bank, tmp_path / "model")
+    assert command(model=source, images=camera, keep_images=keep_images) == 0
+    assert record_of(tmp_path / "out")["references"]["num_references"] == 7
+    bank = RBIForImageClassification.from_pretrained(tmp_path / "out").rbi.references
+    assert len(bank) == 7 and (bank.labels == -100).all() and (bank.images is not None) == keep_images
+
+
+def test_added_classes_keep_references(with_bank, camera, data_dir, tmp_path, command, capsys):
+    """They are known by the bank alone."""
+    with_bank.add_classes(["wolf"], [{"pixel_values": torch.randn(3, 32, 32), "labels": 0}])
+    source = saved(with_bank, tmp_path / "model")
+    for data, missing in (({"images": camera}, "'fox'"), ({"train_dir": data_dir}, "'wolf'")):
+        assert command(model=source, **data) == 1
+        assert "classes that were added by references" in (error := capsys.readouterr().err) and missing in error
+        assert not (tmp_path / "out").exists()
+    rng = np.random.default_rng(3)
+    lines = [f"{path},{path.parent.name}" for path in sorted((data_dir / "train").rglob("*.png"))]
+    for index in range(4):
+        save_picture(tmp_path / "wolf" / f"{index}.png", (200, 200, 60), rng)
+        lines.append(f"wolf/{index}.png,wolf")
+    (tmp_path / "train.csv").write_text("\n".join(["image,label", *lines]))
+    assert command(model=source, train_file=tmp_path / "train.csv", train_val_split=0) == 0
+    save_picture(tmp_path / "other.png", (200, 200, 60), rng)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.config.id2label[int(answers_of(model, pixels_of([tmp_path / "other.png"])).argmax())] == "wolf"
+
+
+def test_bad_pictures_are_named_or_left_out(classifier_dir, camera, tmp_path, command, capsys):
+    for index, path in enumerate(sorted(camera.rglob("*.png"))):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / "pictures" / f"{index}.png").write_bytes(path.read_bytes()[: -40 if index == 3 else None])
+    arguments = {"model": classifier_dir, "images": tmp_path / "pictures"}
+    assert command(**arguments) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "pictures" / "3.png") in error and "--skip_bad_images" in error
+    assert not (tmp_path / "out").exists()
+    assert command(**arguments, skip_bad_images=True) == 0
+    record = record_of(tmp_path / "out")
+    assert record["references"]["num_references"] == 6 and record["arguments"]["skip_bad_images"]
+
+
+def test_bad_pictures_are_left_out_beside_labelled_ones(classifier_dir, data_dir, tmp_path, command, capsys):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "pictures" / "good.png")
+    arguments = {"model": classifier_dir, "images": tmp_path / "pictures", "train_dir": data_dir}
+    assert command(**arguments) == 1
+    assert "bad.png" in capsys.readouterr().err
+    assert command(**arguments, skip_bad_images=True) == 0
+    assert record_of(tmp_path / "out")["references"]["num_references"] == sum(NUM_TRAIN.values()) + 1
+
+
+def test_unlike_classifiers_are_refused(camera, tmp_path, command, capsys):
+    """PoolFormer has a normalisation before its classifier."""
+    config = PoolFormerConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
+    source = saved(PoolFormerForImageClassification(config), tmp_path / "model")
+    assert command(model=source, images=camera) == 1
+    assert "PoolFormerForImageClassification does more than pooling" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def places(classifier_dir, camera, data_dir, tmp_path):
+    """What the bad command lines name."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    rng = np.random.default_rng(4)
+    for index in range(8):
+        save_picture(tmp_path / "others" / ("cat", "yak")[index % 2] / f"{index}.png", (99, 99, 99), rng)
+    return {"model": classifier_dir, "camera": camera, "data": data_dir, "tmp": tmp_path}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ({}, 1, "Name pictures for the bank: --images FOLDER, or labelled data"),
+        ({"images": "{tmp}/empty"}, 1, "holds no pictures"),
+        ({"images": "{tmp}/nowhere"}, 1, "nowhere is not a folder"),
+        ({"images": "{camera}", "output_dir": "{tmp}/full"}, 1, "full is there already: name a new folder"),
+        ({"images": "{camera}", "output_dir": "{tmp}/full/note.txt"}, 1, "note.txt is there already"),
+        ({"images": "{camera}", "model": "{tmp}/nowhere"}, 1, "there is no such folder"),
+        ({"images": "{camera}", "model": "{camera}"}, 1, "config.json"),
+        ({"train_dir": "{tmp}/others"}, 1, "1 of the 2 labels of the data are none of the model's (yak"),
+        ({"images": "{camera}", "references_per_class": 2}, 1, "--references_per_class is for training pictures"),
+        ({"images": "{camera}", "strategy": "herding"}, 1, "--strategy is for training pictures"),
+        (
+            {"train_dir": "{data}", "references_per_class": 2, "strategy": "random"},
+            2,
+            "--references_per_class goes with",
+        ),
+        ({"images": "{camera}", "num_references": 0}, 2, "--num_references must be at least 1, got 0"),
+        ({"train_dir": "{data}", "references_per_class": 0}, 2, "--references_per_class must be at least 1, got 0"),
+        ({"images": "{camera}", "strategy": "best"}, 2, "invalid choice: 'best'"),
+        ({"images": "{camera}", "image": "x"}, 2, "did you mean `--images`"),
+        ({"images": "{camera}", "train_dir": "{data}", "train_file": "x"}, 2, "exactly one way"),
+    ],
+)
+def test_errors(places, arguments, code, message, command, capsys):
+    before = everything_in(places["tmp"])
+    arguments = {name: str(value).format(**places) for name, value in arguments.items()}
+    assert command(**{"model": places["model"]} | arguments) == code
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and message in printed.err
+    assert not printed.out and everything_in(places["tmp"]) == before
+    assert not (places["tmp"] / "out").exists()
+
+
+def test_the_bank_has_a_limit(classifier_dir, camera, data_dir, tmp_path, command, monkeypatch, capsys):
+    """That is told before the backbone runs."""
+    monkeypatch.setattr(references, "MAX_REFERENCES", 14)
+    monkeypatch.setattr(RBIForImageClassification, "set_references", None)
+    for arguments, counts in (
+        ({"train_dir": data_dir}, "15 training pictures and 0 of --images"),
+        ({"train_dir": data_dir, "images": camera, "references_per_class": 4}, "12 training pictures and 7 of"),
+        ({"images": [camera, camera, camera], "num_references": 5}, "0 training pictures and 15 of"),
+    ):
+        assert command(model=classifier_dir, **arguments) == 1
+        error = capsys.readouterr().err
+        assert counts in error and "more than a model carries (14)" in error and "--references_per_class" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_limit_itself_is_kept(classifier_dir, camera, data_dir, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(references, "MAX_REFERENCES", 14)
+    arguments = {"train_dir": data_dir, "images": camera, "references_per_class": 3, "num_references": 5}
+    assert command(model=classifier_dir, **arguments) == 0
+    assert record_of(tmp_path / "out")["references"]["num_references"] == 14
+
+
+def test_an_interrupted_run_writes_nothing(classifier_dir, camera, tmp_path, command, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(references, "write_json", stop)
+    assert command(model=classifier_dir, images=camera) == 130
+    assert "Nothing was written" in capsys.readouterr().err
+    assert not everything_in(tmp_path / "out")
