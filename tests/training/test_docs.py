@@ -33,7 +33,7 @@ def workplace(tmp_path_factory):
     (folder / "training").symlink_to(ROOT / "training")
     for place, name in enumerate(("cat", "dog", "fox")):
         (folder / "pictures" / name).mkdir(parents=True)
-        for number in range(8):
+        for number in range(20):
             colour = (90 * place, 10 * number, 99)
             Image.new("RGB", (40, 48), colour).save(folder / "pictures" / name / f"{number}.png")
     (folder / "camera").mkdir()

@@ -259,10 +259,12 @@ combined = evaluate.combine([Accuracy(), MacroF1(), TopKAccuracy(), CalibrationE
 combined.add_batch(predictions=[[0.0, 1.0], [3.0, 1.0]], references=[1, 1])
 print(sorted(combined.compute().items()))
 """
+    environment = {"HF_HOME": str(folder), "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parents[2],
-        env={"HF_HOME": str(folder), "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        # matplotlib, which torchmetrics imports where it is there, keeps a list of fonts.
+        env=environment | {"MPLCONFIGDIR": str(tmp_path / "matplotlib")},
         capture_output=True,
         text=True,
     )
