@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
     PoolFormerConfig,
@@ -24,6 +23,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
@@ -807,7 +807,7 @@ def test_errors(places, arguments, code, message, command, capsys):
     arguments = {name: str(value).format(**places) for name, value in arguments.items()}
     assert command(**{"model": places["model"]} | arguments) == code
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: ") and message in printed.err
+    assert printed.err.lstrip().startswith("error: ") and message in printed.err
     assert not printed.out and everything_in(places["tmp"]) == before
     assert not (places["tmp"] / "out").exists()
 
