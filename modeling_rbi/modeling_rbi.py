@@ -306,10 +306,10 @@ class RelationshipPositionEncoding(nn.Module):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
                 Images as the image processor gives them; not needed for a bank without pictures.
-            batch_size (`int`):
-                Number of images.
             references (`ReferenceBank`):
                 The bank of N references. Without pictures, all relations are the mean relation of its pictures.
+            batch_size (`int`):
+                Number of images.
             reference_mask (`torch.BoolTensor` of shape `(batch_size, N)`, *optional*):
                 `False` where a reference is no neighbour of the image.
 
@@ -780,9 +780,9 @@ class RBIPreTrainedModel(PreTrainedModel):
         (`psnr_image_size` squared pixels, 8 bits; 32 x 32 where PSNR is that of full size), and features: choose
         pictures that may be passed on, or leave the copies out by `keep_images=False`.
 
-        A reference takes `4 * feature_size` bytes and those of its picture, and an image costs `4 * feature_size`
-        multiply-adds more for each: 1,000 references of 1,280 features are 5.9 MB, and 5 million multiply-adds beside
-        the 300 million of MobileNetV2. `MAX_REFERENCES` (16,384) is the limit. Set the bank again after the backbone
+        A reference takes `4 * feature_size` bytes and those of its picture, and an image costs `2 * feature_size`
+        multiply-adds and the picture's pixels more for each, beside its own three projections: 1,000 references of
+        1,280 features are 5.9 MB, and 8 million multiply-adds beside the 300 million of MobileNetV2. `MAX_REFERENCES` (16,384) is the limit. Set the bank again after the backbone
         has been trained.
 
         Args:
@@ -1511,8 +1511,9 @@ class RBIForImageClassification(RBIPreTrainedModel):
         r"""
         Adds classes that the classifier was not trained on, by labelled pictures of them, without training. They are
         added to the reference bank, which must hold labelled pictures of the other classes, too, and
-        `relation_scope="reference"` tells all classes apart by the votes of the bank (`reference_votes`); see
-        [`RBIForImageClassification`]. In the other scopes the new classes are never answered.
+        `relation_scope="reference"` tells all classes apart by the votes v of the bank (`reference_votes` of
+        [`RBIModelOutput`]): p_c ~ v_c for the new classes, and p_c ~ v_c sqrt(q_c / max q) for those that the
+        classifier knows, q being its own probabilities. In the other scopes the new classes are never answered.
 
         Args:
             names (`Sequence[str]`):

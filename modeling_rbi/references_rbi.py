@@ -28,7 +28,7 @@ from .configuration_rbi import RBIConfig
 logger = logging.get_logger(__name__)
 
 NO_LABEL = -100
-# With 1,280 features a bank of this size weighs 97 MB, and costs an image 84 million multiply-adds.
+# With 1,280 features a bank of this size weighs 97 MB, and costs an image 55 million multiply-adds.
 MAX_REFERENCES = 16_384
 STRATEGIES = ("balanced", "herding", "random")
 

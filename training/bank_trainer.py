@@ -56,6 +56,7 @@ class BankTrainer(RBITrainer):
             "several processes": args.world_size > 1,
             "--mixup_alpha or --cutmix_alpha": data_collator is not None and data_collator.mixing is not None,
             "--ema_decay": fine_tuning.ema_decay is not None,
+            "--lora_rank": fine_tuning.lora_rank is not None,
             "--crop_to_boxes beside pictures without boxes": train_dataset.crop_to_boxes and unlabelled is not None,
         }
         if names := [name for name, is_given in refused.items() if is_given]:

@@ -53,6 +53,7 @@ def test_no_training_picture_attends_to_itself(options, monkeypatch):
     [
         (["--mixup_alpha", "0.2"], "--mixup_alpha"),
         (["--ema_decay", "0.9"], "--ema_decay"),
+        (["--lora_rank", "2"], "--lora_rank"),
         (["--relation_batch_size", "2"], "leave --relation_batch_size"),
     ],
 )
