@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, seeds, and small models."""
 
 import os
+from pathlib import Path
 
 
 # Read at import by huggingface_hub, so it is set before anything imports it.
@@ -10,10 +11,12 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+from PIL import Image
 from transformers import ConvNextConfig
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.utils import logging
 
-from modeling_rbi import RBIConfig
+from modeling_rbi import RBIConfig, RBIForImageClassification
 
 
 # The workers of pytest-xdist share the cores.
@@ -44,3 +47,45 @@ def pixel_values():
     pictures = torch.nn.functional.interpolate(torch.rand(7, 3, 4, 4), size=(32, 32), mode="bilinear")
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (pictures - mean[:, None, None]) / std[:, None, None]
+
+
+@pytest.fixture(scope="session")
+def picture_files(tmp_path_factory):
+    """9 different smooth pictures, `cat_0.png` to `fox_2.png`, of 40 x 48."""
+    folder = tmp_path_factory.mktemp("picture_files")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog", "fox"):
+        colour = torch.rand(3, generator=generator)
+        for number in range(3):
+            pixels = 255 * (0.6 * colour + 0.4 * torch.rand(4, 4, 3, generator=generator))
+            picture = Image.fromarray(pixels.to(torch.uint8).numpy())
+            picture.resize((40, 48), Image.Resampling.BICUBIC).save(folder / f"{name}_{number}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, picture_files):
+    """
+    A saved model, with its image processor and code, of the classes cat, dog and fox and with a bank of 6 labelled
+    pictures: small, random, and sure enough of its answers that they can be told apart.
+    """
+    torch.manual_seed(0)
+    backbone_config = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
+    config = RBIConfig.kernel(
+        backbone_config=backbone_config,
+        id2label={0: "cat", 1: "dog", 2: "fox"},
+        label2id={"cat": 0, "dog": 1, "fox": 2},
+    )
+    model = RBIForImageClassification(config).eval()
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    image_processor = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0)
+    references = [
+        {"image": Image.open(path).convert("RGB"), "label": config.label2id[Path(path).stem.split("_")[0]]}
+        for path in picture_files
+        if not path.stem.endswith("2")
+    ]
+    model.set_references(references, image_processor=image_processor)
+    folder = tmp_path_factory.mktemp("model_folder") / "pets"
+    model.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    return folder
