@@ -53,7 +53,7 @@ from .protocols import (
     measure,
     orders,
 )
-from .record import describe_environment, resolved_arguments
+from .record import describe_environment, resolved_arguments, weights_fingerprint
 
 
 PROGRAM = "training.assess"
@@ -253,6 +253,7 @@ def run(
             "type": config.model_type,
             "classes": config.num_labels,
             "references": getattr(config, "references", None),
+            "weights": weights_fingerprint(model),
         },
         "data": {
             "split": args.split,

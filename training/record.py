@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of a run, `run.json`: what was run, on what, with what, and what came out."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .files import write_json
@@ -164,6 +165,15 @@ def describe_environment(args: TrainingArguments) -> dict[str, Any]:
             "mixed_precision": args.mixed_precision,
         },
     }
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, types, shapes and bytes of all that a model saves: the same however it is sharded."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def processor_name() -> str:

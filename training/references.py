@@ -49,7 +49,7 @@ from .frozen import CachedPictures
 from .intervals import Bootstrap, interval
 from .metrics import compute_metrics
 from .protocols import Answers
-from .record import describe_environment, resolved_arguments
+from .record import RunRecord, describe_environment, resolved_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -356,6 +356,7 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabelledArguments, con
 
     record: dict[str, Any] = {
         "model": args.model,
+        "run": RunRecord.read(Path(args.model)),
         "arguments": resolved_arguments(args, data),
         "references": model.describe_references(),
         "environment": describe_environment(training),

@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import AutoModelForImageClassification, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
+from modeling_rbi import RBIForImageClassification
 from training import record as record_module
 from training.record import (
     RecordCallback,
@@ -18,6 +19,7 @@ from training.record import (
     differences,
     metrics_by_epoch,
     resolved_arguments,
+    weights_fingerprint,
     without_secrets,
 )
 
@@ -224,3 +226,16 @@ def test_best_before_the_first_evaluation(tmp_path):
     assert RunRecord.read(tmp_path)["best"] is None
     state = TrainerState(best_metric=0.5, best_global_step=3)
     assert best_so_far(state) == {"checkpoint": None, "step": 3, "metric": 0.5}
+
+
+def test_the_fingerprint_is_of_the_weights_however_they_are_stored(model_folder, tmp_path):
+    model = RBIForImageClassification.from_pretrained(model_folder)
+    expected = weights_fingerprint(model)
+    model.save_pretrained(tmp_path, max_shard_size="10kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert weights_fingerprint(AutoModelForImageClassification.from_pretrained(tmp_path)) == expected
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-6
+    assert weights_fingerprint(model) != expected
+    model.classifier.bias.data[0] -= 1e-6
+    assert weights_fingerprint(model.half()) != expected

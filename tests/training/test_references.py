@@ -464,6 +464,7 @@ def test_unlabelled_pictures(kind, classifier_dir, rbi_dir, camera, data_dir, co
     assert everything_in(source) == before
     record = record_of(tmp_path / "out")
     assert record["model"] == source and record["arguments"]["images"] == [str(camera)]
+    assert record["run"] is None, "it was not trained by `training.train`"
     assert record["references"]["num_references"] == 7 and record["references"]["num_labelled"] == 0
     assert record["settings"]["share"] == (0.25 if kind == "classifier" else None)
     assert "candidates" not in record and record["environment"]["hardware"]["device"] == "cpu"
