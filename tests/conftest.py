@@ -1,6 +1,8 @@
 """What all tests share: no network, one thread, seeds, and small models."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 
@@ -89,3 +91,20 @@ def model_folder(tmp_path_factory, picture_files):
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub_module():
+    """The small Hub of `hub.py`."""
+    spec = importlib.util.spec_from_file_location("hub", Path(__file__).with_name("hub.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub(hub_module):
+    """A running Hub, empty."""
+    with hub_module.Hub() as hub:
+        yield hub

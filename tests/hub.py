@@ -239,7 +239,6 @@ class Hub:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
         if token is not None:
             env["HF_TOKEN"] = token or self.token
@@ -262,6 +261,11 @@ class Hub:
         """
         with self._lock:
             self._faults.append(_Fault(pattern, status, skip, times))
+
+    def recover(self):
+        """Ends what [`fail`] began."""
+        with self._lock:
+            self._faults.clear()
 
     def count(self, pattern: str, status: int | None = 200) -> int:
         """How many requests that match `pattern`, as in [`fail`], were answered with `status`."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model_cards.card import CardArguments
 from training.data.tiny import make_published
 
 
@@ -55,3 +56,15 @@ def arguments(published, tmp_path_factory, monkeypatch):
         return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def given():
+    """What a card says beside the records, complete."""
+    return CardArguments(
+        license="apache-2.0",
+        description="Tells birds apart.",
+        dataset_title="Made-up birds",
+        data_license="Made up, free for all.",
+        data_bias="Four kinds of birds, none of them real.",
+    )

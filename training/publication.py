@@ -1,0 +1,458 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Making the folder that a model is published as, proving it, and sending it to the Hub in one commit."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from model_cards.card import (
+    ASSESSMENT_DIR,
+    EXAMPLES_DIR,
+    FIGURES,
+    CardArguments,
+    CardSources,
+    make_card,
+    read_emissions,
+    read_json,
+)
+from modeling_rbi import RBIForImageClassification
+
+from .assessment import FILES as ASSESSMENT_FILES
+from .assessment import PROGRAM as ASSESSMENT_PROGRAM
+from .assessment import RESULTS_FILE, load_classifier, load_config
+from .data.decode import DEFAULT_MAX_PIXELS, decode_image
+from .files import write_json
+from .record import RunRecord, weights_fingerprint
+from .references import RECORD_FILE as REFERENCES_FILE
+
+
+MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
+CARRIED = ("handler.py", "requirements.txt")
+# Differences between the model here and the one that is loaded from the folder, of their logits.
+TOLERANCE = 1e-4
+_EXAMPLE_SIZE = 512
+_MOST_EXAMPLES = 8
+# What of an earlier publication the new one replaces, where it has it no more.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", f"{EXAMPLES_DIR}/*", f"{ASSESSMENT_DIR}/*"]
+_PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+_SECRETS = {
+    "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{30,}",
+    "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,})",
+    "a key of AWS": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a key of Google": r"\bAIza[\w-]{35}",
+    "a token of Slack": r"\bxox[abprs]-[\w-]{10,}",
+    "an API key": r"\bsk-[\w-]{20,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+_ABSOLUTE = re.compile(r"(?:/|~|[A-Za-z]:[\\/]|\\\\).*")
+
+
+# What the client's HTTP library raises where no answer comes; which library that is depends on the client's version.
+_NO_ANSWER = tuple(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
+
+
+class RefusedError(ValueError):
+    """What must not be published as it is; the message names all that is wrong and the mends."""
+
+
+@dataclass
+class PublicationArguments:
+    """What to publish, and where."""
+
+    model: str = field(metadata={"help": "Folder of a trained RBI model."})
+    repo_id: str = field(metadata={"help": "Repository on the Hub, user/name; it is made if it is not there."})
+    assessment: str | None = field(
+        default=None, metadata={"help": "Output folder of training.assess, on this very model."}
+    )
+    examples: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pictures, or a folder of them, to try the model with, for all to see; or none."},
+    )
+    share_pictures: bool = field(
+        default=False,
+        metadata={
+            "help": "The small copies of pictures in the model's references, and the assessment's figure of confused "
+            "pictures, may be seen by all. Needed for references, unless the repository is private."
+        },
+    )
+    private: bool = field(default=False, metadata={"help": "Make the repository a private one."})
+    revision: str = field(default="main", metadata={"help": "Branch to commit to; it must be there."})
+    commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Larger weights are split into files of this size."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Write the folder to --output_dir, check it, and send nothing."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "New folder for --dry_run; by default outputs/publish and the name."}
+    )
+
+    def __post_init__(self):
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"--repo_id {self.repo_id}: {error}") from error
+        if self.repo_id.count("/") != 1:
+            raise ValueError(f"--repo_id {self.repo_id} must be of the form user/name.")
+        if self.output_dir is not None and not self.dry_run:
+            raise ValueError("--output_dir goes with --dry_run: nothing is kept where the folder is sent to the Hub.")
+        if self.output_dir is None:
+            self.output_dir = os.path.join("outputs", "publish", self.repo_id.split("/")[1])
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A folder that is written, what it was made from, and what stands in the way of publishing it."""
+
+    folder: Path
+    model: RBIForImageClassification
+    image_processor: BaseImageProcessor
+    examples: list[Path]
+    problems: list[str]
+
+    def check_loads_back(self):
+        """As [`check_loads_back`], with the example pictures."""
+        check_loads_back(self.folder, self.model, self.image_processor, self.examples)
+
+
+def check_destination(args: PublicationArguments, api: HfApi) -> None:
+    r"""
+    Whether the user may write there, before any work is done.
+
+    Raises:
+        RefusedError: without a token, with one that the Hub does not know, for a repository of another owner, or where
+            `--private` contradicts what is there.
+        OSError: if the Hub cannot be reached.
+    """
+    if api.token is None and get_token() is None:
+        raise RefusedError("There is no token of the Hub: `hf auth login`, or set HF_TOKEN. --dry_run needs none.")
+    try:
+        user = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise RefusedError("The Hub does not know the token (it is wrong or expired): `hf auth login`.") from error
+        raise
+    except _NO_ANSWER as error:
+        raise ConnectionError(f"{api.endpoint} does not answer ({error}).") from error
+    owner = args.repo_id.split("/")[0]
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    if owner.lower() not in (name.lower() for name in owners):
+        raise RefusedError(
+            f"--repo_id {args.repo_id}: {owner} is another owner. The token is of {user['name']}, who can write to "
+            f"{', '.join(owners)}."
+        )
+    try:
+        info = api.model_info(args.repo_id)
+    except RepositoryNotFoundError:
+        return
+    if args.private and not info.private:
+        raise RefusedError(
+            f"{args.repo_id} is there and public, which --private does not change: change its visibility in its "
+            "settings, or name another."
+        )
+
+
+def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) -> Publication:
+    r"""
+    Writes all that is published.
+
+    Args:
+        args (`PublicationArguments`):
+            What to publish.
+        given (`CardArguments`):
+            What the card says beside the records.
+        folder (`Path`):
+            An empty folder.
+
+    Returns:
+        The folder, and what stands in the way of publishing it.
+
+    Raises:
+        ValueError, OSError: if model, records, pictures and arguments do not fit each other.
+    """
+    model, image_processor = load_published_model(args.model)
+    source = Path(args.model)
+    problems = []
+    references = None if model.config.references is None else model.describe_references()
+    may_be_seen = args.share_pictures or args.private
+    if references is not None and references["has_pictures"] and not may_be_seen:
+        problems.append(
+            f"The model carries small copies of {references['num_references']} pictures, which all could see: "
+            "--share_pictures if they may, --private, or make the references with --keep_images False."
+        )
+    assessment, figures = None, []
+    if args.assessment is not None:
+        assessment = read_assessment(Path(args.assessment), model)
+        figures = [name for name in FIGURES if (Path(args.assessment) / name).exists()]
+        if not may_be_seen:
+            figures = [name for name in figures if name != "confused_pairs.png"]
+    examples = _read_examples(args.examples)
+    reference_record = read_json(source / REFERENCES_FILE)
+    run = RunRecord.read(source) or (reference_record or {}).get("run")
+
+    model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    image_processor.save_pretrained(folder)
+    for name in CARRIED:
+        shutil.copyfile(MODEL_CARDS / name, folder / name)
+    if examples:
+        (folder / EXAMPLES_DIR).mkdir()
+        for name, picture in examples.items():
+            picture.save(folder / EXAMPLES_DIR / name)
+    if args.assessment is not None:
+        (folder / ASSESSMENT_DIR).mkdir()
+        for name in ASSESSMENT_FILES:
+            is_figure = name in FIGURES
+            path = Path(args.assessment) / name
+            if path.exists() and (name in figures if is_figure else name != RESULTS_FILE):
+                shutil.copyfile(path, folder / ASSESSMENT_DIR / name)
+        write_json(folder / ASSESSMENT_DIR / RESULTS_FILE, without_places(assessment))
+    card, missing = make_card(
+        CardSources(
+            repo_id=args.repo_id,
+            config=model.config,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            references=references,
+            run=run,
+            reference_record=reference_record,
+            assessment=assessment,
+            figures=figures,
+            examples=list(examples),
+            has_examples=args.examples != ["none"],
+            emissions=read_emissions(source),
+        ),
+        given,
+    )
+    (folder / "README.md").write_text(str(card) + "\n", encoding="utf-8")
+    problems += [f"The card lacks {fact}" for fact in missing]
+    problems += find_secrets(folder) + find_pickles(folder)
+    return Publication(folder, model, image_processor, [folder / EXAMPLES_DIR / name for name in examples], problems)
+
+
+def publish(args: PublicationArguments, publication: Publication, api: HfApi) -> CommitInfo:
+    r"""
+    Sends a folder to the Hub in one commit, if it loads back. Files that arrived before an interruption are not sent
+    again.
+
+    Raises:
+        RefusedError: if something stands in the way, or it does not load back.
+        OSError: if the Hub refuses it or the connection fails; nothing is committed then.
+    """
+    if publication.problems:
+        raise RefusedError("\n".join(publication.problems))
+    publication.check_loads_back()
+    try:
+        api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+        return api.upload_folder(
+            repo_id=args.repo_id,
+            folder_path=publication.folder,
+            revision=args.revision,
+            commit_message=args.commit_message or f"Publish {args.repo_id.split('/')[1]}",
+            delete_patterns=_REPLACED,
+        )
+    except HfHubHTTPError:
+        raise
+    # The client raises RuntimeError where the upload of a large file fails.
+    except (RuntimeError, *_NO_ANSWER) as error:
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        raise ConnectionError(
+            f"The upload was interrupted: {reason} Nothing was committed. The same command again goes on."
+        ) from error
+
+
+def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseImageProcessor]:
+    r"""
+    Raises:
+        ValueError: if it is no folder with an RBI model in safetensors files and its image processor.
+        OSError: if a file cannot be read.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"--model {folder}: there is no such folder.")
+    if not (path / "config.json").exists():
+        raise ValueError(f"--model {folder} has no config.json: it is no model that `save_pretrained` wrote.")
+    config = load_config(folder)
+    if config.model_type != "rbi":
+        raise ValueError(
+            f"--model {folder} is a {config.model_type} model; what is published here is RBI. "
+            "`RBIForImageClassification.from_image_classifier` makes one of it."
+        )
+    if not (path / "preprocessor_config.json").exists():
+        raise ValueError(
+            f"--model {folder} has no preprocessor_config.json, without which no one can use the model: "
+            "`image_processor.save_pretrained` beside it."
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(each.name for each in path.iterdir() if each.suffix in _PICKLES)
+        found = f" (it has {', '.join(pickles)}: pickles, which are not read)" if pickles else ""
+        raise ValueError(f"--model {folder} has no weights in safetensors files{found}.")
+    model, image_processor = load_classifier(folder, "main", config)
+    return model, image_processor
+
+
+def read_assessment(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    r"""
+    Raises:
+        ValueError: if it is no assessment, or one of other weights.
+    """
+    content = read_json(folder / RESULTS_FILE)
+    if content is None or content.get("program") != ASSESSMENT_PROGRAM:
+        raise ValueError(f"--assessment {folder} is no output folder of training.assess.")
+    if content["model"].get("weights") != weights_fingerprint(model):
+        raise ValueError(
+            f"--assessment {folder} is of a model with other weights or references ({content['model']['name']}): "
+            "assess this one."
+        )
+    return content
+
+
+def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:
+    """Example pictures by file name, without metadata (where it was taken), and no larger than needed."""
+    if names is None or list(names) == ["none"]:
+        return {}
+    paths = [path for name in names for path in _pictures_of(Path(name))]
+    if len(paths) > _MOST_EXAMPLES:
+        raise ValueError(f"--examples names {len(paths)} pictures: {_MOST_EXAMPLES} are enough.")
+    examples = {}
+    for path in paths:
+        picture = decode_image(str(path), max_pixels=DEFAULT_MAX_PIXELS)
+        picture.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
+        name = re.sub(r"[^\w.-]", "_", path.stem) + ".png"
+        if name in examples:
+            raise ValueError(f"--examples has two pictures of the name {name}: rename one.")
+        examples[name] = Image.fromarray(np.asarray(picture))
+    return examples
+
+
+def _pictures_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
+        if not found:
+            raise ValueError(f"--examples {path} is an empty folder.")
+        return found
+    if not path.exists():
+        raise ValueError(f"--examples {path}: there is no such picture.")
+    return [path]
+
+
+def without_places(content: Any) -> Any:
+    """JSON with the last part alone of each absolute path: where files lie on this machine is nobody's business."""
+    if isinstance(content, dict):
+        return {key: without_places(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_places(value) for value in content]
+    if isinstance(content, str) and _ABSOLUTE.fullmatch(content):
+        return re.split(r"[\\/]", content.rstrip("\\/"))[-1]
+    return content
+
+
+def find_secrets(folder: Path) -> list[str]:
+    """Tokens and keys in the text files of a folder, each in words; the secret itself is not repeated."""
+    own = get_token()
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".md", ".py", ".txt", ".csv", ".yaml", ".yml"):
+            text = path.read_text(encoding="utf-8")
+            name = path.relative_to(folder)
+            found += [f"{name} holds {kind}: take it out." for kind, form in _SECRETS.items() if re.search(form, text)]
+            if own and own in text:
+                found.append(f"{name} holds your token of the Hub: take it out.")
+    return found
+
+
+def find_pickles(folder: Path) -> list[str]:
+    """Files that run code when they are loaded, by name or by content, each in words."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(4)
+            # Protocols 2 and later begin with 0x80; torch.save's archives are zip files.
+            if path.suffix in _PICKLES or head[:1] == b"\x80" or head == b"PK\x03\x04":
+                found.append(f"{path.relative_to(folder)} is a pickle or an archive: it is not published.")
+    return found
+
+
+def check_loads_back(
+    folder: Path,
+    model: RBIForImageClassification,
+    image_processor: BaseImageProcessor,
+    pictures: Sequence[Path] = (),
+):
+    r"""
+    Loads the folder in a process without this project's packages and compares its answers with those of the model.
+
+    Args:
+        folder (`Path`):
+            What would be published.
+        model (`RBIForImageClassification`), image_processor (`BaseImageProcessor`):
+            What it must be the same as.
+        pictures (`Sequence[Path]`, *optional*):
+            To compare with; by default made-up ones.
+
+    Raises:
+        RefusedError: if it does not load, or answers otherwise.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        paths = list(pictures) or _make_pictures(scratch)
+        output = scratch / "logits.safetensors"
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(scratch / "modules"),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
+        script = Path(__file__).with_name("fresh_load.py")
+        result = subprocess.run(
+            [sys.executable, "-I", str(script), *(str(path.resolve()) for path in (folder, *paths, output))],
+            env=environment,
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode:
+            reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message"
+            raise RefusedError(f"The folder does not load where this package is not installed ({reason}).")
+        loaded = load_file(output)
+        images = [Image.open(path).convert("RGB") for path in paths]
+        inputs = image_processor(images, return_tensors="pt")
+        for scope, logits in loaded.items():
+            with torch.no_grad():
+                expected = model(**inputs, relation_scope=scope).logits.float()
+            difference = (logits - expected).abs().max().item()
+            if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+                raise RefusedError(
+                    f"What is loaded from the folder answers otherwise than the model: its logits differ by "
+                    f'{difference:.2g} with relation_scope="{scope}".'
+                )
+
+
+def _make_pictures(folder: Path) -> list[Path]:
+    generator = torch.Generator().manual_seed(0)
+    paths = [folder / f"{number}.png" for number in range(3)]
+    for path in paths:
+        pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).resize((96, 128), Image.Resampling.BICUBIC).save(path)
+    return paths
+
+
+def describe(folder: Path) -> str:
+    """The files of a folder with their sizes, one a line."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "\n".join(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in paths)
