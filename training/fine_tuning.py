@@ -140,6 +140,10 @@ class Arguments:
                 f"--hub_strategy {self.training.hub_strategy.value} would publish checkpoints, which do not load "
                 "without this package: leave it at end."
             )
+        if self.training.push_to_hub and self.run.num_folds is not None:
+            raise ValueError(
+                "--num_folds trains several models: publish the one that you want, with training.publish."
+            )
 
     @property
     def command(self) -> str:
@@ -386,6 +390,8 @@ def train(
         results=results,
         next={"use": f'AutoModelForImageClassification.from_pretrained("{output_dir}", trust_remote_code=True)'},
     )
+    if trainer.args.push_to_hub:
+        _push(trainer, args)
     return record.content
 
 
@@ -436,8 +442,31 @@ def _save(trainer: RBITrainer, output_dir: Path, results: dict[str, Any]):
         trainer.save_model(str(draft), _internal_call=True)  # all processes take part where weights are sharded
         if is_writer:
             write_json(draft / RESULTS_FILE, results)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+
+
+def _push(trainer: RBITrainer, args: Arguments):
+    """
+    Sends model and record to the Hub, as `Trainer.push_to_hub` does.
+
+    Raises:
+        ConnectionError: if that fails; the model is saved all the same.
+    """
+    about = {
+        "tasks": "image-classification",
+        "tags": ["rbi"],
+        "dataset": args.data.dataset_name or args.data.dataset_format,
+    }
+    backbone = args.model.model_name_or_path
+    if backbone and not backbone.startswith("packaged/") and not Path(backbone).exists():
+        about["finetuned_from"] = backbone
+    try:
+        trainer.push_to_hub(**{name: value for name, value in about.items() if value})
+    # Whatever the client raises, of which there is much: the training is done, and none of it ends that.
+    except Exception as error:
+        raise ConnectionError(
+            f"the model is trained and saved, but publishing it failed ({error}). Publish it with `python -m "
+            f"training.publish --model {args.training.output_dir} --repo_id {trainer.hub_model_id}`."
+        ) from error
 
 
 def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], training: TrainingArguments):

@@ -45,7 +45,8 @@ from .references import RECORD_FILE as REFERENCES_FILE
 
 
 MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
-CARRIED = ("handler.py", "requirements.txt")
+# What the backbones of timm need beside the requirements of all.
+TIMM_REQUIREMENTS = "timm>=1.0.23\ntorchvision>=0.25\n"
 # Differences between the model here and the one that is loaded from the folder, of their logits.
 TOLERANCE = 1e-4
 _EXAMPLE_SIZE = 512
@@ -209,8 +210,8 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
 
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     image_processor.save_pretrained(folder)
-    for name in CARRIED:
-        shutil.copyfile(MODEL_CARDS / name, folder / name)
+    shutil.copyfile(MODEL_CARDS / "handler.py", folder / "handler.py")
+    (folder / "requirements.txt").write_text(requirements(model.config.backbone_config.model_type), encoding="utf-8")
     if examples:
         (folder / EXAMPLES_DIR).mkdir()
         for name, picture in examples.items():
@@ -320,6 +321,12 @@ def read_assessment(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
             "assess this one."
         )
     return content
+
+
+def requirements(backbone_type: str) -> str:
+    """What an endpoint installs for a model with a backbone of this type."""
+    common = (MODEL_CARDS / "requirements.txt").read_text(encoding="utf-8")
+    return common + (TIMM_REQUIREMENTS if backbone_type == "timm_wrapper" else "")
 
 
 def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from training.publication import (
     find_secrets,
     load_published_model,
     make_folder,
+    requirements,
     without_places,
 )
 from training.record import weights_fingerprint
@@ -148,6 +150,13 @@ def test_the_card_has_the_measured_figures(made, trained):
     run = json.loads((trained / "model" / "run.json").read_text())
     assert f"commit {run['environment']['git']['commit'][:12]}" in card.text
     assert "12 of them labelled" in card.text
+
+
+def test_requirements_are_those_of_the_package():
+    dependencies = tomllib.loads((publication.MODEL_CARDS.parent / "pyproject.toml").read_text())["project"]
+    assert set(requirements("convnext").split()) == set(dependencies["dependencies"])
+    of_timm = set(requirements("timm_wrapper").split()) - set(requirements("convnext").split())
+    assert of_timm == set(dependencies["optional-dependencies"]["timm"])
 
 
 @pytest.mark.slow

@@ -460,12 +460,30 @@ def test_a_bank_without_training_pictures_of_a_class_is_refused(arguments, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_trained_is_not_lost_where_it_cannot_be_published(arguments, tmp_path, monkeypatch, capsys):
+    said = {}
+
+    def push(trainer, **about):
+        said.update(about)
+        raise RuntimeError("Error while uploading 'model.safetensors'")
+
+    monkeypatch.setattr(fine_tuning.RBITrainer, "init_hf_repo", lambda *_: None)
+    monkeypatch.setattr(fine_tuning.RBITrainer, "push_to_hub", push)
+    words = arguments(tmp_path / "out", push_to_hub=True, hub_model_id="alice/birds", num_train_epochs=1)
+    assert train.main(words) == 1
+    printed = capsys.readouterr().err
+    assert "saved, but publishing it failed (Error while uploading" in printed and "training.publish" in printed
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
+    assert said == {"tasks": "image-classification", "tags": ["rbi"], "dataset": "cub_200_2011"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"early_stopping_patience": 1, "train_val_split": 0}, "needs validation pictures"),
         ({"early_stopping_patience": 1, "eval_strategy": "no", "load_best_model_at_end": False}, "needs evaluations"),
         ({"push_to_hub": True, "hub_strategy": "every_save"}, "leave it at end"),
+        ({"push_to_hub": True, "num_folds": 2}, "publish the one that you want"),
         ({"auto_find_batch_size": True}, "choose the batch size"),
         ({"backbone_config": "{}", "model_name_or_path": "./nothing"}, "there is no such folder"),
     ],
