@@ -80,7 +80,8 @@ def model_folder(tmp_path_factory, picture_files):
     )
     model = RBIForImageClassification(config).eval()
     torch.nn.init.normal_(model.classifier.weight, std=0.5)
-    image_processor = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0)
+    statistics = {"image_mean": config.image_mean, "image_std": config.image_std}
+    image_processor = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0, **statistics)
     references = [
         {"image": Image.open(path).convert("RGB"), "label": config.label2id[Path(path).stem.split("_")[0]]}
         for path in picture_files

@@ -282,6 +282,7 @@ def test_train_pushes_what_it_trained(hub_module, round_trip):
     assert not any(hub.token.encode() in content for content in files.values())
     for name in ("model.safetensors", "config.json", "modeling_rbi.py", "preprocessor_config.json"):
         assert files[name] == (folder / "fine-tuned" / name).read_bytes()
+    assert json.loads(files["run.json"])["status"] == "finished"
     assert hub_module.check_card(files["README.md"].decode()) == ([], [])
     model = AutoModelForImageClassification.from_pretrained(folder / "fine-tuned")
     with torch.no_grad():

@@ -1,11 +1,14 @@
 """The README is true: its Python runs as it stands, and its commands are those that CI runs."""
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from PIL import Image
@@ -17,6 +20,10 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL_IMAGE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
+SECTION = README.split("## Publish and deploy")[1].split("\n## ")[0]
+ADDRESS = "https://your-endpoint.endpoints.huggingface.cloud"
 
 
 def _blocks(language: str, text: str = README) -> list[str]:
@@ -42,12 +49,78 @@ def checkpoints(tmp_path, monkeypatch):
 
 
 def test_python_runs_as_it_stands(checkpoints, capsys):
-    blocks = _blocks("python")
+    blocks = _blocks("python", README.replace(SECTION, ""))
     assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "torch.Size([2, 1, 2])" in printed and "'num_references': 2" in printed
+
+
+@pytest.fixture
+def workplace(tmp_path, model_folder, picture_files):
+    """A folder with what "Publish and deploy" names: a model, pictures of its classes, and the project's folders."""
+    for name in ("training", "model_cards"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(model_folder, tmp_path / "outputs" / "mine")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog", "fox"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(20):
+            picture = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((40, 48))
+            picture.save(tmp_path / "pictures" / name / f"{number}.jpg")
+    shutil.copy(tmp_path / "pictures" / "cat" / "1.jpg", tmp_path / "a.jpg")
+    (card,) = _blocks("yaml", SECTION)
+    # The model of the tests was not trained by `training.train`, so there are more facts to tell.
+    more = ["base_model: facebook/convnext-tiny-224", "training_procedure: None.", "dataset_title: Noise"]
+    (tmp_path / "card.yaml").write_text("\n".join([card, *more, "share_pictures: true"]))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_publish_and_deploy(hub, workplace):
+    """Its commands run in their order, against a Hub, an endpoint and a Node.js of this machine."""
+    environment = hub.env(workplace / "home", token=hub.add_user("user"), OMP_NUM_THREADS="1")
+    environment |= {"PYTHONPATH": str(ROOT), "RBI_CACHE": str(workplace / "cache")}
+    commands = "".join(_blocks("bash", SECTION)).splitlines()
+    assert len(commands) == 7
+    for command in commands:
+        line = shlex.split(command)
+        line[0] = str(Path(sys.executable).with_name(line[0])) if line[0] == "hf" else sys.executable
+        if "training.space" in line:  # it serves until it is stopped
+            with subprocess.Popen(
+                [*line, "--port", "7999"], cwd=workplace, env=environment, stdout=subprocess.PIPE, text=True
+            ) as space:
+                assert any("http://127.0.0.1:7999" in row for row in space.stdout)
+                space.terminate()
+            continue
+        if "training.assess" in line:
+            line += ["--use_cpu", "--batch_sizes", "4", "--resamples", "100"]
+        result = subprocess.run(line, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert "model.safetensors" in hub.repo("user/name").files()
+    assert "app.py" in hub.repo("user/space", "space").files()
+
+    server = [sys.executable, str(ROOT / "tests" / "model_cards" / "endpoint.py"), str(workplace / "published")]
+    shutil.copytree(workplace / "outputs" / "publish" / "name", workplace / "published")
+    (python,) = _blocks("python", SECTION)
+    (in_node,) = _blocks("js", SECTION)
+    (client,) = _blocks("js", (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    (workplace / "node_modules").symlink_to(ROOT / "tests" / "node" / "node_modules")
+    with subprocess.Popen(server, cwd=workplace, env=environment, **pipes) as endpoint:
+        address = endpoint.stdout.readline().strip()
+        answers = []
+        for runtime, code in (
+            ([sys.executable, "-c"], python.replace(ADDRESS, address)),
+            (["node", "--input-type=module", "-e"], client.replace(ADDRESS, address)),
+            (["node", "--input-type=module", "-e"], in_node),
+        ):
+            result = subprocess.run([*runtime, code], cwd=workplace, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            answers.append(re.findall(r"label['\"]?[:=] ?'(\w+)'", result.stdout))
+        endpoint.stdin.close()
+    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 3
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

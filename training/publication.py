@@ -211,7 +211,7 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     image_processor.save_pretrained(folder)
     shutil.copyfile(MODEL_CARDS / "handler.py", folder / "handler.py")
-    (folder / "requirements.txt").write_text(requirements(model.config.backbone_config.model_type), encoding="utf-8")
+    (folder / "requirements.txt").write_text(requirements(model.rbi.backbone.config.model_type), encoding="utf-8")
     if examples:
         (folder / EXAMPLES_DIR).mkdir()
         for name, picture in examples.items():
@@ -336,11 +336,14 @@ def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:
     paths = [path for name in names for path in _pictures_of(Path(name))]
     if len(paths) > _MOST_EXAMPLES:
         raise ValueError(f"--examples names {len(paths)} pictures: {_MOST_EXAMPLES} are enough.")
-    examples = {}
+    examples: dict[str, Image.Image] = {}
+    stems = [path.stem for path in paths]
     for path in paths:
         picture = decode_image(str(path), max_pixels=DEFAULT_MAX_PIXELS)
         picture.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
-        name = re.sub(r"[^\w.-]", "_", path.stem) + ".png"
+        # Pictures in folders of their classes are often called alike.
+        stem = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
+        name = re.sub(r"[^\w.-]", "_", stem) + ".png"
         if name in examples:
             raise ValueError(f"--examples has two pictures of the name {name}: rename one.")
         examples[name] = Image.fromarray(np.asarray(picture))

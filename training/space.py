@@ -76,7 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, _ = parse_arguments(sys.argv[1:] if argv is None else argv, (SpaceArguments,), {}, description=__doc__)
         app = load_app()
-        app.serve(app.build(args.model, args.model_revision), args.host, args.port)
+        page = app.build(args.model, args.model_revision)
+        try:
+            app.serve(page, args.host, args.port)
+        except OSError as error:
+            place = f"port {args.port}" if args.port else "any port from 7860 on"
+            raise OSError(
+                f"Cannot listen at {args.host}, {place}: it may be taken. Name another by --port."
+            ) from error
     except KeyboardInterrupt:
         return 130
     except (ValueError, ImportError, OSError, StrictDataclassError) as error:

@@ -337,6 +337,11 @@ def test_example_pictures(make, tmp_path, picture_files):
     shutil.copy(picture_files[0], tmp_path / "my_holiday.png")
     with pytest.raises(ValueError, match="two pictures of the name"):
         make(examples=[str(tmp_path / "my holiday.jpg"), str(tmp_path / "my_holiday.png")])
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        shutil.copy(picture_files[0], tmp_path / name / "1.png")
+    made = make(examples=[str(tmp_path / "cat" / "1.png"), str(tmp_path / "dog" / "1.png")])
+    assert {path.name for path in (made.folder / "examples").iterdir()} == {"cat_1.png", "dog_1.png"}
     (tmp_path / "broken.png").write_bytes(pickle.dumps("no picture"))
     with pytest.raises(ValueError, match=r"broken\.png"):
         make(examples=[str(tmp_path / "broken.png")])

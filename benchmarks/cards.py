@@ -1,0 +1,115 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the models whose cards are in `model_cards/`, measures them, and writes the cards (minutes on 2 cores).
+
+    python -m benchmarks.cards --output_dir outputs/cards
+
+What is trained already in the output folder is not trained again.
+"""
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_cards.card import TEMPLATE
+from training import assess, publish, references, train
+from training.data.decode import decode_image
+from training.data.reading import DataArguments, load_pictures
+
+
+ROOT = Path(__file__).parents[1]
+SEED = 42
+_NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class CardModel:
+    r"""
+    A model to train, and what becomes of it.
+
+    Args:
+        name (`str`):
+            Of its recipe, its facts (`model_cards/<name>.yaml`) and its card.
+        repo_id (`str`):
+            Where it would be published.
+        options (`tuple[str, ...]`):
+            For the training, beside the recipe.
+        has_references (`bool`):
+            Whether its training pictures become its references.
+    """
+
+    name: str
+    repo_id: str
+    options: tuple[str, ...] = ()
+    has_references: bool = False
+
+    def commands(self, folder: Path, device: tuple[str, ...]) -> list[tuple]:
+        """The programs and their arguments, in their order, each with the file that says that it is done."""
+        recipe, data = (str(ROOT / "training" / "recipes" / place / f"{self.name}.yaml") for place in ("", "data"))
+        trained, model, assessment = (str(folder / name) for name in ("trained", "model", "assessment"))
+        seed = ("--seed", str(SEED))
+        steps: list[tuple] = [
+            (
+                train,
+                ["--config", recipe, "--output_dir", trained, *seed, *self.options, *device],
+                f"{trained}/config.json",
+            )
+        ]
+        if self.has_references:
+            words = ["--model", trained, "--config", data, "--output_dir", model, *seed, *device]
+            steps.append((references, words, f"{model}/config.json"))
+        else:
+            model = trained
+        words = ["--model", model, "--config", data, "--output_dir", assessment, *seed, *device]
+        steps.append((assess, words, f"{assessment}/results.json"))
+        facts = ["--config", str(TEMPLATE.with_name(f"{self.name}.yaml")), "--share_pictures"]
+        words = [*facts, "--model", model, "--assessment", assessment, "--examples", str(folder / "examples")]
+        words += ["--repo_id", self.repo_id, "--dry_run", "--output_dir", str(folder / "published")]
+        steps.append((publish, words, f"{folder}/published/README.md"))
+        return steps
+
+
+MODELS = (
+    CardModel("orl_faces", "user/rbi-mobilenet-v2-orl-faces", ("--preset", "kernel"), has_references=True),
+    CardModel("emoji", "user/rbi-mobilenet-v2-emoji"),
+)
+
+
+def write_examples(name: str, folder: Path):
+    """Some test pictures of different classes."""
+    words = (ROOT / "training" / "recipes" / "data" / f"{name}.yaml").read_text(encoding="utf-8").split()
+    data = DataArguments(
+        dataset_format=words[words.index("dataset_format:") + 1],
+        dataset_config_name=words[words.index("dataset_config_name:") + 1],
+    )
+    test = load_pictures(data, SEED)["test"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in range(0, len(test), -(-len(test) // _NUM_EXAMPLES)):
+        label = test.features["label"].names[test[row]["label"]]
+        decode_image(test[row]["image"]).save(folder / f"{label}.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/cards"), help="Folder of models and records.")
+    parser.add_argument("--use_cpu", action="store_true", help="Use the CPU even if there is a GPU.")
+    args = parser.parse_args(argv)
+    for model in MODELS:
+        folder = args.output_dir / model.name
+        write_examples(model.name, folder / "examples")
+        shutil.rmtree(folder / "published", ignore_errors=True)
+        for program, words, result in model.commands(folder, ("--use_cpu",) if args.use_cpu else ()):
+            if not Path(result).exists() and program.main(words) != 0:
+                print(f"{program.__name__} {' '.join(words)} failed.", file=sys.stderr)
+                return 1
+        card = TEMPLATE.with_name(f"{model.name}.md")
+        shutil.copyfile(folder / "published" / "README.md", card)
+        print(f"Written: {card}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

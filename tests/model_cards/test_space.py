@@ -1,0 +1,634 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The Space's app: what it says of a model is what the model says, and it works in a browser.
+
+    SPACE_SCREENSHOTS=docs python -m pytest tests/model_cards/test_space.py -k screenshots
+
+makes docs/space_one_picture.png and docs/space_several_pictures.png, of made-up pictures.
+"""
+
+import ast
+import colorsys
+import html
+import io
+import math
+import os
+import random
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import gradio as gr
+import pytest
+import torch
+from huggingface_hub import metadata_load
+from PIL import Image, ImageDraw
+from playwright.sync_api import Error, Page, expect, sync_playwright
+from transformers import AutoImageProcessor, ConvNextConfig, ResNetConfig, ResNetForImageClassification, pipeline
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.space import APP, load_app
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACE = APP.parent
+SHAPES = {"circle": 60, "square": 4, "star": 10, "triangle": 3}
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+# Chromium's own services would call out, and its sandbox does not run as root.
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def app():
+    return load_app()
+
+
+@pytest.fixture
+def classifier(app, model_folder):
+    return app.Classifier(str(model_folder))
+
+
+@pytest.fixture
+def model(model_folder):
+    """The oracle: the same folder, asked directly."""
+    return RBIForImageClassification.from_pretrained(model_folder).eval()
+
+
+@pytest.fixture
+def pictures(picture_files):
+    return [Image.open(path).convert("RGB") for path in picture_files]
+
+
+def ask(model, folder, pictures, **kwargs):
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return model(pixel_values, output_relations=True, **kwargs)
+
+
+def draw(shape: str, generator: random.Random, size: int = 160) -> Image.Image:
+    """A shape on a pale ground, in a colour that most of its class are near."""
+    big = 3 * size
+    hue = 0.25 * sorted(SHAPES).index(shape) + generator.gauss(0, 0.06)
+    fill, ground = (
+        tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, *saturation_and_value))
+        for saturation_and_value in ((0.75, generator.uniform(0.5, 0.8)), (0.08, generator.uniform(0.85, 1)))
+    )
+    centre = [big * generator.uniform(0.44, 0.56) for _ in range(2)]
+    radius, turn = big * generator.uniform(0.26, 0.38), generator.uniform(-0.25, 0.25)
+    turn += math.pi / 4 if shape == "square" else -math.pi / 2
+    corners = []
+    for corner in range(SHAPES[shape]):
+        length = radius * (0.45 if shape == "star" and corner % 2 else 1)
+        angle = turn + 2 * math.pi * corner / SHAPES[shape]
+        corners.append((centre[0] + length * math.cos(angle), centre[1] + length * math.sin(angle)))
+    picture = Image.new("RGB", (big, big), ground)
+    ImageDraw.Draw(picture).polygon(corners, fill=fill)
+    return picture.resize((size, size), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="module")
+def shapes_folder(tmp_path_factory):
+    """
+    A saved model of four shapes with a bank of 24 and examples. Its backbone is random, and its classifier solved for,
+    so that it is right about most pictures.
+    """
+    torch.manual_seed(0)
+    generator = random.Random(0)
+    names = sorted(SHAPES)
+    config = RBIConfig.kernel(
+        backbone_config=ConvNextConfig(hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], image_size=64),
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    model = RBIForImageClassification(config).eval()
+    image_processor = ConvNextImageProcessorPil(
+        size={"shortest_edge": 64}, crop_pct=1.0, image_mean=config.image_mean, image_std=config.image_std
+    )
+    labels = [label for _ in range(12) for label in range(4)]
+    drawn = [draw(names[label], generator) for label in labels]
+    with torch.no_grad():
+        pixel_values = image_processor(drawn, return_tensors="pt")["pixel_values"]
+        features = model.rbi.extract_features(pixel_values)[0].double()
+        features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
+        target = 6.0 * torch.nn.functional.one_hot(torch.tensor(labels), 4).double()
+        ridge = 0.3 * torch.eye(features.shape[1])
+        weight = torch.linalg.solve(features.T @ features + ridge, features.T @ target).T
+        model.classifier.weight.copy_(weight[:, :-1])
+        model.classifier.bias.copy_(weight[:, -1])
+    references = [{"image": picture, "label": label} for picture, label in zip(drawn, labels, strict=True)]
+    model.set_references(references[:24], image_processor=image_processor)
+    folder = tmp_path_factory.mktemp("space") / "shapes"
+    model.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    (folder / "examples").mkdir()
+    for name in names:
+        for number in (1, 2):
+            draw(name, generator).save(folder / "examples" / f"{name}_{number}.png")
+    return folder
+
+
+class TestOnePicture:
+    def test_is_what_the_model_says(self, classifier, model, model_folder, pictures):
+        for picture in pictures:
+            answer = classifier.classify(picture)
+            alone, related = (
+                ask(model, model_folder, [picture], relation_scope=scope) for scope in ("self", "reference")
+            )
+            for scores, outputs in ((answer.alone, alone), (answer.with_references, related)):
+                expected = dict(
+                    zip(model.config.id2label.values(), outputs.logits[0].softmax(-1).tolist(), strict=True)
+                )
+                assert scores == pytest.approx(expected, abs=1e-6)
+                assert list(scores.values()) == sorted(scores.values(), reverse=True)
+            attention = related.relation_attentions[0].mean(0)
+            assert answer.attention_to_itself == pytest.approx(float(attention[0]), abs=1e-6)
+            for reference in answer.nearest:
+                assert reference.attention == pytest.approx(float(attention[1 + reference.number]), abs=1e-6)
+
+    def test_all_attention_is_accounted_for(self, app, classifier, pictures, monkeypatch):
+        # So that it goes to all of the bank.
+        classifier.model.config.update({"reference_gain": 0.02, "reference_temperature": 5.0})
+        for most in (6, 2):
+            monkeypatch.setattr(app, "NUM_REFERENCES", most)
+            answer = classifier.classify(pictures[0])
+            assert 1 <= len(answer.nearest) <= most
+            shares = [answer.attention_to_itself, *(each.attention for each in answer.nearest)]
+            assert sum(shares) + answer.attention_to_others == pytest.approx(1, abs=1e-6)
+            assert shares[1:] == sorted(shares[1:], reverse=True)
+        assert answer.attention_to_others > 0.05
+
+    def test_a_picture_of_the_bank_finds_itself(self, app, shapes_folder):
+        """The bank's first is the first that was drawn."""
+        picture = draw("circle", random.Random(0))
+        nearest = app.Classifier(str(shapes_folder)).classify(picture).nearest[0]
+        assert (nearest.number, nearest.label) == (0, "circle")
+        small = picture.resize(nearest.picture.size, Image.Resampling.BOX)
+        difference = _pixels(small) - _pixels(nearest.picture)
+        assert difference.abs().max() < 20
+        assert difference.abs().mean() < 2
+
+    def test_the_page_says_it_all(self, app, classifier, pictures):
+        answer = classifier.classify(pictures[0])
+        page = app.attention_html(answer, pictures[0])
+        shares = [float(share) for share in re.findall(r"<b>([\d.]+)%</b>", page)]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        assert page.count("<img") == 1 + len(answer.nearest)
+
+    def test_without_a_bank_there_is_one_answer(self, app, model, model_folder, pictures, tmp_path):
+        model.remove_references()
+        folder = _saved(model, model_folder, tmp_path)
+        answer = app.Classifier(str(folder)).classify(pictures[0])
+        assert answer.with_references is None
+        assert not answer.nearest
+        logits = ask(model, model_folder, pictures[:1]).logits
+        assert max(answer.alone.values()) == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
+        file = str(tmp_path / "picture.png")
+        pictures[0].save(file)
+        label = app.build(str(folder))(file, api_name="classify")
+        assert label["label"] == max(answer.alone, key=answer.alone.get)
+
+    def test_without_pictures_and_labels_there_are_numbers(self, app, model, model_folder, pictures, tmp_path):
+        model.set_reference_features(model.rbi.references.features.clone())
+        folder = _saved(model, model_folder, tmp_path)
+        answer = app.Classifier(str(folder)).classify(pictures[0])
+        page = app.attention_html(answer, pictures[0])
+        assert answer.nearest[0].label == "no label"
+        assert page.count("<img") == 1
+        assert f"reference {answer.nearest[0].number + 1}<" in page
+
+
+class TestSeveralPictures:
+    def test_is_what_the_model_says(self, classifier, model, model_folder, pictures):
+        comparison = classifier.compare(pictures)
+        alone, together = (ask(model, model_folder, pictures, relation_scope=scope) for scope in ("self", "batch"))
+        assert torch.allclose(comparison.alone, alone.logits.softmax(-1), atol=1e-6)
+        assert torch.allclose(comparison.together, together.logits.softmax(-1), atol=1e-6)
+        assert torch.allclose(comparison.attention, together.relation_attentions.mean(1), atol=1e-6)
+        assert torch.allclose(comparison.relations, together.relation_similarities, atol=1e-6)
+
+    def test_relations_are_mutual_and_follow_the_pictures(self, classifier, pictures):
+        relations = classifier.compare(pictures).relations
+        others = ~torch.eye(len(pictures), dtype=torch.bool)
+        assert torch.allclose(relations[others], relations.T[others], atol=1e-6)
+        assert relations.min() >= 0
+        assert relations.max() <= 1
+        order = torch.randperm(len(pictures)).tolist()
+        shuffled = classifier.compare([pictures[row] for row in order]).relations
+        assert torch.allclose(shuffled, relations[order][:, order], atol=1e-5)
+
+    def test_the_same_picture_twice_has_relation_one(self, classifier, pictures):
+        relations = classifier.compare([pictures[0], pictures[4], pictures[0]]).relations
+        assert relations[0, 2] == 1
+        assert relations[0, 1] < 1
+
+    def test_map_and_table(self, app, classifier, pictures, picture_files):
+        names = [path.name for path in picture_files]
+        comparison = classifier.compare(pictures)
+        page = app.map_html(comparison, pictures, names)
+        cells = _cells(page)
+        others = ~torch.eye(len(pictures), dtype=torch.bool)
+        assert torch.allclose(cells[others], comparison.relations[others], atol=0.00501)
+        assert cells[~others].isnan().all()
+        rows = app.table_rows(comparison, names, classifier)
+        assert [row[1] for row in rows] == names
+        for row, alone, together in zip(rows, comparison.alone, comparison.together, strict=True):
+            assert row[2:6] == [
+                classifier.label(int(alone.argmax())),
+                f"{100 * alone.max():.1f}%",
+                classifier.label(int(together.argmax())),
+                f"{100 * together.max():.1f}%",
+            ]
+
+    def test_a_model_without_relations_gets_a_map_of_attention(self, app, model, model_folder, pictures, tmp_path):
+        model.remove_references()
+        model.config.relation_position_encoding = "none"
+        model = RBIForImageClassification(model.config).eval()
+        folder = _saved(model, model_folder, tmp_path)
+        comparison = app.Classifier(str(folder)).compare(pictures)
+        assert comparison.relations is None
+        page = app.map_html(comparison, pictures, [""] * len(pictures))
+        assert torch.allclose(_cells(page).sum(1), torch.ones(len(pictures)), atol=0.05)
+
+    def test_names_are_no_markup(self, app, classifier, pictures):
+        name = '<img src=x onerror="alert(1)">'
+        page = app.map_html(classifier.compare(pictures[:2]), pictures[:2], [name, name])
+        assert "<img src=x" not in page
+        assert page.count(html.escape(name)) == 4
+
+
+def _pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+
+
+def _cells(page: str) -> torch.Tensor:
+    """The numbers of a map, nan where there is none."""
+    body = page.split("<tbody>")[1]
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in body.split("</tr>")[:-1]]
+    return torch.tensor([[math.nan if cell == "-" else float(cell) for cell in row] for row in rows])
+
+
+def _saved(model, model_folder: Path, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    shutil.copy(model_folder / "preprocessor_config.json", folder)
+    return folder
+
+
+class TestReadPicture:
+    def test_as_the_pipeline_reads_it(self, app, picture_files):
+        for path in picture_files[:2]:
+            assert app.read_picture(str(path)).tobytes() == Image.open(path).convert("RGB").tobytes()
+
+    def test_upright(self, app, tmp_path):
+        picture = Image.new("RGB", (40, 20), "red")
+        picture.putpixel((0, 0), (0, 0, 255))
+        exif = picture.getexif()
+        exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+        picture.save(tmp_path / "turned.png", exif=exif)
+        read = app.read_picture(str(tmp_path / "turned.png"))
+        assert read.size == (20, 40)
+        assert read.getpixel((19, 0)) == (0, 0, 255)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    def test_transparency_is_white(self, app, tmp_path, mode):
+        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode).save(
+            tmp_path / "a.png", transparency=0 if mode == "P" else None
+        )
+        assert app.read_picture(str(tmp_path / "a.png")).getpixel((4, 4)) == (255, 255, 255)
+
+    # Pillow's own, below its limit.
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("notes.png", b"no picture", "no picture of a known format"),
+            ("empty.png", b"", "no picture of a known format"),
+            ("page.ps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture of a known format"),
+            ("cut.png", "cut", "cut off"),
+            ("huge.png", (25_000, 20_000), "more than 100,000,000 pixels"),
+            ("large.png", (12_000, 10_000), "more than 100,000,000 pixels"),
+            ("narrow.png", "narrow", "too long and narrow"),
+            ("deep.png", "deep", "8 bits"),
+        ],
+    )
+    def test_refusals(self, app, tmp_path, name, content, message):
+        path = tmp_path / name
+        if isinstance(content, tuple):
+            content = _png_header(*content)
+        elif content == "narrow":
+            content = _png(Image.new("L", (2000, 2)))
+        elif content == "deep":
+            content = _png(Image.new("I;16", (8, 8)))
+        elif content == "cut":
+            content = _png(Image.effect_noise((64, 64), 50))[:-1000]
+        path.write_bytes(content)
+        with pytest.raises(gr.Error) as caught:
+            app.read_picture(str(path))
+        assert name in caught.value.message
+        assert message in caught.value.message
+
+    def test_names_are_no_markup(self, app, tmp_path):
+        path = tmp_path / "<b>.png"
+        path.write_bytes(b"")
+        with pytest.raises(gr.Error) as caught:
+            app.read_picture(str(path))
+        assert "<b>" not in caught.value.message
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size, and ends."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + bytes(4)
+        + b"IDAT"
+    )
+
+
+class TestModels:
+    def test_no_folder(self, app, tmp_path):
+        with pytest.raises(ValueError, match="no folder"):
+            app.build(str(tmp_path / "absent"))
+
+    def test_no_model(self, app, tmp_path):
+        with pytest.raises(ValueError, match=r"no config\.json"):
+            app.build(str(tmp_path))
+
+    def test_a_commit_of_the_hub(self, app, model_folder, monkeypatch):
+        """All of the model is fetched at once, so that code, weights and examples are of one commit."""
+        fetched = []
+
+        def snapshot_download(name, revision, allow_patterns):
+            fetched.append((name, revision))
+            kept = {path for pattern in allow_patterns for path in model_folder.glob(pattern)}
+            assert kept >= {path for path in model_folder.iterdir() if path.is_file()}
+            return str(model_folder)
+
+        monkeypatch.setattr(app, "snapshot_download", snapshot_download)
+        assert app.build("you/pets", "0123abc").title == "RBI: you/pets"
+        assert fetched == [("you/pets", "0123abc")]
+
+    def test_not_of_the_hub(self, app):
+        with pytest.raises(OSError, match=r"outgoing traffic has been disabled|offline"):
+            app.build("nobody/nothing")
+
+    def test_another_kind_of_model(self, app, tmp_path):
+        ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1], embedding_size=8)).save_pretrained(
+            tmp_path
+        )
+        with pytest.raises(ValueError, match=r'type "resnet".*from_image_classifier'):
+            app.build(str(tmp_path))
+
+    def test_no_classifier(self, app, model, model_folder, tmp_path):
+        with pytest.raises(ValueError, match="no classifier"):
+            app.build(str(_saved(model.rbi, model_folder, tmp_path)))
+
+    def test_a_regression(self, app, model, model_folder, tmp_path):
+        model = RBIForImageClassification(RBIConfig.kernel(backbone_config=model.config.backbone_config, num_labels=1))
+        with pytest.raises(ValueError, match="does not choose"):
+            app.build(str(_saved(model, model_folder, tmp_path)))
+
+
+class TestSpaceFolder:
+    def test_model_of_the_variable_or_the_readme(self, app, tmp_path, monkeypatch):
+        monkeypatch.delenv("MODEL_ID", raising=False)
+        monkeypatch.setattr(app, "__file__", str(tmp_path / "app.py"))
+        with pytest.raises(ValueError, match="MODEL_ID"):
+            app.named_model()
+        (tmp_path / "README.md").write_text("---\nmodels:\n- you/first\n- you/second\n---\n")
+        assert app.named_model() == "you/first"
+        monkeypatch.setenv("MODEL_ID", "you/other")
+        assert app.named_model() == "you/other"
+
+    def test_header_is_of_a_space(self):
+        header = metadata_load(SPACE / "README.md")
+        assert header["sdk"] == "gradio"
+        assert (SPACE / header["app_file"]).is_file()
+        assert header["license"] == "apache-2.0"
+        assert len(header["short_description"]) <= 60
+        assert f"gradio=={header['sdk_version']} " in (SPACE / "README.md").read_text()
+        # Else 3.10 is read as the number 3.1.
+        assert isinstance(header["python_version"], str)
+
+    def test_imports_are_the_standard_library_and_what_the_space_installs(self):
+        imported = set()
+        for node in ast.walk(ast.parse(APP.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+        requirements = set(re.findall(r"^[a-z_]+", (SPACE / "requirements.txt").read_text(), re.MULTILINE))
+        installed = requirements - {"pillow"} | {"PIL", "gradio"}
+        assert imported - set(sys.stdlib_module_names) <= installed
+
+
+@pytest.fixture(scope="module")
+def url(shapes_folder, tmp_path_factory):
+    """Where `python -m training.space` serves the model of shapes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    command = [sys.executable, "-m", "training.space", "--model", str(shapes_folder), "--port", str(port)]
+    with (
+        open(log, "w") as stderr,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True) as server,
+    ):
+        try:
+            line = server.stdout.readline()
+            assert str(port) in line, log.read_text()
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.terminate()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        except Error as error:
+            pytest.fail(
+                f"No browser at {CHROMIUM} (`apt-get install chromium`, or name one by the environment variable "
+                f"CHROMIUM): {error}"
+            )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(url, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(20_000)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(url)
+    page.get_by_role("button", name="Classify").wait_for()
+    yield page
+    page.close()
+    # Nothing comes from elsewhere: the page needs no internet, and tells nobody.
+    assert not [address for address in asked if not address.startswith((url, "data:", "blob:"))]
+
+
+def classify(page: Page, path: Path):
+    page.locator("#picture input[type=file]").set_input_files(path)
+    page.locator("#picture img").wait_for()
+    page.get_by_role("button", name="Classify").click()
+
+
+def compare(page: Page, paths: list[Path]):
+    page.get_by_role("tab", name="Several pictures").click()
+    page.locator("#pictures input[type=file]").first.set_input_files(paths)
+    expect(page.locator("#pictures img")).to_have_count(len(paths))
+    page.get_by_role("button", name="Compare").click()
+
+
+def expect_error(page: Page, message: str):
+    """Says so in the page, and goes away."""
+    error = page.get_by_test_id("toast-body")
+    expect(error).to_contain_text(message)
+    assert "Traceback" not in error.inner_text()
+    page.get_by_test_id("toast-close").click()
+    expect(error).to_have_count(0)
+
+
+def expect_scores(page: Page, label: str, expected: dict[str, float]):
+    """The bars of an answer, as the model's scores, the highest first."""
+    bars = page.locator(f"#{label} meter")
+    expect(bars).to_have_count(len(expected))
+    found = {bar.get_attribute("aria-label"): float(bar.get_attribute("value")) for bar in bars.all()}
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert list(found) == sorted(expected, key=expected.get, reverse=True)
+
+
+@pytest.fixture(scope="module")
+def answers(shapes_folder):
+    """What transformers' pipeline answers, by the name of an example."""
+    classifier = pipeline("image-classification", model=str(shapes_folder), trust_remote_code=True)
+    paths = sorted((shapes_folder / "examples").iterdir())
+    return {
+        path.name: {each["label"]: each["score"] for each in answer}
+        for path, answer in zip(paths, classifier([str(path) for path in paths], top_k=4), strict=True)
+    }
+
+
+@pytest.fixture
+def examples(shapes_folder):
+    return sorted((shapes_folder / "examples").iterdir())
+
+
+@pytest.mark.slow
+class TestInTheBrowser:
+    def test_one_picture(self, page, app, shapes_folder, examples, answers):
+        for path in (examples[4], examples[0]):
+            classify(page, path)
+            expected = app.Classifier(str(shapes_folder)).classify(app.read_picture(str(path)))
+            first = max(answers[path.name], key=answers[path.name].get)
+            expect(page.locator("#with-references h2")).to_have_text(first)
+            expect_scores(page, "with-references", answers[path.name])
+            expect_scores(page, "alone", expected.alone)
+            cards = page.locator("#attention li")
+            expect(cards).to_have_count(1 + len(expected.nearest))
+            for card, reference in zip(cards.all()[1:], expected.nearest, strict=True):
+                for text in (
+                    reference.label,
+                    f"reference {reference.number + 1}",
+                    f"{100 * reference.attention:.1f}%",
+                ):
+                    expect(card).to_contain_text(text)
+                expect(card.get_by_role("img", name=f"reference {reference.number + 1}")).to_be_visible()
+            # The next picture's answer is asked for, and must not be this one.
+            page.get_by_role("button", name="Remove Image").click()
+            expect(cards).to_have_count(0)
+
+    def test_an_example(self, page, examples, answers):
+        page.locator("#examples").get_by_role("button").nth(2).click()
+        expect(page.locator("#attention li").first).to_be_visible()
+        expect_scores(page, "with-references", answers[examples[2].name])
+        page.get_by_role("tab", name="Several pictures").click()
+        page.locator("#examples-of-several").get_by_role("button").first.click()
+        expect(page.locator("#map").get_by_role("rowheader")).to_have_count(len(examples))
+
+    def test_several_pictures(self, page, app, shapes_folder, examples):
+        chosen = examples[1:6]
+        compare(page, chosen)
+        expect(page.locator("#map td").first).to_be_visible()
+        classifier = app.Classifier(str(shapes_folder))
+        names = [path.name for path in chosen]
+        comparison = classifier.compare([app.read_picture(str(path)) for path in chosen])
+        cells = _cells(page.locator("#map").inner_html())
+        others = ~torch.eye(len(chosen), dtype=torch.bool)
+        assert torch.allclose(cells[others], comparison.relations[others], atol=0.00501)
+        for name in names:
+            expect(page.locator("#map").get_by_role("rowheader", name=name)).to_be_visible()
+        table = page.locator("#table")
+        for row in app.table_rows(comparison, names, classifier):
+            expect(table.get_by_role("row", name=" ".join(row))).to_be_visible()
+
+    def test_mistakes_get_a_message_and_the_page_goes_on(self, page, examples, answers, tmp_path):
+        page.get_by_role("button", name="Classify").click()
+        expect_error(page, "There is no picture yet")
+        broken, notes = tmp_path / "broken.png", tmp_path / "notes.png"
+        broken.write_bytes(examples[0].read_bytes()[:-2000])
+        notes.write_text("no picture")
+        for path, message in ((broken, "broken.png is broken or cut off"), (notes, "notes.png is no picture")):
+            page.locator("#picture input[type=file]").set_input_files(path)
+            expect(page.locator("#picture img")).to_have_attribute("src", re.compile(path.name))
+            page.get_by_role("button", name="Classify").click()
+            expect_error(page, message)
+            page.get_by_role("button", name="Remove Image").click()
+        classify(page, examples[3])
+        expect(page.locator("#attention li").first).to_be_visible()
+        expect_scores(page, "with-references", answers[examples[3].name])
+
+        compare(page, examples[:1])
+        expect_error(page, "choose at least 2")
+
+    def test_too_many_or_broken_among_several(self, page, examples, tmp_path):
+        chosen = [tmp_path / f"{number}.png" for number in range(17)]
+        for path in chosen:
+            shutil.copy(examples[0], path)
+        compare(page, chosen)
+        expect_error(page, "17 pictures are too many")
+
+    def test_screenshots(self, page, examples, tmp_path):
+        folder = Path(os.environ.get("SPACE_SCREENSHOTS", tmp_path))
+        classify(page, examples[4])
+        expect(page.locator("#attention li").first).to_be_visible()
+        _screenshot(page, folder / "space_one_picture.png")
+        compare(page, examples)
+        expect(page.locator("#map td").first).to_be_visible()
+        _screenshot(page, folder / "space_several_pictures.png")
+
+
+def _screenshot(page: Page, path: Path):
+    """The whole page, on which no wheel turns any more, in few enough colours to be small."""
+    expect(page.locator("[data-testid=status-tracker]:not(.hide)")).to_have_count(0)
+    page.mouse.move(0, 0)
+    with Image.open(io.BytesIO(page.screenshot(full_page=True))) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert path.stat().st_size <= 300_000
