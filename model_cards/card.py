@@ -71,6 +71,8 @@ _RECIPE = (
     "seed",
 )
 _MOST_CLASSES = 60
+# Columns of CodeCarbon's table, in kg of CO2-equivalent and kWh.
+_EMISSIONS = ("emissions", "energy_consumed")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _BACKBONE_NAMES = {
     "packaged/mobilenet_v2": (
@@ -210,7 +212,7 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         metrics=["accuracy", "f1"] if assessment else None,
         tags=["rbi", "relationship-batch-integration", "fine-grained", config.backbone_config.model_type]
         + (given.tags or []),
-        model_name=name,
+        model_name=name if assessment else None,
         eval_results=eval_results(assessment, dataset_ids, dataset_title) or None,
         widget=[
             {"src": f"{EXAMPLES_DIR}/{example}", "example_title": Path(example).stem} for example in sources.examples
@@ -269,6 +271,14 @@ def check_facts(sources: CardSources, given: CardArguments):
     config, run, assessment = sources.config, sources.run, sources.assessment
     names = [config.id2label[number] for number in sorted(config.id2label)]
     if run is not None:
+        if absent := {"status", "arguments", "environment", "data", "model"} - run.keys():
+            raise ValueError(
+                f"run.json beside the model lacks {', '.join(sorted(absent))}: it is no record of training.train, so "
+                "move it away."
+            )
+        if run["status"] != "finished":
+            mend = f": finish it (`{run['next']['resume']}`)." if "resume" in run.get("next", {}) else "."
+            raise ValueError(f"The training is {run['status']}, by its record{mend}")
         trained = run["data"]["label_names"]
         if names[: len(trained)] != trained:
             raise ValueError(
@@ -289,12 +299,6 @@ def check_facts(sources: CardSources, given: CardArguments):
         if given.datasets and run["arguments"].get("dataset_name") and given.datasets != named:
             raise ValueError(
                 f"--datasets {' '.join(given.datasets)}: by its record the model was trained on {', '.join(named)}."
-            )
-        if run.get("status") != "finished":
-            raise ValueError(
-                f"The training is {run.get('status')}, by its record: finish it (`{run['next']['resume']}`)."
-                if "resume" in run.get("next", {})
-                else f"The training is {run.get('status')}, by its record."
             )
     if assessment is not None and assessment["model"]["classes"] != config.num_labels:
         raise ValueError(
@@ -338,13 +342,25 @@ def eval_results(
 
 
 def read_emissions(folder: Path) -> dict[str, str] | None:
-    """The last row of CodeCarbon's `emissions.csv` in a folder, if there is one."""
+    r"""
+    The last row of CodeCarbon's `emissions.csv` in a folder, if there is one.
+
+    Raises:
+        ValueError: if it is another file of that name.
+    """
     path = folder / "emissions.csv"
     if not path.exists():
         return None
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return rows[-1] if rows else None
+    try:
+        return {name: str(float(rows[-1][name])) for name in _EMISSIONS} | {
+            "country_name": rows[-1].get("country_name") or "unknown"
+        }
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is none of CodeCarbon's, without {' and '.join(_EMISSIONS)}: move it away."
+        ) from error
 
 
 def _condition(row: Mapping[str, Any]) -> str:
@@ -549,7 +565,7 @@ def _environmental_cost(run: Mapping[str, Any] | None, emissions: Mapping[str, s
     text = ""
     if emissions:
         grams, energy = 1000 * float(emissions["emissions"]), float(emissions["energy_consumed"])
-        country = emissions.get("country_name") or "unknown"
+        country = emissions["country_name"]
         text = f"{grams:.3g} g CO2-equivalent and {energy:.3g} kWh, by CodeCarbon (country: {country}). "
     if run is None:
         return text or "Neither energy nor time was recorded."

@@ -218,11 +218,8 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
             picture.save(folder / EXAMPLES_DIR / name)
     if args.assessment is not None:
         (folder / ASSESSMENT_DIR).mkdir()
-        for name in ASSESSMENT_FILES:
-            is_figure = name in FIGURES
-            path = Path(args.assessment) / name
-            if path.exists() and (name in figures if is_figure else name != RESULTS_FILE):
-                shutil.copyfile(path, folder / ASSESSMENT_DIR / name)
+        for name in (*figures, *(name for name in ASSESSMENT_FILES if name.endswith(".csv"))):
+            shutil.copyfile(Path(args.assessment) / name, folder / ASSESSMENT_DIR / name)
         write_json(folder / ASSESSMENT_DIR / RESULTS_FILE, without_places(assessment))
     card, missing = make_card(
         CardSources(

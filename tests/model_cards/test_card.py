@@ -1,0 +1,156 @@
+"""The card says what its sources say, and what they don't is missing in it."""
+
+import dataclasses
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import ConvNextConfig
+
+from model_cards.card import CardArguments, CardSources, make_card, read_emissions, read_json
+from modeling_rbi import RBIConfig
+
+
+HEADER = "timestamp,duration,emissions,energy_consumed,country_name\n"
+REFERENCES = {
+    "num_references": 6,
+    "num_labelled": 4,
+    "num_bytes": 2**20,
+    "has_pictures": True,
+    "image_shape": [3, 16, 16],
+}
+
+
+@pytest.fixture
+def given():
+    return CardArguments(
+        license="mit",
+        description="Tells pets apart.",
+        base_model="facebook/convnext-tiny-224",
+        dataset_title="pets",
+        datasets=["alice/pets"],
+        data_license="CC0.",
+        data_bias="None known.",
+        training_procedure="By hand.",
+    )
+
+
+@pytest.fixture
+def estimate():
+    return {"value": 0.5, "low": 0.25, "high": 0.75}
+
+
+@pytest.fixture
+def sources(estimate):
+    """All that a card is made from, complete but for a record of the training."""
+    metrics = dict.fromkeys(("accuracy", "top5_accuracy", "macro_f1", "calibration_error"), estimate)
+    assessment = {
+        "model": {"classes": 3},
+        "arguments": {"dataset_config_name": "full"},
+        "data": {"split": "test", "pictures": 1200, "classes": 3, "left_out": 0},
+        "pictures_in_bank": 0,
+        "results": [
+            {"protocol": "single", "batch_size": None} | metrics,
+            {"protocol": "sorted", "batch_size": 8} | metrics,
+        ],
+        "findings": {"leak": {"sentence": "No leak seen."}},
+    }
+    backbone = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1])
+    config = RBIConfig.kernel(backbone_config=backbone, id2label={0: "cat", 1: "dog", 2: "fox"})
+    return CardSources("alice/pets", config, 1_250_000, assessment=assessment, examples=["cat.png", "dog.png"])
+
+
+def test_complete(sources, given):
+    card, missing = make_card(sources, given)
+    assert missing == [] and "Missing" not in str(card)
+    data = ModelCard(str(card)).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "image-classification", "mit")
+    assert data.base_model == "facebook/convnext-tiny-224" and data.datasets == ["alice/pets"]
+    assert {"rbi", "convnext"} <= set(data.tags) and data.metrics == ["accuracy", "f1"]
+    assert data.model_name == "pets" and len(data.eval_results) == 8
+    assert "| sorted | 8 | 50.0 [25.0, 75.0] |" in card.text and "On the 1,200 test pictures of pets" in card.text
+    assert "- No leak seen." in card.text and "arXiv:2412.19606" in card.text
+    assert "1.2 million parameters" in card.text and "with cosine attention" in card.text
+    assert not any(line.endswith(" ") or "{{" in line or "{%" in line for line in card.text.splitlines())
+
+
+def test_nothing_known():
+    config = RBIConfig.paper(backbone_config=ConvNextConfig(), num_labels=2)
+    card, missing = make_card(CardSources("alice/pets", config, 10), CardArguments())
+    assert len(missing) == 9
+    assert len([line for line in card.text.splitlines() if "**Missing" in line]) == 7
+    assert yaml.safe_load(str(card).split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_each_fact_is_asked_for_by_its_argument(sources, given):
+    for fact in ("license", "description", "base_model", "data_license", "data_bias", "training_procedure"):
+        (missing,) = make_card(sources, dataclasses.replace(given, **{fact: None}))[1]
+        assert f"--{fact}" in missing
+
+
+def test_the_code_is_that_of_the_model(sources, given):
+    def python(**changes):
+        card = make_card(dataclasses.replace(sources, **changes), given)[0].text
+        blocks = card.split("```python\n")[1:]
+        for block in blocks:
+            compile(block.split("```")[0], "card", "exec")
+        return card
+
+    alone = python()
+    assert "set_references(references" in alone and '"examples/dog.png"' in alone
+    assert "Each picture is answered alone, whatever" in alone.replace("\n", " ")
+    sources.config.references = {"num_references": 6, "image_shape": [3, 16, 16], "mean_similarity": 0.5}
+    sources.config.relation_scope = "reference"
+    with_bank = python(references=REFERENCES)
+    assert "describe_references" in with_bank and "4 of them labelled" in with_bank
+    assert "with the help of the model's references, whatever" in with_bank.replace("\n", " ")
+    assert "copies of its 6 reference pictures at 16 x 16 pixels" in with_bank
+    assert "features of its reference pictures" in python(references=REFERENCES | {"has_pictures": False})
+    sources.config.relation_scope = "batch"
+    assert "that is the default of this model" in python(references=REFERENCES)
+    assert 'Image.open("a.jpg")' not in python(examples=[]) and '"a.jpg"' in python(examples=[], has_examples=False)
+
+
+def test_what_is_no_test_is_not_called_one(sources, given):
+    data = sources.assessment["data"] | {"split": "validation", "left_out": 2}
+    assessment = sources.assessment | {"data": data, "pictures_in_bank": 5}
+    text = make_card(dataclasses.replace(sources, assessment=assessment), given)[0].text
+    assert "These are no test pictures" in text and "2 pictures that could not be read" in text
+    assert "5 of them are among the model's references" in text
+
+
+def test_many_classes_are_not_all_listed(sources, given):
+    sources.config.id2label = {number: f"kind {number}" for number in range(100)}
+    text = make_card(dataclasses.replace(sources, assessment=None), given)[0].text
+    assert "`kind 59` and 40 more" in text and "kind 60" not in text
+
+
+def test_measured_emissions_are_told(sources, given, tmp_path):
+    assert read_emissions(tmp_path) is None
+    (tmp_path / "emissions.csv").write_text(HEADER + "2026,60,0.5,1,Iceland\n2026,60,0.00125,0.5,France\n")
+    card, _ = make_card(dataclasses.replace(sources, emissions=read_emissions(tmp_path)), given)
+    assert "1.25 g CO2-equivalent and 0.5 kWh, by CodeCarbon (country: France)" in card.text
+    assert card.data.co2_eq_emissions["emissions"] == 1.25
+    for content in ("a,b\n1,2\n", HEADER, HEADER + "2026,60,much,0.5,France\n"):
+        (tmp_path / "emissions.csv").write_text(content)
+        with pytest.raises(ValueError, match=r"none of CodeCarbon's.*move it away"):
+            read_emissions(tmp_path)
+
+
+def test_records_that_are_none(sources, given, tmp_path):
+    with pytest.raises(ValueError, match=r"lacks arguments, data, environment, model, status.*move it away"):
+        make_card(dataclasses.replace(sources, run={"epochs": 5}), given)
+    with pytest.raises(ValueError, match="of a model of 7 classes, the model has 3: assess this one"):
+        make_card(dataclasses.replace(sources, assessment=sources.assessment | {"model": {"classes": 7}}), given)
+    for content in ("{", "[]"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json.*move it away"):
+            read_json(tmp_path / "run.json")
+    assert read_json(tmp_path / "nothing.json") is None
+
+
+def test_other_licences_have_a_name_and_a_link():
+    for values in ({"license": "other"}, {"license": "mit", "license_name": "x", "license_link": "y"}):
+        with pytest.raises(ValueError, match="--license other"):
+            CardArguments(**values)
+    assert CardArguments(license="other", license_name="x", license_link="y").license_name == "x"
