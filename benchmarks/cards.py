@@ -105,8 +105,10 @@ def main(argv: list[str] | None = None) -> int:
             if not Path(result).exists() and program.main(words) != 0:
                 print(f"{program.__name__} {' '.join(words)} failed.", file=sys.stderr)
                 return 1
+    # Not before all is trained: the records say whether the checkout was changed.
+    for model in MODELS:
         card = TEMPLATE.with_name(f"{model.name}.md")
-        shutil.copyfile(folder / "published" / "README.md", card)
+        shutil.copyfile(args.output_dir / model.name / "published" / "README.md", card)
         print(f"Written: {card}")
     return 0
 
