@@ -72,6 +72,7 @@ def test_the_authors_settings_are_those_known():
     )
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("path", WHOLE, ids=name_of)
 def test_each_recipe_trains_a_step(path, capsys, monkeypatch, tmp_path):
     """With its data in their layout and all its settings, on a small backbone."""

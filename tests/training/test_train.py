@@ -687,6 +687,7 @@ def test_each_fold_has_its_bank(arguments, tmp_path, unlabelled_dir):
     assert not torch.equal(*features)
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize(
     "options",
     [
