@@ -1776,7 +1776,7 @@ def _count_prefix_tokens(backbone_config: PreTrainedConfig, num_tokens: int, ima
 
 def _check_images(pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, config: RBIConfig):
     if image_features is not None:
-        if image_features.ndim != 2 or image_features.shape[1] != config.feature_size or not len(image_features):
+        if image_features.ndim != 2 or image_features.shape[1] != config.feature_size or image_features.shape[0] == 0:
             raise ValueError(
                 f"`image_features` must have the shape (batch_size, {config.feature_size}) with a batch size of at "
                 f"least 1, got {tuple(image_features.shape)}."
