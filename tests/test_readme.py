@@ -83,7 +83,7 @@ def test_publish_and_deploy(hub, workplace):
     environment = hub.env(workplace / "home", token=hub.add_user("user"), OMP_NUM_THREADS="1")
     environment |= {"PYTHONPATH": str(ROOT), "RBI_CACHE": str(workplace / "cache")}
     commands = "".join(_blocks("bash", SECTION)).splitlines()
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         line = shlex.split(command)
         line[0] = str(Path(sys.executable).with_name(line[0])) if line[0] == "hf" else sys.executable
