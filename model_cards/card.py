@@ -6,7 +6,6 @@ What these do not tell, the user does (`CardArguments`). What nobody told is sho
 """
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -587,21 +586,3 @@ def _co2(emissions: Mapping[str, str] | None) -> dict[str, Any] | None:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    r"""
-    The content of a file, if there is one.
-
-    Raises:
-        ValueError: if it is no JSON.
-    """
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): move it away.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no record: move it away.")
-    return content

@@ -11,6 +11,30 @@ from pathlib import Path
 from typing import Any
 
 
+def read_json(path: Path, what: str) -> dict[str, Any] | None:
+    r"""
+    What a file of this project holds, if there is one.
+
+    Args:
+        path (`Path`):
+            The file.
+        what (`str`):
+            What it ought to be, in words.
+
+    Raises:
+        ValueError: if it is that not.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no {what} ({error}): move it away.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no {what}: move it away.")
+    return content
+
+
 def write_json(path: Path, content: Any):
     """Writes a file whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")

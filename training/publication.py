@@ -31,7 +31,6 @@ from model_cards.card import (
     CardSources,
     make_card,
     read_emissions,
-    read_json,
 )
 from modeling_rbi import RBIForImageClassification
 
@@ -39,7 +38,7 @@ from .assessment import FILES as ASSESSMENT_FILES
 from .assessment import PROGRAM as ASSESSMENT_PROGRAM
 from .assessment import RESULTS_FILE, load_classifier, load_config
 from .data.decode import DEFAULT_MAX_PIXELS, decode_image
-from .files import write_json
+from .files import read_json, write_json
 from .record import RunRecord, weights_fingerprint
 from .references import RECORD_FILE as REFERENCES_FILE
 
@@ -205,7 +204,7 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
         if not may_be_seen:
             figures = [name for name in figures if name != "confused_pairs.png"]
     examples = _read_examples(args.examples)
-    reference_record = read_json(source / REFERENCES_FILE)
+    reference_record = read_json(source / REFERENCES_FILE, "record of references")
     run = RunRecord.read(source) or (reference_record or {}).get("run")
 
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
@@ -309,7 +308,7 @@ def read_assessment(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: if it is no assessment, or one of other weights.
     """
-    content = read_json(folder / RESULTS_FILE)
+    content = read_json(folder / RESULTS_FILE, "assessment")
     if content is None or content.get("program") != ASSESSMENT_PROGRAM:
         raise ValueError(f"--assessment {folder} is no output folder of training.assess.")
     if content["model"].get("weights") != weights_fingerprint(model):

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from .files import write_json
+from .files import read_json, write_json
 
 
 RECORD_FILE = "run.json"
@@ -94,16 +94,7 @@ class RunRecord:
         Raises:
             ValueError: if it cannot be read.
         """
-        path = output_dir / RECORD_FILE
-        if not path.exists():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no record of a run ({error}): move it away.") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is no record of a run: move it away.")
-        return content
+        return read_json(output_dir / RECORD_FILE, "record of a run")
 
     def update(self, **values: Any):
         """Adds to the record, and writes it."""

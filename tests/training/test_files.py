@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from training.files import filled_whole, write_json
+from training.files import filled_whole, read_json, write_json
 
 
 OLD, NEW = {"config.json": "old", "a": "old a", "z": "old z"}, {"config.json": "new", "a": "new a", "z": "new z"}
@@ -69,6 +69,17 @@ def test_json_that_cannot_be_written_leaves_all_as_it_was(tmp_path, monkeypatch,
 
 def _raise_full(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_is_read_is_a_mapping_or_refused_by_name(tmp_path):
+    path = tmp_path / "run.json"
+    assert read_json(path, "record") is None
+    write_json(path, {"a": 1})
+    assert read_json(path, "record") == {"a": 1}
+    for content in ("{", "[]", '"a"'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json is no record.*: move it away"):
+            read_json(path, "record")
 
 
 def test_a_folder_is_filled(folder):
