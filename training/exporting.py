@@ -197,7 +197,7 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
                 assert splits is not None and data is not None
                 pictures = _drawn(splits["train"], args.num_calibration_pictures, args.seed)
                 loader = _loader(pictures, image_processor, data, args.batch_size)
-                exported["int8"] = exporter.quantize(folder, (batch["pixel_values"] for batch in loader))
+                exported["int8"] = exporter.quantize(folder, (batch["pixel_values"] for batch in loader), len(loader))
         measured: dict[str, dict[str, Any]] = {}
         if splits is not None and data is not None:
             predicts = {dtype: file.predict for dtype, file in exported.items() if dtype in args.dtype}
@@ -596,7 +596,7 @@ class _OnnxExporter(_Exporter):
         file.difference = self.compare(file, is_half=True)
         return file
 
-    def quantize(self, folder: Path, pixel_values: Iterator[torch.Tensor]) -> ExportedFile:
+    def quantize(self, folder: Path, pixel_values: Iterator[torch.Tensor], num_batches: int) -> ExportedFile:
         r"""
         The float file with weights and activations of the backbone and of the head's linear layers in 8 bits, in
         ranges that they have on the pictures.
@@ -605,7 +605,9 @@ class _OnnxExporter(_Exporter):
             folder (`Path`):
                 That of the float file.
             pixel_values (`Iterator[torch.FloatTensor]`):
-                Batches to calibrate with.
+                Batches to calibrate with, not all of one size necessarily.
+            num_batches (`int`):
+                Their number.
         """
         from onnxruntime.quantization import (
             CalibrationDataReader,
@@ -616,9 +618,19 @@ class _OnnxExporter(_Exporter):
         )
 
         class Reader(CalibrationDataReader):
+            num_left = 0
+
+            def __len__(self):
+                return num_batches
+
+            def set_range(self, start_index: int, end_index: int):
+                self.num_left = end_index - start_index
+
             def get_next(self):
-                batch = next(pixel_values, None)
-                return None if batch is None else {"pixel_values": batch.numpy()}
+                if not self.num_left:
+                    return None
+                self.num_left -= 1
+                return {"pixel_values": next(pixel_values).numpy()}
 
         path = folder / _ONNX_FILES["int8"]
         with _quiet():
@@ -631,7 +643,8 @@ class _OnnxExporter(_Exporter):
                 op_types_to_quantize=["Conv", "Gemm", "MatMul", "Clip", "Relu"],
                 nodes_to_quantize=sorted(self.reduced_nodes),
                 calibrate_method=CalibrationMethod.Percentile,
-                extra_options={"CalibPercentile": _CALIBRATION_PERCENTILE},
+                # A batch at a time: the activations of all of them are many gigabytes, and must be of one shape.
+                extra_options={"CalibPercentile": _CALIBRATION_PERCENTILE, "CalibStridedMinMax": 1},
                 per_channel=True,
                 # Of 7 bits, whose sums no processor cuts off: the answers are the same on all of them.
                 reduce_range=True,

@@ -105,7 +105,7 @@ def check_same_answers(predict, model: RBIForImageClassification, scope: str, si
     ("backbone", "preset", "scope", "is_dynamic"),
     [
         pytest.param("resnet", "paper", "self", True, marks=pytest.mark.slow),
-        ("resnet", "paper", "reference", True),
+        pytest.param("resnet", "paper", "reference", True, marks=pytest.mark.slow),
         ("resnet", "kernel", "batch", True),
         pytest.param("vit", "kernel", "reference", False, marks=pytest.mark.slow),
         pytest.param("vit", "paper", "batch", False, marks=pytest.mark.slow),
@@ -135,6 +135,7 @@ def test_onnx_answers_as_the_model(backbone, preset, scope, is_dynamic, tmp_path
     assert str(Path(exporting.__file__).parent).encode() not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_votes_and_the_models_own_scope(tmp_path):
     model = make_model("resnet", "kernel")
     folder = save(model, tmp_path / "model")
@@ -231,6 +232,7 @@ def labelled(picture_files, tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_on_some_pictures_and_measured_on_others(
     model_folder, labelled, tmp_path, monkeypatch, tmp_path_factory
 ):
@@ -238,15 +240,16 @@ def test_int8_is_calibrated_on_some_pictures_and_measured_on_others(
     seen = []
     quantize = exporting._OnnxExporter.quantize
 
-    def record(self, folder, pixel_values):
-        batches = list(pixel_values)
-        seen.extend(batches)
-        return quantize(self, folder, iter(batches))
+    def record(self, folder, pixel_values, num_batches):
+        seen.extend(pixel_values)
+        return quantize(self, folder, iter(seen), num_batches)
 
     monkeypatch.setattr(exporting._OnnxExporter, "quantize", record)
-    args = ExportArguments(str(model_folder), dtype=["int8", "float32"], output_dir=str(tmp_path / "out"))
+    args = ExportArguments(
+        str(model_folder), dtype=["int8", "float32"], batch_size=4, output_dir=str(tmp_path / "out")
+    )
     facts, _ = run(args, MeasuringArguments(train_dir=str(labelled), train_val_split=0))
-    assert sum(map(len, seen)) == 6 and facts["measured_on"] == {"split": "test", "pictures": 3}
+    assert [*map(len, seen)] == [4, 2] and facts["measured_on"] == {"split": "test", "pictures": 3}
 
     model = RBIForImageClassification.from_pretrained(model_folder).eval()
     image_processor = AutoImageProcessor.from_pretrained(model_folder)
@@ -276,7 +279,8 @@ def check_refused(message: str, tmp_path: Path, *args, data=None, **more):
     assert left == []
 
 
-@pytest.mark.parametrize("name", [pytest.param("onnx", marks=pytest.mark.slow), "torch_export"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "torch_export"])
 def test_other_answers_are_refused(name, model_folder, tmp_path, monkeypatch):
     forward = exporting.Deployed.forward
 
