@@ -50,6 +50,7 @@ KINDS = {
     "truncated": "broken or cut off",
     "oversized": "more pixels than the limit",
     "zero_size": "empty, or less than 2 pixels wide or high",
+    "narrow": "one side more than 100 times the other",
     "empty_box": "no part of the picture is in its box",
     "label_clash": "the same picture under several labels",
     "leak": "the same picture in several splits",
@@ -61,7 +62,9 @@ KINDS = {
 }
 DEFAULT_MIN_PER_CLASS = 5
 # Of what is kept of a picture; a change makes what was kept before worthless.
-_FACTS_VERSION = 1
+_FACTS_VERSION = 2
+# Resized until its shorter side fits the model, a picture of few pixels and of extreme shape can fill the memory.
+_MAX_ASPECT_RATIO = 100
 _CHUNK_PER_WORKER = 16
 
 
@@ -386,9 +389,11 @@ def _look_at(values: dict[str, Any], max_pixels: int) -> _Facts:
         return _Facts(_problem(data, error, max_pixels), str(error), content, None)
     except ValueError as error:
         return _Facts("empty_box", str(error), content, None)
-    if min(picture.size) < 2:
+    short, long = sorted(picture.size)
+    if short < 2 or long > _MAX_ASPECT_RATIO * short:
         size = f"{picture.width} x {picture.height}"
-        return _Facts("zero_size", f"{source['path'] or 'the picture'} has {size} pixels.", content, None)
+        kind = "zero_size" if short < 2 else "narrow"
+        return _Facts(kind, f"{source['path'] or 'the picture'} has {size} pixels.", content, None)
     return _Facts(None, "", content, _hash(f"{picture.width} {picture.height} ".encode() + picture.tobytes()))
 
 

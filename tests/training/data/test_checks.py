@@ -114,6 +114,7 @@ BAD = {
         lambda path: Image.new("RGB", (1, 1)).save(path, "PNG"),
         lambda path: Image.new("RGB", (9, 1)).save(path, "PNG"),
     ],
+    "narrow": [lambda path: Image.new("RGB", (2, 201)).save(path, "PNG")],
     "unreadable": [
         lambda path: path.write_text("not a picture"),
         lambda path: path.symlink_to("nowhere"),
