@@ -4,7 +4,8 @@
 
     python -m benchmarks.cards --output_dir outputs/cards
 
-What is trained already in the output folder is not trained again.
+What is trained and measured already in the output folder is not again: after a change of what it depends on, name
+another folder. The cards themselves are written anew.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from model_cards.card import TEMPLATE
 from training import assess, publish, references, train
@@ -79,13 +82,11 @@ MODELS = (
 
 def write_examples(name: str, folder: Path):
     """Some test pictures of different classes."""
-    words = (ROOT / "training" / "recipes" / "data" / f"{name}.yaml").read_text(encoding="utf-8").split()
-    data = DataArguments(
-        dataset_format=words[words.index("dataset_format:") + 1],
-        dataset_config_name=words[words.index("dataset_config_name:") + 1],
-    )
-    test = load_pictures(data, SEED)["test"]
-    folder.mkdir(parents=True, exist_ok=True)
+    recipe = yaml.safe_load((ROOT / "training" / "recipes" / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+    names = ("dataset_format", "dataset_config_name")
+    test = load_pictures(DataArguments(**{name: recipe[name] for name in names}), SEED)["test"]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for row in range(0, len(test), -(-len(test) // _NUM_EXAMPLES)):
         label = test.features["label"].names[test[row]["label"]]
         decode_image(test[row]["image"]).save(folder / f"{label}.png")

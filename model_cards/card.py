@@ -69,7 +69,7 @@ _RECIPE = (
     "early_stopping_patience",
     "seed",
 )
-_MOST_CLASSES = 60
+_MOST_CLASSES, _LONGEST_NAME = 60, 80
 # Columns of CodeCarbon's table, in kg of CO2-equivalent and kWh.
 _EMISSIONS = ("emissions", "energy_consumed")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -97,7 +97,10 @@ class CardArguments:
         default=None, metadata={"help": "A sentence or two: what the model tells apart, and what it is for."}
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Backbone on the Hub, where the record of the training does not name it."}
+        default=None,
+        metadata={
+            "help": "Backbone on the Hub, where the record of the training does not name it; none if it is not there."
+        },
     )
     datasets: list[str] | None = field(
         default=None, metadata={"help": "Data sets on the Hub, where the record of the training does not name them."}
@@ -115,6 +118,10 @@ class CardArguments:
     tags: list[str] | None = field(default=None, metadata={"help": "Further tags of the card."})
 
     def __post_init__(self):
+        for name in ("description", "dataset_title", "data_license", "data_bias", "training_procedure"):
+            value = getattr(self, name)
+            if value is not None and not re.search(r"[^\W\d_]{2}", value):
+                raise ValueError(f"--{name} is a text, got {value!r}.")
         if (self.license == "other") != (self.license_name is not None and self.license_link is not None):
             raise ValueError("--license_name and --license_link go with --license other, and it with both of them.")
 
@@ -131,6 +138,8 @@ class CardSources:
             Of the model.
         num_parameters (`int`):
             Of the model, without its references.
+        requirements (`Sequence[str]`):
+            What has to be installed to load it, as for pip.
         references (`dict[str, Any]`, *optional*):
             As `model.describe_references()` gives them, where the model has any.
         run (`dict[str, Any]`, *optional*):
@@ -152,6 +161,7 @@ class CardSources:
     repo_id: str
     config: PreTrainedConfig
     num_parameters: int
+    requirements: Sequence[str]
     references: Mapping[str, Any] | None = None
     run: Mapping[str, Any] | None = None
     reference_record: Mapping[str, Any] | None = None
@@ -192,9 +202,13 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
     dataset_ids = given.datasets or _dataset_ids(data_arguments)
     dataset_title = given.dataset_title or (", ".join(dataset_ids) if dataset_ids else None)
     backbone = _backbone(sources, given)
-    base_model = given.base_model or _hub_id((run or {}).get("model", {}).get("backbone"))
-    if not (base_model or backbone):
-        fact(None, "what the backbone was before", "--base_model, or a run.json beside the model")
+    base_model = _recorded_base_model(run) if given.base_model in (None, "none") else given.base_model
+    if not backbone:
+        fact(
+            None,
+            "what the backbone was before",
+            "--base_model names it on the Hub, or says none if it is not there (a folder is no name of it)",
+        )
     if given.license is None:
         fact(None, "the licence of the weights", "--license")
     if not sources.examples and sources.has_examples:
@@ -229,6 +243,8 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         repo_id=sources.repo_id,
         description=fact(given.description, "what the model tells apart and what it is for", "--description"),
         what_it_is=_what_it_is(sources, backbone),
+        requirements=_requirements(sources.requirements),
+        is_half=config.dtype is not None and str(config.dtype) != "torch.float32",
         picture=pictures[0],
         pictures=pictures if len(pictures) > 1 else pictures * 2,
         references=sources.references,
@@ -289,10 +305,12 @@ def check_facts(sources: CardSources, given: CardArguments):
                 f"The record of the training is of a model of {number:,} parameters, this one has "
                 f"{sources.num_parameters:,}: it is the record of another model."
             )
-        recorded = _hub_id(run["model"].get("backbone"))
-        if given.base_model and recorded and given.base_model != recorded:
+        recorded, backbone = _recorded_base_model(run), run["model"].get("backbone")
+        is_local = isinstance(backbone, str) and Path(backbone).is_absolute()
+        if given.base_model and not is_local and given.base_model != recorded:
+            made_from = "no pretrained weights" if _is_from_scratch(run) else backbone
             raise ValueError(
-                f"--base_model {given.base_model}: by the record of its training the model was made from {recorded}."
+                f"--base_model {given.base_model}: by the record of its training the model was made from {made_from}."
             )
         named = _dataset_ids(run["arguments"])
         if given.datasets and run["arguments"].get("dataset_name") and given.datasets != named:
@@ -367,27 +385,35 @@ def _condition(row: Mapping[str, Any]) -> str:
 
 
 def _dataset_ids(arguments: Mapping[str, Any]) -> list[str]:
-    """Of the Hub, or of a published layout; a folder of the user's has none."""
-    name = _hub_id(arguments.get("dataset_name")) or arguments.get("dataset_format")
-    return [name] if name else []
+    """Of the Hub; pictures in a folder have none."""
+    name = arguments.get("dataset_name")
+    return [name] if name and _HUB_ID.fullmatch(name) else []
 
 
-def _hub_id(name: Any) -> str | None:
-    """A name that can be one of the Hub's: no path, no packaged weights, no fields of a config."""
-    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or name.startswith("packaged/"):
-        return None
-    return None if Path(name).exists() else name
+def _recorded_base_model(run: Mapping[str, Any] | None) -> str | None:
+    """The backbone on the Hub that a model was made from, by the record of its training."""
+    name = (run or {}).get("model", {}).get("backbone")
+    is_name = isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.startswith("packaged/")
+    return name if is_name else None
+
+
+def _is_from_scratch(run: Mapping[str, Any] | None) -> bool:
+    return run is not None and not isinstance(run["model"].get("backbone"), str)
 
 
 def _backbone(sources: CardSources, given: CardArguments) -> str | None:
-    name = (sources.run or {}).get("model", {}).get("backbone")
-    if given.base_model:
-        return f"[{given.base_model}](https://huggingface.co/{given.base_model})"
-    if isinstance(name, Mapping) or (sources.run is not None and name is None):
+    if given.base_model == "none":
+        return "from a checkpoint that is not on the Hub"
+    if _is_from_scratch(sources.run):
         return "trained from scratch"
-    if hub_id := _hub_id(name):
+    if hub_id := given.base_model or _recorded_base_model(sources.run):
         return f"[{hub_id}](https://huggingface.co/{hub_id})"
-    return _BACKBONE_NAMES.get(name or "")
+    return _BACKBONE_NAMES.get((sources.run or {}).get("model", {}).get("backbone") or "")
+
+
+def _requirements(lines: Sequence[str]) -> str:
+    names = [f"`{line}`" for line in lines]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _what_it_is(sources: CardSources, backbone: str | None) -> str:
@@ -405,10 +431,21 @@ def _what_it_is(sources: CardSources, backbone: str | None) -> str:
 
 def _classes(config: PreTrainedConfig) -> str:
     names = [str(config.id2label[number]) for number in sorted(config.id2label)]
-    shown = ", ".join(f"`{name}`" for name in names[:_MOST_CLASSES])
+    shown = ", ".join(_code(name) for name in names[:_MOST_CLASSES])
     return shown + (
         f" and {len(names) - _MOST_CLASSES} more (`id2label` of the config)" if len(names) > _MOST_CLASSES else ""
     )
+
+
+def _code(name: str) -> str:
+    """A name as code in Markdown, on one line and not too long, whatever is in it."""
+    name = " ".join(name.split())
+    name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
+    longest = max((len(run) for run in re.findall("`+", name)), default=0)
+    if not longest:
+        return f"`{name}`"
+    fence = "`" * (longest + 1)
+    return f"{fence} {name} {fence}"
 
 
 def _results_text(assessment: Mapping[str, Any] | None, dataset_title: str | None) -> str | None:

@@ -8,7 +8,8 @@ task answers, `[{"label": ..., "score": ...}]`. Environment variables of the end
 
 - `RBI_MAX_BATCH_SIZE` (16): largest number of pictures that go through the model at once.
 - `RBI_MAX_PENDING` (128): largest number of pictures in work or waiting; those above it are refused.
-- `RBI_MAX_PIXELS` (100 million): largest picture, by its header, before it is decoded.
+- `RBI_MAX_PIXELS` (100 million): largest picture, by its header, before it is decoded. Pillow has a limit of its own,
+  178,956,970.
 - `RBI_URL_HOSTS` (empty: none): hosts, `example.org` or `example.org:8000`, separated by commas, that pictures may be
   fetched from where `inputs` is an address. What is listed is trusted, even if it is in a private network.
 """
@@ -153,7 +154,8 @@ class EndpointHandler:
             raise ValueError(
                 'The request has no `inputs`: send {"inputs": a picture as base64 text, "parameters": {}}.'
             )
-        _check_names(data, {"inputs", "parameters"}, "The request")
+        # `options`, which some clients send with it, are of the Hub's own servers.
+        _check_names(data, {"inputs", "parameters", "options"}, "The request")
         parameters = data.get("parameters")
         if parameters is None:
             parameters = {}

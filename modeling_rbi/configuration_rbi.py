@@ -223,11 +223,14 @@ class RBIConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """
-        As `PreTrainedConfig.to_dict`, without attributes that were hung on the config and are no fields of it, and
-        without `gather_across_processes`, which is of a run, not of the model: who loads it may run otherwise.
+        As `PreTrainedConfig.to_dict`, without attributes that were hung on the config and are no fields of it, without
+        `gather_across_processes`, which is of a run, not of the model (who loads it may run otherwise), and without
+        the place that the backbone was loaded from, which may be a folder of the machine.
         """
         names = {field.name for field in fields(self)} - {"gather_across_processes"}
-        return {name: value for name, value in super().to_dict().items() if name in names or self._is_common(name)}
+        content = {name: value for name, value in super().to_dict().items() if name in names or self._is_common(name)}
+        content["backbone_config"].pop("_name_or_path", None)
+        return content
 
     @staticmethod
     def _is_common(name: str) -> bool:

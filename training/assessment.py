@@ -38,7 +38,7 @@ from .data.pictures import Pictures
 from .data.reading import SPLITS, DataArguments, fingerprint, iter_rows, labels_of, load_pictures
 from .data.transforms import EvalTransform, processed_size
 from .features import ExtractedPictures, extract, is_itself
-from .files import filled_whole, write_json
+from .files import filled_whole, names_in, write_json
 from .intervals import LEVEL, METRICS, Bootstrap, Estimate, interval, mean_metrics
 from .plots import ConfusedPair, plot_batch_sizes, plot_confused_pairs, plot_confusion_matrix, plot_reliability
 from .protocols import (
@@ -312,7 +312,7 @@ def check_output_dir(folder: Path):
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: name a folder.")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = names_in(folder)
     others = [name for name in names if name not in FILES]
     if others or (names and not _is_assessment(folder / RESULTS_FILE)):
         raise ValueError(

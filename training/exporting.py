@@ -37,7 +37,7 @@ from .data.checks import check_pictures, drop_bad, refuse_bad
 from .data.pictures import Collator, Pictures
 from .data.reading import DataArguments, load_pictures
 from .data.transforms import EvalTransform, processed_size
-from .files import filled_whole, write_json
+from .files import filled_whole, names_in, write_json
 
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def check_output_dir(folder: Path):
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: name a folder.")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = names_in(folder)
     others = set(names) - {CONFIG_FILE, PROCESSOR_FILE, ONNX_FOLDER, _PROGRAM_FILE}
     if others or (names and not _is_export(folder / CONFIG_FILE)):
         listed = ", ".join((sorted(others) or names)[:5])

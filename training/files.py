@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 
+_DRAFT = ".draft.tmp"
+
+
 def read_json(path: Path, what: str) -> dict[str, Any] | None:
     r"""
     What a file of this project holds, if there is one.
@@ -45,6 +48,17 @@ def write_json(path: Path, content: Any):
         draft.unlink(missing_ok=True)
 
 
+def names_in(folder: Path) -> list[str]:
+    """Names in a folder, if it is there, without drafts that [`filled_whole`] left when it was killed."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if not _is_draft(path))
+
+
+def _is_draft(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(_DRAFT) and path.is_dir()
+
+
 @contextmanager
 def filled_whole(folder: Path, last: str) -> Iterator[Path]:
     r"""
@@ -58,7 +72,7 @@ def filled_whole(folder: Path, last: str) -> Iterator[Path]:
             Name of the file that makes it whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=_DRAFT, ignore_cleanup_errors=True) as name:
         draft = Path(name)
         yield draft
         # While some files are old and some are new, the folder is not whole.

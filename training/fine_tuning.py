@@ -344,7 +344,7 @@ def train(
         environment=describe_environment(args.training),
         data=data_record,
         model={
-            "backbone": args.model.model_name_or_path or args.model.backbone_fields,
+            "backbone": _place_or_name(args.model.model_name_or_path) or args.model.backbone_fields,
             "preset": args.model.preset,
             "parameters": sum(parameter.numel() for parameter in trained.parameters()),
             "trainable_parameters": sum(
@@ -467,6 +467,11 @@ def _push(trainer: RBITrainer, args: Arguments):
             f"the model is trained and saved, but publishing it failed ({error}). Publish it with `python -m "
             f"training.publish --model {args.training.output_dir} --repo_id {trainer.hub_model_id}`."
         ) from error
+
+
+def _place_or_name(name: str | None) -> str | None:
+    """An absolute path for a model in a folder, which nobody takes for a name on the Hub; else its name."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], training: TrainingArguments):

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model folder as someone would who has transformers alone, and writes what it answers.
 
-    python -I training/fresh_load.py FOLDER PICTURE... OUTPUT.safetensors
+    python -E -P training/fresh_load.py FOLDER PICTURE... OUTPUT.safetensors
 
 Run by its path, in a process of its own. It refuses to import the project's packages, so that the folder's own code is
 what runs.
@@ -32,7 +32,7 @@ def main(folder: str, pictures: list[str], output: str):
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
     image_processor = AutoImageProcessor.from_pretrained(folder)
     images = [Image.open(picture).convert("RGB") for picture in pictures]
-    inputs = image_processor(images, return_tensors="pt")
+    inputs = image_processor(images, return_tensors="pt").to(model.dtype)
     scopes = ["self", "batch"] + (["reference"] if model.config.references is not None else [])
     with torch.no_grad():
         logits = {scope: model(**inputs, relation_scope=scope).logits.float() for scope in scopes}

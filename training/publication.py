@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making the folder that a model is published as, proving it, and sending it to the Hub in one commit."""
 
+import glob
+import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -37,11 +40,13 @@ from modeling_rbi import RBIForImageClassification
 from .assessment import FILES as ASSESSMENT_FILES
 from .assessment import PROGRAM as ASSESSMENT_PROGRAM
 from .assessment import RESULTS_FILE, load_classifier, load_config
-from .data.decode import DEFAULT_MAX_PIXELS, decode_image
+from .data.decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, decode_image
 from .files import read_json, write_json
 from .record import RunRecord, weights_fingerprint
 from .references import RECORD_FILE as REFERENCES_FILE
 
+
+logger = logging.getLogger(__name__)
 
 MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
 # What the backbones of timm need beside the requirements of all.
@@ -50,8 +55,14 @@ TIMM_REQUIREMENTS = "timm>=1.0.23\ntorchvision>=0.25\n"
 TOLERANCE = 1e-4
 _EXAMPLE_SIZE = 512
 _MOST_EXAMPLES = 8
-# What of an earlier publication the new one replaces, where it has it no more.
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", f"{EXAMPLES_DIR}/*", f"{ASSESSMENT_DIR}/*"]
+# The files of a publication: what is not of these was put there by someone else.
+_PUBLISHED = re.compile(
+    r"README\.md|requirements\.txt|handler\.py|\w+_rbi\.py|(?:preprocessor_)?config\.json"
+    r"|model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    rf"|{EXAMPLES_DIR}/[^/]+\.png|{ASSESSMENT_DIR}/[^/]+\.(?:png|csv|json)"
+)
+# What would be loaded in place of what is published, or with it.
+_TAKES_PRECEDENCE = {"adapter_config.json", "processor_config.json"}
 _PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 _SECRETS = {
     "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{30,}",
@@ -62,7 +73,9 @@ _SECRETS = {
     "an API key": r"\bsk-[\w-]{20,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
-_ABSOLUTE = re.compile(r"(?:/|~|[A-Za-z]:[\\/]|\\\\).*")
+_PLACE = re.compile(r"(?:file://|/|~|\.\.?[\\/]|[A-Za-z]:[\\/]|\\\\).*")
+_TEXT = {".csv", ".json", ".md", ".py", ".txt", ".yaml", ".yml"}
+_SIZE = re.compile(r"\d+(?:\.\d+)?[KMGT]i?B", flags=re.IGNORECASE)
 
 
 # What the client's HTTP library raises where no answer comes; which library that is depends on the client's version.
@@ -111,6 +124,8 @@ class PublicationArguments:
             raise ValueError(f"--repo_id {self.repo_id}: {error}") from error
         if self.repo_id.count("/") != 1:
             raise ValueError(f"--repo_id {self.repo_id} must be of the form user/name.")
+        if not _SIZE.fullmatch(self.max_shard_size):
+            raise ValueError(f"--max_shard_size {self.max_shard_size} is no size, such as 5GB or 500MB.")
         if self.output_dir is not None and not self.dry_run:
             raise ValueError("--output_dir goes with --dry_run: nothing is kept where the folder is sent to the Hub.")
         if self.output_dir is None:
@@ -137,8 +152,9 @@ def check_destination(args: PublicationArguments, api: HfApi) -> None:
     Whether the user may write there, before any work is done.
 
     Raises:
-        RefusedError: without a token, with one that the Hub does not know, for a repository of another owner, or where
-            `--private` contradicts what is there.
+        RefusedError: without a token, with one that the Hub does not know or that may only read, for a repository of
+            another owner, where `--private` or `--revision` contradicts what is there, or where something is there
+            that must not stand beside a publication.
         OSError: if the Hub cannot be reached.
     """
     if api.token is None and get_token() is None:
@@ -151,8 +167,13 @@ def check_destination(args: PublicationArguments, api: HfApi) -> None:
         raise
     except _NO_ANSWER as error:
         raise ConnectionError(f"{api.endpoint} does not answer ({error}).") from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise RefusedError(
+            "The token may only read: make one that may write, on https://huggingface.co/settings/tokens."
+        )
     owner = args.repo_id.split("/")[0]
-    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    organisations = [each["name"] for each in user.get("orgs", []) if each.get("roleInOrg") != "read"]
+    owners = [user["name"], *organisations]
     if owner.lower() not in (name.lower() for name in owners):
         raise RefusedError(
             f"--repo_id {args.repo_id}: {owner} is another owner. The token is of {user['name']}, who can write to "
@@ -161,11 +182,30 @@ def check_destination(args: PublicationArguments, api: HfApi) -> None:
     try:
         info = api.model_info(args.repo_id)
     except RepositoryNotFoundError:
+        if args.revision != "main":
+            raise RefusedError(
+                f"--revision {args.revision}: {args.repo_id} is not there yet, so it has no branch but main."
+            ) from None
         return
     if args.private and not info.private:
         raise RefusedError(
             f"{args.repo_id} is there and public, which --private does not change: change its visibility in its "
             "settings, or name another."
+        )
+    if not api.revision_exists(args.repo_id, args.revision):
+        raise RefusedError(
+            f"--revision {args.revision}: {args.repo_id} has no such branch (`hf repos branch create {args.repo_id} "
+            f"{args.revision}`)."
+        )
+    names = api.list_repo_files(args.repo_id, revision=args.revision)
+    unfit = [
+        name for name in names if Path(name).suffix in _PICKLES or Path(name).name in {".env", *_TAKES_PRECEDENCE}
+    ]
+    if unfit:
+        raise RefusedError(
+            f"{args.repo_id} holds {', '.join(unfit)}: pickles, secrets or what is loaded in place of what would be "
+            f"published. Delete them (`hf repos delete-files {args.repo_id} {' '.join(map(shlex.quote, unfit))}`), or "
+            "name another repository."
         )
 
 
@@ -220,25 +260,30 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
         for name in (*figures, *(name for name in ASSESSMENT_FILES if name.endswith(".csv"))):
             shutil.copyfile(Path(args.assessment) / name, folder / ASSESSMENT_DIR / name)
         write_json(folder / ASSESSMENT_DIR / RESULTS_FILE, without_places(assessment))
-    card, missing = make_card(
-        CardSources(
-            repo_id=args.repo_id,
-            config=model.config,
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            references=references,
-            run=run,
-            reference_record=reference_record,
-            assessment=assessment,
-            figures=figures,
-            examples=list(examples),
-            has_examples=args.examples != ["none"],
-            emissions=read_emissions(source),
-        ),
-        given,
+    sources = CardSources(
+        repo_id=args.repo_id,
+        config=model.config,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        requirements=requirements(model.rbi.backbone.config.model_type).splitlines(),
+        references=references,
+        run=run,
+        reference_record=reference_record,
+        assessment=assessment,
+        figures=figures,
+        examples=list(examples),
+        has_examples=args.examples != ["none"],
+        emissions=read_emissions(source),
     )
+    try:
+        card, missing = make_card(sources, given)
+    except KeyError as error:
+        raise ValueError(
+            f"run.json or {REFERENCES_FILE} beside the model, or the assessment, lacks {error}: it is of another "
+            "version, or was changed, so make it anew."
+        ) from error
     (folder / "README.md").write_text(str(card) + "\n", encoding="utf-8")
     problems += [f"The card lacks {fact}" for fact in missing]
-    problems += find_secrets(folder) + find_pickles(folder)
+    problems += find_secrets(folder) + find_places(folder, source) + find_pickles(folder)
     return Publication(folder, model, image_processor, [folder / EXAMPLES_DIR / name for name in examples], problems)
 
 
@@ -255,13 +300,16 @@ def publish(args: PublicationArguments, publication: Publication, api: HfApi) ->
         raise RefusedError("\n".join(publication.problems))
     publication.check_loads_back()
     try:
+        _check_card(publication.folder, api)
         api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+        # What a former publication had, and this one has no more.
+        there = filter(_PUBLISHED.fullmatch, api.list_repo_files(args.repo_id, revision=args.revision))
         return api.upload_folder(
             repo_id=args.repo_id,
             folder_path=publication.folder,
             revision=args.revision,
             commit_message=args.commit_message or f"Publish {args.repo_id.split('/')[1]}",
-            delete_patterns=_REPLACED,
+            delete_patterns=[glob.escape(name) for name in there],
         )
     except HfHubHTTPError:
         raise
@@ -269,8 +317,31 @@ def publish(args: PublicationArguments, publication: Publication, api: HfApi) ->
     except (RuntimeError, *_NO_ANSWER) as error:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise ConnectionError(
-            f"The upload was interrupted: {reason} Nothing was committed. The same command again goes on."
+            f"The upload was interrupted: {reason} What is published changes in the last step alone, so most likely "
+            "it is as it was. The same command again goes on."
         ) from error
+
+
+def _check_card(folder: Path, api: HfApi):
+    """Asks the Hub whether it takes the card, which it would otherwise say when there is a repository already."""
+    content = {"repoType": "model", "content": (folder / "README.md").read_text(encoding="utf-8")}
+    headers = build_hf_headers(token=api.token)
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=content, headers=headers)
+    if response.status_code == 400:
+        errors = [each["message"] for each in response.json()["errors"]]
+        raise RefusedError(f"The Hub does not take the card: {' '.join(errors)}")
+    hf_raise_for_status(response)
+
+
+def is_publication(folder: Path) -> bool:
+    """Whether a folder is one that a dry run wrote, and nothing else."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return {"README.md", "handler.py", "config.json"} <= names and all(map(_PUBLISHED.fullmatch, names))
+
+
+def left_out(source: Path, publication: Publication) -> list[str]:
+    """Names of what lies beside a model and is not published."""
+    return sorted(path.name for path in source.iterdir() if not (publication.folder / path.name).exists())
 
 
 def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseImageProcessor]:
@@ -299,6 +370,11 @@ def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseIm
         pickles = sorted(each.name for each in path.iterdir() if each.suffix in _PICKLES)
         found = f" (it has {', '.join(pickles)}: pickles, which are not read)" if pickles else ""
         raise ValueError(f"--model {folder} has no weights in safetensors files{found}.")
+    if len(config.image_mean) == 1:
+        raise ValueError(
+            f"--model {folder} takes pictures of one channel, which `pipeline` and the Hub's widgets never give: they "
+            "turn all pictures to RGB. Publish one of three channels."
+        )
     model, image_processor = load_classifier(folder, "main", config)
     return model, image_processor
 
@@ -336,6 +412,11 @@ def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:
     stems = [path.stem for path in paths]
     for path in paths:
         picture = decode_image(str(path), max_pixels=DEFAULT_MAX_PIXELS)
+        if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+            raise ValueError(
+                f"{path} has {picture.width} x {picture.height} pixels, one side more than {MAX_ASPECT_RATIO} times "
+                "the other, which an endpoint refuses: crop it."
+            )
         picture.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
         # Pictures in folders of their classes are often called alike.
         stem = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
@@ -358,14 +439,27 @@ def _pictures_of(path: Path) -> list[Path]:
 
 
 def without_places(content: Any) -> Any:
-    """JSON with the last part alone of each absolute path: where files lie on this machine is nobody's business."""
+    """JSON with the last part alone of paths: where files lie on this machine is nobody's business."""
     if isinstance(content, dict):
         return {key: without_places(value) for key, value in content.items()}
     if isinstance(content, list):
         return [without_places(value) for value in content]
-    if isinstance(content, str) and _ABSOLUTE.fullmatch(content):
+    if isinstance(content, str) and _PLACE.fullmatch(content):
         return re.split(r"[\\/]", content.rstrip("\\/"))[-1]
     return content
+
+
+def find_places(folder: Path, *sources: Path) -> list[str]:
+    """Text files of a folder that tell where files lie on this machine, each in words."""
+    roots = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *(source.resolve() for source in sources)}
+    places = [str(root) for root in roots if root != Path(root.anchor)]
+    return [
+        f"{path.relative_to(folder)} names a place on this machine, {place}: take it out."
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in _TEXT
+        for place in places
+        if re.search(rf"(?<![\w.-]){re.escape(place)}(?![\w.-])", path.read_text(encoding="utf-8"))
+    ]
 
 
 def find_secrets(folder: Path) -> list[str]:
@@ -373,7 +467,7 @@ def find_secrets(folder: Path) -> list[str]:
     own = get_token()
     found = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in (".json", ".md", ".py", ".txt", ".csv", ".yaml", ".yml"):
+        if path.is_file() and path.suffix in _TEXT:
             text = path.read_text(encoding="utf-8")
             name = path.relative_to(folder)
             found += [f"{name} holds {kind}: take it out." for kind, form in _SECRETS.items() if re.search(form, text)]
@@ -389,8 +483,10 @@ def find_pickles(folder: Path) -> list[str]:
         if path.is_file():
             with path.open("rb") as file:
                 head = file.read(4)
-            # Protocols 2 and later begin with 0x80; torch.save's archives are zip files.
-            if path.suffix in _PICKLES or head[:1] == b"\x80" or head == b"PK\x03\x04":
+            # Protocols 2 and later begin with 0x80 and their number, as may the length in a safetensors file;
+            # torch.save's archives are zip files.
+            is_pickle = path.suffix != ".safetensors" and re.match(rb"\x80[\x02-\x05]|PK\x03\x04", head)
+            if path.suffix in _PICKLES or is_pickle:
                 found.append(f"{path.relative_to(folder)} is a pickle or an archive: it is not published.")
     return found
 
@@ -413,7 +509,7 @@ def check_loads_back(
             To compare with; by default made-up ones.
 
     Raises:
-        RefusedError: if it does not load, or answers otherwise.
+        RefusedError: if it does not load or run, or answers otherwise.
     """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -426,18 +522,19 @@ def check_loads_back(
         }
         script = Path(__file__).with_name("fresh_load.py")
         result = subprocess.run(
-            [sys.executable, "-I", str(script), *(str(path.resolve()) for path in (folder, *paths, output))],
+            [sys.executable, "-E", "-P", str(script), *(str(path.resolve()) for path in (folder, *paths, output))],
             env=environment,
             cwd=scratch,
             capture_output=True,
             text=True,
         )
         if result.returncode:
+            logger.debug("The fresh process ended with:\n%s", result.stderr)
             reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message"
-            raise RefusedError(f"The folder does not load where this package is not installed ({reason}).")
+            raise RefusedError(f"The folder does not load and answer where this package is not installed ({reason}).")
         loaded = load_file(output)
         images = [Image.open(path).convert("RGB") for path in paths]
-        inputs = image_processor(images, return_tensors="pt")
+        inputs = image_processor(images, return_tensors="pt").to(model.dtype)
         for scope, logits in loaded.items():
             with torch.no_grad():
                 expected = model(**inputs, relation_scope=scope).logits.float()

@@ -26,7 +26,16 @@ from rich.console import Console
 from model_cards.card import CardArguments
 
 from .arguments import parse_arguments
-from .publication import PublicationArguments, check_destination, describe, make_folder, publish
+from .publication import (
+    Publication,
+    PublicationArguments,
+    check_destination,
+    describe,
+    is_publication,
+    left_out,
+    make_folder,
+    publish,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return _dry_run(args, given, console) if args.dry_run else _publish(args, given, console)
     except KeyboardInterrupt:
-        print("Stopped. Nothing was published.", file=sys.stderr)
+        print("Stopped. What is published is as it was, but if it was in the last moment.", file=sys.stderr)
         return 130
     except (ValueError, ImportError, OSError, StrictDataclassError) as error:
         logger.debug("Where it happened:", exc_info=True)
@@ -54,22 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dry_run(args: PublicationArguments, given: CardArguments, console: Console) -> int:
     folder = Path(args.output_dir or "")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output_dir {folder} is there already: name a new folder.")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_publication(folder))):
+        raise ValueError(f"--output_dir {folder} holds other things than a publication: name a new folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".tmp") as draft:
         publication = make_folder(args, given, Path(draft) / "folder")
         publication.check_loads_back()
+        text = _describe(publication, args)
         if folder.exists():
-            folder.rmdir()
+            folder.rename(Path(draft) / "former")
         publication.folder.rename(folder)
-    console.print(f"{describe(folder)}\n{_LOADS_BACK}\nFolder: {folder.resolve()}")
+    console.print(f"{text}\n{_LOADS_BACK}\nFolder: {folder.resolve()}")
     if publication.problems:
         print(
             "error: it would be refused:\n" + "\n".join(f"- {each}" for each in publication.problems), file=sys.stderr
         )
         return 1
-    console.print(f"Fit to be published: the same command without --dry_run sends it to {args.repo_id}.")
+    console.print(
+        "Fit to be published, as far as can be seen without the Hub: the same command without --dry_run sends it to "
+        f"{args.repo_id}."
+    )
     return 0
 
 
@@ -79,13 +92,18 @@ def _publish(args: PublicationArguments, given: CardArguments, console: Console)
     with tempfile.TemporaryDirectory() as draft:
         publication = make_folder(args, given, Path(draft) / "folder")
         commit = publish(args, publication, api)
-        console.print(describe(publication.folder))
+        console.print(_describe(publication, args))
     console.print(
         f"{_LOADS_BACK}\nPublished: {commit.commit_url}\n"
         f'AutoModelForImageClassification.from_pretrained("{args.repo_id}", revision="{commit.oid}", '
         "trust_remote_code=True)"
     )
     return 0
+
+
+def _describe(publication: Publication, args: PublicationArguments) -> str:
+    names = left_out(Path(args.model), publication)
+    return describe(publication.folder) + (f"\nNot published, of {args.model}: {', '.join(names)}" if names else "")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def sources(estimate):
     }
     backbone = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1])
     config = RBIConfig.kernel(backbone_config=backbone, id2label={0: "cat", 1: "dog", 2: "fox"})
-    return CardSources("alice/pets", config, 1_250_000, assessment=assessment, examples=["cat.png", "dog.png"])
+    needed = ["torch>=2.10", "transformers>=5.17", "timm"]
+    return CardSources("alice/pets", config, 1_250_000, needed, assessment=assessment, examples=["cat.png", "dog.png"])
 
 
 def test_complete(sources, given):
@@ -70,13 +71,14 @@ def test_complete(sources, given):
     assert data.model_name == "pets" and len(data.eval_results) == 8
     assert "| sorted | 8 | 50.0 [25.0, 75.0] |" in card.text and "On the 1,200 test pictures of pets" in card.text
     assert "- No leak seen." in card.text and "arXiv:2412.19606" in card.text
+    assert "It needs `torch>=2.10`, `transformers>=5.17` and `timm`,\nand no package" in card.text
     assert "1.2 million parameters" in card.text and "with cosine attention" in card.text
     assert not any(line.endswith(" ") or "{{" in line or "{%" in line for line in card.text.splitlines())
 
 
 def test_nothing_known():
     config = RBIConfig.paper(backbone_config=ConvNextConfig(), num_labels=2)
-    card, missing = make_card(CardSources("alice/pets", config, 10), CardArguments())
+    card, missing = make_card(CardSources("alice/pets", config, 10, ["torch", "pillow"]), CardArguments())
     assert len(missing) == 9
     assert len([line for line in card.text.splitlines() if "**Missing" in line]) == 7
     assert yaml.safe_load(str(card).split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
@@ -123,6 +125,37 @@ def test_many_classes_are_not_all_listed(sources, given):
     sources.config.id2label = {number: f"kind {number}" for number in range(100)}
     text = make_card(dataclasses.replace(sources, assessment=None), given)[0].text
     assert "`kind 59` and 40 more" in text and "kind 60" not in text
+
+
+def test_class_names_of_any_kind(sources, given):
+    sources.config.id2label = {0: "a `b` c", 1: "line\nbreak", 2: "x" * 500, 3: "<b>|"}
+    text = make_card(dataclasses.replace(sources, assessment=None), given)[0].text
+    assert f"``  a `b` c ``, `line break`, `{'x' * 80}...`, `<b>|`".replace("  ", " ") in text
+
+
+def test_a_backbone_that_is_not_on_the_hub(sources, given):
+    card, missing = make_card(sources, dataclasses.replace(given, base_model="none"))
+    assert not missing and card.data.base_model is None
+    assert "a convnext backbone (from a checkpoint that is not on the Hub)" in card.text
+
+
+def test_data_sets_are_those_of_the_hub(sources, given):
+    for arguments, expected in (
+        ({"dataset_name": "alice/pets"}, ["alice/pets"]),
+        ({"dataset_name": "/home/alice/pets"}, None),
+        ({"dataset_format": "cub_200_2011"}, None),
+    ):
+        changed = dataclasses.replace(sources, assessment=sources.assessment | {"arguments": arguments})
+        card, _ = make_card(changed, dataclasses.replace(given, datasets=None))
+        assert card.data.datasets == expected
+        kinds = {result.dataset_type for result in card.data.eval_results}
+        assert kinds == {"alice/pets" if expected else "imagefolder"}
+
+
+def test_facts_that_are_no_text():
+    for value in ("1000.0", "5", "?"):
+        with pytest.raises(ValueError, match="--data_license is a text"):
+            CardArguments(data_license=value)
 
 
 def test_measured_emissions_are_told(sources, given, tmp_path):

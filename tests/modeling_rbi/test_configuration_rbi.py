@@ -354,6 +354,8 @@ def test_a_scope_that_is_set_later_is_checked_when_the_model_is_built(config):
 
 
 def test_gathering_is_of_a_run_and_not_saved(backbone_config, tmp_path):
+    backbone_config._name_or_path = "/home/alice/checkpoint"
     RBIConfig(backbone_config=backbone_config, gather_across_processes=True).save_pretrained(tmp_path)
+    assert "alice" not in (tmp_path / "config.json").read_text()
     assert not RBIConfig.from_pretrained(tmp_path).gather_across_processes
     assert RBIConfig.from_pretrained(tmp_path, gather_across_processes=True).gather_across_processes

@@ -6,11 +6,13 @@ import re
 import shutil
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from modeling_rbi import RBIForImageClassification
@@ -21,7 +23,10 @@ from training.publication import (
     RefusedError,
     check_loads_back,
     find_pickles,
+    find_places,
     find_secrets,
+    is_publication,
+    left_out,
     load_published_model,
     make_folder,
     requirements,
@@ -247,6 +252,12 @@ def test_pickles_are_found_by_name_and_by_content(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "notes.txt")
     Image.new("RGB", (4, 4)).save(tmp_path / "fine.png")
     (tmp_path / "fine.json").write_text("{}")
+    for number in range(600):  # whose length, in its first bytes, is that of a pickle's head
+        save_file({"x" * number: torch.ones(1)}, tmp_path / "model.safetensors")
+        if (tmp_path / "model.safetensors").read_bytes()[:2] == b"\x80\x02":
+            break
+    else:
+        pytest.fail("no such length")
     assert [found.split(" is ")[0] for found in find_pickles(tmp_path)] == [
         "examples/cat.png",
         "notes.txt",
@@ -266,7 +277,7 @@ def test_what_does_not_load_back_is_refused(made, tmp_path):
     (folder / "modeling_rbi.py").write_text(
         code.replace("from .references_rbi", "from modeling_rbi.references_rbi", 1)
     )
-    with pytest.raises(RefusedError, match="does not load where this package is not installed"):
+    with pytest.raises(RefusedError, match="does not load and answer where this package is not installed"):
         check_loads_back(folder, model, image_processor)
 
 
@@ -295,6 +306,11 @@ def test_facts_that_contradict_the_model(make, given, copy):
     refuses("names 2 classes", data=record["data"] | {"label_names": ["cat", "dog"]})
     refuses("The training is interrupted", status="interrupted")
     refuses("made from facebook/x", replace(given, base_model="facebook/y"), model={"backbone": "facebook/x"})
+    refuses("made from no pretrained weights", replace(given, base_model="facebook/y"))
+    packaged = {"backbone": "packaged/mobilenet_v2"}
+    refuses("made from packaged/mobilenet_v2", replace(given, base_model="facebook/y"), model=packaged)
+    results = {"results": {}}
+    refuses("run.json or .* lacks 'train': .*make it anew", **results)
     of_the_hub = {"arguments": record["arguments"] | {"dataset_name": "alice/cats"}}
     refuses("trained on alice/cats", replace(given, datasets=["alice/dogs"]), **of_the_hub)
 
@@ -324,6 +340,11 @@ def test_folders_that_are_no_model_to_publish(tmp_path, copy):
     refuses(r"no weights in safetensors files \(it has pytorch_model\.bin: pickles")
     (copy / "preprocessor_config.json").unlink()
     refuses(r"no preprocessor_config\.json")
+    (copy / "pytorch_model.bin").rename(copy / "model.safetensors")
+    (copy / "preprocessor_config.json").touch()
+    backbone = json.loads((copy / "config.json").read_text())["backbone_config"] | {"num_channels": 1}
+    edit(copy / "config.json", image_mean=[0.5], image_std=[0.5], backbone_config=backbone)
+    refuses("pictures of one channel")
 
 
 def test_example_pictures(make, tmp_path, picture_files):
@@ -345,6 +366,9 @@ def test_example_pictures(make, tmp_path, picture_files):
     (tmp_path / "broken.png").write_bytes(pickle.dumps("no picture"))
     with pytest.raises(ValueError, match=r"broken\.png"):
         make(examples=[str(tmp_path / "broken.png")])
+    Image.new("RGB", (2, 201)).save(tmp_path / "narrow.png")
+    with pytest.raises(ValueError, match=r"narrow\.png has 2 x 201 pixels.*crop it"):
+        make(examples=[str(tmp_path / "narrow.png")])
     (tmp_path / "cut.png").write_bytes(picture_files[0].read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cut\.png"):
         make(examples=[str(tmp_path / "cut.png")])
@@ -364,6 +388,7 @@ def test_example_pictures(make, tmp_path, picture_files):
         ({"repo_id": "a/b/c"}, "repo_id"),
         ({"repo_id": "a/-b"}, "repo_id"),
         ({"output_dir": "here"}, "goes with --dry_run"),
+        ({"max_shard_size": "abc"}, "max_shard_size abc is no size"),
     ],
 )
 def test_wrong_arguments(arguments, changes, match):
@@ -372,5 +397,41 @@ def test_wrong_arguments(arguments, changes, match):
 
 
 def test_places_are_cut_to_their_last_part():
-    content = {"a": ["/home/me/x.json", "~/y", "C:\\data\\z", "user/name", "2/3", 5, None], "b": {"c": "/"}}
-    assert without_places(content) == {"a": ["x.json", "y", "z", "user/name", "2/3", 5, None], "b": {"c": ""}}
+    places = ["/home/me/x.json", "~/y", "C:\\data\\z", "file:///home/me/v", "../../me/w"]
+    others = ["user/name", "2/3", 5, None]
+    content = {"a": places + others, "b": {"c": "/"}}
+    assert without_places(content) == {"a": ["x.json", "y", "z", "v", "w", *others], "b": {"c": ""}}
+
+
+def test_places_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/alice")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "fine.json").write_text('["/home/alicette/x", "https://host/home/alice/x", "home/alice"]')
+    assert find_places(folder, Path("/data/models")) == []
+    told = {"home.json": "/home/alice/x", "here.md": f"see {tmp_path}.", "source.txt": "file:///data/models/x"}
+    for name, text in told.items():
+        (folder / name).write_text(text)
+    assert {found.split(" ")[0] for found in find_places(folder, Path("/data/models"))} == set(told)
+
+
+def test_a_publication_is_known_from_other_folders(made, trained, tmp_path):
+    assert is_publication(made.folder) and not is_publication(tmp_path)
+    assert not is_publication(trained / "model")
+    folder = shutil.copytree(made.folder, tmp_path / "folder")
+    (folder / "examples" / "mine").mkdir()
+    (folder / "examples" / "mine" / "notes.md").touch()
+    assert not is_publication(folder)
+    assert {"run.json", "all_results.json"} <= set(left_out(trained / "model", made))
+
+
+def test_half_precision_loads_back(arguments, given, copy, tmp_path):
+    RBIForImageClassification.from_pretrained(copy).half().save_pretrained(copy)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    made = make_folder(arguments(model=str(copy), assessment=None), given, folder)
+    assert made.model.dtype == torch.float16
+    made.check_loads_back()
+    code = (folder / "README.md").read_text()
+    assert code.count('return_tensors="pt").to(model.dtype)') == 3

@@ -93,7 +93,7 @@ def run(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_publications_and_the_code_of_their_card(hub, run, command, tmp_path):
+def test_publications_and_the_code_of_their_card(hub, hub_module, run, command, tmp_path):
     draft, sharded = tmp_path / "draft", command("zoo/pets", "--private", "--max_shard_size", "15kB")
     # The first upload is cut when one of the large files has arrived, and what the client sends again is refused.
     hub.fail("^PUT", skip=1)
@@ -104,19 +104,26 @@ def test_publications_and_the_code_of_their_card(hub, run, command, tmp_path):
     assert repo.history() == [] and repo.private
     arrived = set(repo.objects)
 
-    again, whole, dry = run(
-        sharded,
+    (again,) = run(sharded)
+    # What others have put there stays; so it must where names are like those of a publication.
+    others = ["scripts/prepare_rbi.py", "examples/mine/cat.png", "onnx/model.safetensors", "notes.md"]
+    commit = repo.commit()
+    files = commit.files | {name: hub_module.File(b"mine", False) for name in others}
+    repo.add("main", "mine", "", "alice", files)
+
+    whole, dry = run(
         command("zoo/pets", "--private"),
         command("zoo/pets", "--private", "--dry_run", "--output_dir", str(draft)),
     )
     assert again[0] == whole[0] == dry[0] == 0, again[2] + whole[2] + dry[2]
-    first, second = repo.history()
+    first, mine, second = repo.history()
+    assert set(others) < set(mine.files) and set(others) < set(second.files)
     assert first.id in again[1] and second.id in whole[1]
     large = [path for path, file in first.files.items() if file.is_lfs]
     assert 0 < len(arrived) < len(large)
     assert hub.count("^PUT") == len(large) + 1, "a large file that has arrived is not sent again"
     # Nothing of the former is left, and the dry run writes just what is sent.
-    sent = {path: content for path, content in repo.files().items() if path != ".gitattributes"}
+    sent = {path: content for path, content in repo.files().items() if path not in (".gitattributes", *others)}
     assert sent == {
         path.relative_to(draft).as_posix(): path.read_bytes() for path in draft.rglob("*") if path.is_file()
     }
@@ -139,27 +146,40 @@ def test_publications_and_the_code_of_their_card(hub, run, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_refused_touches_nothing(hub, run, command, tmp_path):
+def test_what_is_refused_touches_nothing(hub, hub_module, run, command, tmp_path):
     hub.add_user("bob")
+    reader = hub.add_user("carol", can_write=False)
+    # As a plain Trainer leaves it, of another model.
+    old = hub.repos["model", "alice/old"] = hub_module.Repo("model", "alice/old", False, "alice")
+    names = ("training_args.bin", "processor_config.json", ".env", "notes.md")
+    old.add("main", "mine", "", "alice", {name: hub_module.File(b"{}", False) for name in names})
     no_token = {"HF_TOKEN": "", "HF_HOME": str(tmp_path / "nobody")}
     results = run(
         (command("bob/pets"), {}),
         (command("alice/pets", "--license", "no-such-license"), {}),
         (command("alice/pets", "--description", "hf_" + "x" * 34), {}),
         (command("alice/pets", "--assessment", str(tmp_path)), {}),
+        (command("alice/pets", "--revision", "v2"), {}),
+        (command("alice/old", "--revision", "v2"), {}),
+        (command("alice/old"), {}),
+        (command("carol/pets"), {"HF_TOKEN": reader}),
         (command(), {"HF_TOKEN": "hf_wrong"}),
         (command(), no_token),
     )
-    other, license, secret, assessment, wrong, none = results
-    assert [code for code, *_ in results] == [1] * 6
+    other, license, secret, assessment, no_repo, no_branch, unfit, may_read, wrong, none = results
+    assert [code for code, *_ in results] == [1] * 10
     assert "bob is another owner. The token is of alice" in other[2]
-    assert "license" in license[2]
+    assert "The Hub does not take the card" in license[2] and "license" in license[2]
+    assert "is not there yet" in no_repo[2] and "has no such branch" in no_branch[2]
+    for name in names:
+        assert (name in unfit[2]) == (name != "notes.md")
+    assert "hf repos delete-files alice/old" in unfit[2] and "may only read" in may_read[2]
     assert "README.md holds a token of Hugging Face" in secret[2]
     assert "no output folder of training.assess" in assessment[2]
     assert "does not know the token" in wrong[2]
     assert "hf auth login" in none[2] and "HF_TOKEN" in none[2]
     assert all("Traceback" not in error for _, _, error in results)
-    assert hub.count("/commit/") == 0
+    assert hub.count("/commit/") == 0 and set(hub.repos) == {("model", "alice/old")}
 
 
 def test_a_dry_run_that_would_be_refused_says_why(command, tmp_path, capsys):
@@ -171,9 +191,15 @@ def test_a_dry_run_that_would_be_refused_says_why(command, tmp_path, capsys):
     assert "it would be refused" in printed.err and "--data_bias" in printed.err and "Fit to be" not in printed.out
     card = ModelCard.load(tmp_path / "draft" / "README.md")
     assert card.data.license == "mit" and card.text.count("**Missing") > 3
+    # The mended one takes its place; a folder of other things does not give way.
+    words[words.index("--config") + 1] = str(CARD)
+    assert main(words) == 0
+    assert "Fit to be published" in capsys.readouterr().out
+    assert "**Missing" not in (tmp_path / "draft" / "README.md").read_text()
+    (tmp_path / "draft" / "mine.txt").touch()
     before = (tmp_path / "draft" / "README.md").read_bytes()
     assert main(words) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "holds other things than a publication" in capsys.readouterr().err
     assert (tmp_path / "draft" / "README.md").read_bytes() == before
 
 

@@ -29,7 +29,7 @@ from rich.progress import Progress
 
 from ..files import write_json
 from ..packages import cache_dir
-from .decode import DEFAULT_MAX_PIXELS, UnreadableImageError, decode_image
+from .decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, UnreadableImageError, decode_image
 from .reading import (
     SPLITS,
     BadDataError,
@@ -50,7 +50,7 @@ KINDS = {
     "truncated": "broken or cut off",
     "oversized": "more pixels than the limit",
     "zero_size": "empty, or less than 2 pixels wide or high",
-    "narrow": "one side more than 100 times the other",
+    "narrow": f"one side more than {MAX_ASPECT_RATIO} times the other",
     "empty_box": "no part of the picture is in its box",
     "label_clash": "the same picture under several labels",
     "leak": "the same picture in several splits",
@@ -63,8 +63,6 @@ KINDS = {
 DEFAULT_MIN_PER_CLASS = 5
 # Of what is kept of a picture; a change makes what was kept before worthless.
 _FACTS_VERSION = 2
-# Resized until its shorter side fits the model, a picture of few pixels and of extreme shape can fill the memory.
-_MAX_ASPECT_RATIO = 100
 _CHUNK_PER_WORKER = 16
 
 
@@ -390,7 +388,7 @@ def _look_at(values: dict[str, Any], max_pixels: int) -> _Facts:
     except ValueError as error:
         return _Facts("empty_box", str(error), content, None)
     short, long = sorted(picture.size)
-    if short < 2 or long > _MAX_ASPECT_RATIO * short:
+    if short < 2 or long > MAX_ASPECT_RATIO * short:
         size = f"{picture.width} x {picture.height}"
         kind = "zero_size" if short < 2 else "narrow"
         return _Facts(kind, f"{source['path'] or 'the picture'} has {size} pixels.", content, None)

@@ -14,6 +14,8 @@ from PIL import ExifTags, Image
 
 
 DEFAULT_MAX_PIXELS = 100_000_000
+# Resized until its shorter side fits the model, a picture of few pixels and of extreme shape can fill the memory.
+MAX_ASPECT_RATIO = 100
 
 _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 # How the stored pixels are turned for each value of EXIF's Orientation (CIPA DC-008-2019, 4.6.4 A).

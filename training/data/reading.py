@@ -165,6 +165,9 @@ class DataArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
         if self.max_train_samples is not None and self.train_samples_per_class is not None:
             raise ValueError("Give --max_train_samples or --train_samples_per_class, not both.")
+        if self.dataset_name is not None and Path(self.dataset_name).exists():
+            # A record must not take a folder for a name on the Hub.
+            self.dataset_name = str(Path(self.dataset_name).resolve())
 
 
 @dataclass(frozen=True)
