@@ -7,14 +7,17 @@
 It is what a Space of the Hub runs: one picture's answer with and without the model's references, and the relations
 between several pictures. Ctrl-C stops it.
 
-Exit code 0: stopped. 1: the model cannot be shown, or the port is taken. 2: the arguments are wrong.
+Exit code 0: stopped. 1: the model cannot be shown, or the app not started. 2: the arguments are wrong.
 """
 
+import errno
 import importlib.util
 import logging
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +54,13 @@ class SpaceArguments:
             raise ValueError(f"--port must be between 1 and 65535, got {self.port}.")
 
 
+class _LoaderWithoutCache(SourceFileLoader):
+    """Keeps no bytecode: it would lie in the folder that is uploaded, with the paths of this machine."""
+
+    def set_data(self, path, data, *, _mode=0o666):
+        pass
+
+
 def load_app() -> ModuleType:
     r"""
     The Space's `app.py`, which stands by itself and belongs to no package.
@@ -60,7 +70,7 @@ def load_app() -> ModuleType:
     """
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('The app needs Gradio: pip install -e ".[space]"')
-    spec = importlib.util.spec_from_file_location("space_app", APP)
+    spec = importlib.util.spec_from_file_location("space_app", APP, loader=_LoaderWithoutCache("space_app", str(APP)))
     if spec is None or spec.loader is None:
         raise ImportError(f"{APP} cannot be imported.")
     app = importlib.util.module_from_spec(spec)
@@ -70,20 +80,41 @@ def load_app() -> ModuleType:
     return app
 
 
+def check_address(host: str, port: int | None):
+    r"""
+    Checks that the app can listen there, since Gradio takes every reason why not for a port that is taken.
+
+    Args:
+        host (`str`):
+            Name or address of this machine.
+        port (`int`, *optional*):
+            `None`: whichever is free.
+
+    Raises:
+        OSError: if it cannot; the message says why, and which argument to change.
+    """
+    try:
+        # An IPv6 address may stand in brackets, as it does in a URL.
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port or 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        place = f"{host}, port {port}" if port else host
+        argument = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise OSError(f"Cannot listen at {place}: {error.strerror}. Name another by --{argument}.") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = None
     try:
         args, _ = parse_arguments(sys.argv[1:] if argv is None else argv, (SpaceArguments,), {}, description=__doc__)
+        check_address(args.host, args.port)
         app = load_app()
-        page = app.build(args.model, args.model_revision)
-        try:
-            app.serve(page, args.host, args.port)
-        except OSError as error:
-            place = f"port {args.port}" if args.port else "any port from 7860 on"
-            raise OSError(
-                f"Cannot listen at {args.host}, {place}: it may be taken. Name another by --port."
-            ) from error
+        app.serve(app.build(args.model, args.model_revision), args.host, args.port)
     except KeyboardInterrupt:
         return 130
     except (ValueError, ImportError, OSError, StrictDataclassError) as error:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import torch
+from gradio.utils import get_upload_folder
 from huggingface_hub import metadata_load, snapshot_download
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
@@ -37,13 +39,24 @@ MAX_PICTURES = 16
 MAX_EXAMPLES = 8
 MAX_PIXELS = 100_000_000
 # Resizing by the shorter edge makes an enormous picture of a small one that is long and narrow.
-MAX_ASPECT_RATIO = 50
+MAX_ASPECT_RATIO = 100
 MAX_FILE_SIZE = "20mb"
 # Few, as each decoder is one more that a stranger's file gets at.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Uploaded pictures are deleted when they are this many seconds old, and looked for as often.
 UPLOADS_KEPT = 3600
 THUMBNAIL = 96
+
+# How the stored pixels are turned for each value of EXIF's Orientation.
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 CSS = """
 .rbi-cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 8px 0; padding: 0; list-style: none; }
@@ -140,6 +153,7 @@ class Classifier:
         if problem_type not in (None, "single_label_classification") or self.model.config.num_labels < 2:
             raise ValueError(f"{name} does not choose one of several classes, and that is what this app shows.")
         self.model = self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.mode = "L" if len(self.model.config.image_mean) == 1 else "RGB"
         self.bank = self.model.base_model.references
         paths = sorted((folder / "examples").glob("*"))
         self.examples = [str(path) for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
@@ -151,7 +165,9 @@ class Classifier:
     @torch.inference_mode()
     def outputs(self, pictures: Sequence[Image.Image], *scopes: str) -> list[Any]:
         """The model's outputs for a batch, with relations, for each relation scope. The backbone runs once."""
-        pixel_values = self.image_processor(list(pictures), return_tensors="pt")["pixel_values"].to(self.model.device)
+        converted = [picture.convert(self.mode) for picture in pictures]
+        pixel_values = self.image_processor(converted, return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         features, _ = self.model.base_model.extract_features(pixel_values)
         return [
             self.model(pixel_values, image_features=features, relation_scope=scope, output_relations=True)
@@ -222,24 +238,54 @@ def _check_config(folder: Path, name: str):
         raise ValueError(f"{name} has no classifier: save an RBIForImageClassification.")
 
 
+def uploaded(path: str | None) -> str:
+    r"""
+    Where an upload is, or an example, of which Gradio keeps copies among the uploads.
+
+    A client of the API can name any path, and Gradio lets those without `meta` through.
+
+    Args:
+        path (`str`, *optional*):
+            Of its file, as the client names it.
+
+    Raises:
+        gr.Error: if there is no such file among the uploads, whatever there is elsewhere.
+    """
+    folder = Path(os.path.abspath(get_upload_folder()))
+    try:
+        named = Path(os.path.abspath(path or ""))
+        # Nothing elsewhere is touched, not even to follow a link.
+        if named.is_relative_to(folder):
+            file = named.resolve()
+            if file.is_relative_to(folder.resolve()) and file.is_file():
+                return str(file)
+    # For links in a circle, and names that no file can have.
+    except (OSError, RuntimeError, ValueError):
+        pass
+    raise _error("There is no such upload, or no longer: upload the picture again.")
+
+
 def read_picture(path: str) -> Image.Image:
     r"""
-    Reads an uploaded picture: upright, RGB, transparency on white.
+    Reads an uploaded picture as in training: upright, RGB, transparency on white, 16 bits scaled to 8.
 
     Args:
         path (`str`):
             Of its file.
 
     Raises:
-        gr.Error: if it is no picture, broken, too large, too narrow or not of 8 bits; the message names it and says
-            what to do.
+        gr.Error: if it is no picture, broken, too large or too narrow, or has pixels that are not finite; the message
+            names it and says what to do.
     """
     name = html.escape(Path(path).name)
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            (width, height), mode = opened.size, opened.mode
+        with Image.open(path, formats=FORMATS) as picture:
+            width, height = picture.size
             is_too_large = width * height > MAX_PIXELS
-            picture: Image.Image = opened if is_too_large else ImageOps.exif_transpose(opened)
+            is_too_narrow = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
+            if not (is_too_large or is_too_narrow):
+                picture.load()
+                orientation = _orientation(picture)
     except Image.DecompressionBombError:
         is_too_large = True
     except Image.UnidentifiedImageError:
@@ -249,12 +295,34 @@ def read_picture(path: str) -> Image.Image:
         raise _error(f"{name} is broken or cut off: save it again, or upload another picture.") from None
     if is_too_large:
         raise _error(f"{name} has more than {MAX_PIXELS:,} pixels: upload a smaller copy.")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+    if is_too_narrow:
         raise _error(f"{name}, {width} x {height} pixels, is too long and narrow: cut it to what the model shall see.")
-    if mode == "F" or mode.startswith("I"):
-        raise _error(f"{name} has more than 8 bits a channel: upload it as a PNG or JPEG of 8 bits.")
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    rgb = _to_rgb(picture, name)
+    return rgb.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else rgb
+
+
+def _orientation(picture: Image.Image) -> int:
+    # Pillow's reader of EXIF raises errors of many kinds for files that are not broken.
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        values = np.asarray(picture, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise _error(f"{name} has pixels that are not finite: upload it as a PNG or JPEG.")
+        if picture.mode != "F":
+            values = values / 257
+        elif values.max() <= 1:
+            values = values * 255
+        picture = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
+    elif "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        # Pillow converts La to nothing but LA.
+        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
 
@@ -409,10 +477,10 @@ def build(model: str, revision: str | None = None) -> gr.Blocks:
 
 
 def _one_picture(classifier: Classifier):
-    def classify(path: str | None) -> dict[Any, Any]:
-        if path is None:
+    def classify(upload: dict[str, Any] | None) -> dict[Any, Any]:
+        if upload is None:
             raise _error("There is no picture yet: upload one first.")
-        picture = read_picture(path)
+        picture = read_picture(uploaded(upload["path"]))
         answer = classifier.classify(picture)
         if answer.with_references is None:
             return {outputs[0]: answer.alone}
@@ -430,8 +498,6 @@ def _one_picture(classifier: Classifier):
                 alt_text="The picture to classify",
                 elem_id="picture",
             )
-            # As it is, it opens the file itself, and what a broken one gives is no message for users.
-            picture.preprocess = _path_of  # type: ignore[method-assign]
             button = gr.Button("Classify", variant="primary")
         with gr.Column(scale=5, min_width=320):
             if classifier.bank is None:
@@ -443,7 +509,9 @@ def _one_picture(classifier: Classifier):
                         gr.Label(label="Alone, without references", elem_id="alone"),
                     ]
                 outputs.append(gr.HTML(elem_id="attention"))
-    button.click(classify, picture, outputs, api_name="classify")
+    # Without `preprocess`, by which Gradio opens the file itself: whosever it is, and what a broken one gives is no
+    # message for users.
+    button.click(classify, picture, outputs, api_name="classify", preprocess=False)
     # What another picture got must not stand beside this one.
     gr.on(
         [picture.upload, picture.clear],
@@ -454,25 +522,24 @@ def _one_picture(classifier: Classifier):
         api_visibility="private",
     )
     if classifier.examples:
-        gr.Examples(
+        examples = gr.Examples(
             [[path] for path in classifier.examples[:MAX_EXAMPLES]],
             picture,
-            outputs,
-            classify,
-            run_on_click=True,
             cache_examples=False,
             label="Examples",
             elem_id="examples",
         )
+        examples.load_input_event.then(classify, picture, outputs, preprocess=False, api_visibility="undocumented")
 
 
 def _several_pictures(classifier: Classifier):
     def compare(chosen: list[tuple[str, str | None]] | None) -> tuple[str, list[list[str]]]:
-        paths = [path for path, _ in chosen or []]
-        if len(paths) < 2:
+        chosen = chosen or []
+        if len(chosen) < 2:
             raise _error("Relations are between pictures: choose at least 2.")
-        if len(paths) > MAX_PICTURES:
-            raise _error(f"{len(paths)} pictures are too many for the map: choose {MAX_PICTURES} at most.")
+        if len(chosen) > MAX_PICTURES:
+            raise _error(f"{len(chosen)} pictures are too many for the map: choose {MAX_PICTURES} at most.")
+        paths = [uploaded(path) for path, _ in chosen]
         pictures = [read_picture(path) for path in paths]
         names = [Path(path).name for path in paths]
         comparison = classifier.compare(pictures)
@@ -523,10 +590,6 @@ def _several_pictures(classifier: Classifier):
         )
 
 
-def _path_of(payload: Any) -> str | None:
-    return None if payload is None else payload.path
-
-
 def _introduction(classifier: Classifier) -> str:
     name = (
         f"[{classifier.name}](https://huggingface.co/{classifier.name})" if classifier.is_of_hub else classifier.name
@@ -573,7 +636,7 @@ def serve(app: gr.Blocks, host: str | None = None, port: int | None = None):
             `None`: 7860, or the next that is free.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: if it cannot listen there.
     """
     # Fonts that every machine has; white on a blue that is dark enough to read it.
     theme = gr.themes.Default(

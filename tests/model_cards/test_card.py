@@ -56,7 +56,7 @@ def sources(estimate):
         "findings": {"leak": {"sentence": "No leak seen."}},
     }
     backbone = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1])
-    config = RBIConfig.kernel(backbone_config=backbone, id2label={0: "cat", 1: "dog", 2: "fox"})
+    config = RBIConfig.kernel(backbone_config=backbone, id2label={0: "cat", 1: "dog", 2: "fox"}, dtype="float32")
     needed = ["torch>=2.10", "transformers>=5.17", "timm"]
     return CardSources("alice/pets", config, 1_250_000, needed, assessment=assessment, examples=["cat.png", "dog.png"])
 
@@ -71,7 +71,7 @@ def test_complete(sources, given):
     assert data.model_name == "pets" and len(data.eval_results) == 8
     assert "| sorted | 8 | 50.0 [25.0, 75.0] |" in card.text and "On the 1,200 test pictures of pets" in card.text
     assert "- No leak seen." in card.text and "arXiv:2412.19606" in card.text
-    assert "It needs `torch>=2.10`, `transformers>=5.17` and `timm`,\nand no package" in card.text
+    assert "`torch>=2.10`, `transformers>=5.17` and `timm`" in card.text and "model.dtype" not in card.text
     assert "1.2 million parameters" in card.text and "with cosine attention" in card.text
     assert not any(line.endswith(" ") or "{{" in line or "{%" in line for line in card.text.splitlines())
 

@@ -11,7 +11,9 @@ makes docs/space_one_picture.png and docs/space_several_pictures.png, of made-up
 import ast
 import colorsys
 import html
+import importlib.metadata
 import io
+import json
 import math
 import os
 import random
@@ -25,15 +27,19 @@ import zlib
 from pathlib import Path
 
 import gradio as gr
+import httpx
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import metadata_load
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, TiffImagePlugin
 from playwright.sync_api import Error, Page, expect, sync_playwright
 from transformers import AutoImageProcessor, ConvNextConfig, ResNetConfig, ResNetForImageClassification, pipeline
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.data.decode import decode_image
 from training.space import APP, load_app
 
 
@@ -271,6 +277,46 @@ class TestSeveralPictures:
         assert page.count(html.escape(name)) == 4
 
 
+class TestOtherModels:
+    def test_grey(self, app, backbone_config, pictures, picture_files, tmp_path):
+        backbone_config.num_channels = 1
+        config = RBIConfig.kernel(backbone_config=backbone_config, image_mean=[0.5], image_std=[0.5], num_labels=3)
+        model = RBIForImageClassification(config).eval()
+        image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.5])
+        grey = [picture.convert("L") for picture in pictures]
+        model.set_references([{"image": picture} for picture in grey[:4]], image_processor=image_processor)
+        model.save_pretrained(tmp_path)
+        image_processor.save_pretrained(tmp_path)
+        classifier = app.Classifier(str(tmp_path))
+        answer = classifier.classify(app.read_picture(str(picture_files[0])))
+        related = ask(model, tmp_path, grey[:1], relation_scope="reference")
+        assert answer.with_references == pytest.approx(
+            {f"LABEL_{number}": score for number, score in enumerate(related.logits[0].softmax(-1).tolist())}, abs=1e-6
+        )
+        assert app.attention_html(answer, pictures[0]).count("<img") == 1 + len(answer.nearest)
+        together = ask(model, tmp_path, grey, relation_scope="batch").logits.softmax(-1)
+        assert torch.allclose(classifier.compare(pictures).together, together, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_saved_in_half_precision(self, app, model, model_folder, pictures, tmp_path, dtype):
+        folder = _saved(model.to(dtype), model_folder, tmp_path)
+        classifier = app.Classifier(str(folder))
+        answer = classifier.classify(pictures[0])
+        expected = ask(model.float(), model_folder, pictures[:1], relation_scope="reference").logits[0].softmax(-1)
+        assert sorted(answer.with_references.values()) == pytest.approx(sorted(expected.tolist()), abs=1e-5)
+        assert classifier.compare(pictures).together.isfinite().all()
+
+    def test_run_in_half_precision(self, app, classifier, model, model_folder, pictures):
+        classifier.model.to(torch.bfloat16)
+        answer = classifier.classify(pictures[0])
+        expected = ask(model, model_folder, pictures[:1], relation_scope="reference").logits[0].softmax(-1)
+        assert sorted(answer.with_references.values()) == pytest.approx(sorted(expected.tolist()), abs=0.05)
+        comparison = classifier.compare(pictures[:3])
+        names = ["a", "b", "c"]
+        assert app.map_html(comparison, pictures[:3], names).count("<td") == 10
+        assert len(app.table_rows(comparison, names, classifier)) == 3
+
+
 def _pixels(picture: Image.Image) -> torch.Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
 
@@ -288,10 +334,71 @@ def _saved(model, model_folder: Path, folder: Path) -> Path:
     return folder
 
 
+def _file(picture: Image.Image, format: str = "PNG", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **kwargs)
+    return buffer.getvalue()
+
+
+def _kinds_of_pictures() -> dict[str, bytes]:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 4), dtype=np.uint8)
+    rgba = Image.fromarray(pixels).resize((40, 32), Image.Resampling.BICUBIC)
+    rgb, palette = rgba.convert("RGB"), rgba.convert("RGB").quantize(16)
+    deep = np.asarray(rgb.convert("L")).astype(np.uint16) * 200
+    associated = TiffImagePlugin.ImageFileDirectory_v2()
+    associated[TiffImagePlugin.EXTRASAMPLES] = 1
+    kinds = {
+        "RGBA": _file(rgba),
+        "LA": _file(rgba.convert("LA")),
+        "associated alpha": _file(rgba, "TIFF", tiffinfo=associated),
+        "palette": _file(palette),
+        "transparent palette": _file(palette, transparency=3),
+        "transparent RGB": _file(rgb, transparency=rgb.getpixel((0, 0))),
+        "bilevel": _file(rgb.convert("1")),
+        "grey": _file(rgb.convert("L")),
+        "16 bits": _file(Image.fromarray(deep)),
+        "32 bits": _file(Image.fromarray(deep.astype(np.int32)), "TIFF"),
+        "float": _file(Image.fromarray(deep.astype(np.float32) / 65535), "TIFF"),
+        "large float": _file(Image.fromarray(deep.astype(np.float32) / 257), "TIFF"),
+        "CMYK": _file(rgb.convert("CMYK"), "JPEG"),
+        "animation": _file(palette, "GIF", save_all=True, append_images=[rgb.rotate(90).quantize(16)]),
+        "broken EXIF": _file(rgb, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
+    }
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        kinds[f"orientation {orientation}"] = _file(rgb, "JPEG", exif=exif)
+        kinds[f"orientation {orientation} of 16 bits"] = _file(Image.fromarray(deep), exif=exif)
+        kinds[f"orientation {orientation} of a TIFF"] = _file(rgb, "TIFF", exif=exif)
+    return kinds
+
+
+KINDS_OF_PICTURES = _kinds_of_pictures()
+
+
 class TestReadPicture:
     def test_as_the_pipeline_reads_it(self, app, picture_files):
         for path in picture_files[:2]:
             assert app.read_picture(str(path)).tobytes() == Image.open(path).convert("RGB").tobytes()
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the broken EXIF.
+    @pytest.mark.parametrize("name", KINDS_OF_PICTURES)
+    def test_as_training_reads_it(self, app, tmp_path, name):
+        path = tmp_path / "picture"
+        path.write_bytes(KINDS_OF_PICTURES[name])
+        read, expected = app.read_picture(str(path)), decode_image(path)
+        assert (read.mode, read.size) == (expected.mode, expected.size)
+        assert read.tobytes() == expected.tobytes()
+
+    def test_16_bits_are_scaled_to_8(self, app, tmp_path):
+        path = tmp_path / "deep.png"
+        Image.fromarray(np.array([[0, 128, 129, 257 * 100, 65535]], dtype=np.uint16)).save(path)
+        assert [app.read_picture(str(path)).getpixel((x, 0))[0] for x in range(5)] == [0, 0, 1, 100, 255]
+
+    def test_as_narrow_as_in_training(self, app, tmp_path):
+        path = tmp_path / "narrow.png"
+        Image.new("L", (200, 2)).save(path)
+        assert app.read_picture(str(path)).size == (200, 2)
 
     def test_upright(self, app, tmp_path):
         picture = Image.new("RGB", (40, 20), "red")
@@ -322,7 +429,7 @@ class TestReadPicture:
             ("huge.png", (25_000, 20_000), "more than 100,000,000 pixels"),
             ("large.png", (12_000, 10_000), "more than 100,000,000 pixels"),
             ("narrow.png", "narrow", "too long and narrow"),
-            ("deep.png", "deep", "8 bits"),
+            ("infinite.tiff", "infinite", "not finite"),
         ],
     )
     def test_refusals(self, app, tmp_path, name, content, message):
@@ -330,11 +437,11 @@ class TestReadPicture:
         if isinstance(content, tuple):
             content = _png_header(*content)
         elif content == "narrow":
-            content = _png(Image.new("L", (2000, 2)))
-        elif content == "deep":
-            content = _png(Image.new("I;16", (8, 8)))
+            content = _file(Image.new("L", (201, 2)))
+        elif content == "infinite":
+            content = _file(Image.new("F", (8, 8), math.inf), "TIFF")
         elif content == "cut":
-            content = _png(Image.effect_noise((64, 64), 50))[:-1000]
+            content = _file(Image.effect_noise((64, 64), 50))[:-1000]
         path.write_bytes(content)
         with pytest.raises(gr.Error) as caught:
             app.read_picture(str(path))
@@ -349,12 +456,6 @@ class TestReadPicture:
         assert "<b>" not in caught.value.message
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size, and ends."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -366,6 +467,145 @@ def _png_header(width: int, height: int) -> bytes:
         + bytes(4)
         + b"IDAT"
     )
+
+
+class Api:
+    """A client that asks by plain HTTP, as `curl` would."""
+
+    def __init__(self, url: str):
+        self.client = httpx.Client(base_url=f"{url}gradio_api/", timeout=60, trust_env=False)
+
+    def __call__(self, name: str, *data) -> tuple[str, str]:
+        """The last event and its data: `complete` and the outputs, or `error` and its message."""
+        event_id = self.client.post(f"call/{name}", json={"data": data}).json()["event_id"]
+        *_, event, answer = self.client.get(f"call/{name}/{event_id}").text.strip().splitlines()
+        return event.removeprefix("event: "), answer.removeprefix("data: ")
+
+    def upload(self, path: Path) -> str:
+        """Where the app keeps it."""
+        return self.client.post("upload", files={"files": (path.name, path.read_bytes())}).json()[0]
+
+
+def _request(name: str, *paths: str, **more) -> list:
+    """The input of `classify`, which takes one path, or of `compare`."""
+    files = [{"path": path, **more} for path in paths]
+    return files[0] if name == "classify" else [{"image": file, "caption": None} for file in files]
+
+
+@pytest.fixture
+def uploads(tmp_path, monkeypatch):
+    folder = tmp_path / "uploads"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def api(app, shapes_folder, uploads):
+    blocks = app.build(str(shapes_folder))
+    blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    yield Api(blocks.local_url)
+    blocks.close()
+
+
+META = {"meta": {"_type": "gradio.FileData"}}
+
+
+class TestFilesThatAClientNames:
+    @pytest.mark.parametrize("name", ["classify", "compare"])
+    def test_nothing_of_the_machine_is_shown(self, app, api, uploads, examples, tmp_path, name, monkeypatch):
+        own = Path(api.upload(examples[0]))
+        private = tmp_path / "private"
+        private.mkdir()
+        shutil.copy(examples[1], private / "secret.png")
+        (private / "notes.png").write_text("no picture")
+        (uploads / "link.png").symlink_to(private / "secret.png")
+        (uploads / "linked").symlink_to(private)
+        (uploads / "circle.png").symlink_to(uploads / "circle.png")
+        (uploads / "folder.png").mkdir()
+        # A folder whose name begins as that of the uploads.
+        shutil.copytree(private, f"{uploads}_of_others")
+        monkeypatch.chdir(private)
+        paths = [
+            private / "secret.png",
+            private / "notes.png",
+            private / "absent.png",
+            private,
+            "secret.png",
+            examples[0],
+            f"{uploads}_of_others/secret.png",
+            f"{uploads}/../private/secret.png",
+            f"{own.parent}/../../private/secret.png",
+            f"{uploads}/linked/../../private/secret.png",
+            uploads / "linked" / "secret.png",
+            uploads / "linked" / "absent.png",
+            uploads / "link.png",
+            uploads / "circle.png",
+            uploads / "folder.png",
+            uploads / "absent.png",
+            f"{uploads}/{'x' * 300}.png",
+            f"{private}/\0.png",
+            "/dev/zero.png",
+            f"file://{private}/secret.png",
+            "http://127.0.0.1:9/secret.png",
+        ]
+        message = json.dumps("There is no such upload, or no longer: upload the picture again.")
+        for path in map(str, paths):
+            for asked in [(path,)] if name == "classify" else [(path, path), (str(own), path), (path, str(own))]:
+                event, answer = api(name, _request(name, *asked))
+                assert event == "error"
+                if Path(path).suffix == ".png" or name == "classify":
+                    assert f'"error": {message}' in answer, asked
+                assert "private" not in answer
+        # Gradio itself refuses these, and says nothing at all.
+        paths = [private / "secret.png", private / "absent.png", uploads / "link.png", private]
+        ((event, answer),) = {api(name, _request(name, *[str(path)] * 2, **META)) for path in paths}
+        assert event == "error"
+        assert "private" not in answer
+
+    @pytest.mark.parametrize("more", [{}, META])
+    def test_uploads(self, api, examples, answers, more):
+        first, second = map(api.upload, examples[:2])
+        event, answer = api("classify", _request("classify", first, **more))
+        assert event == "complete"
+        _expect_answer(answer, answers[examples[0].name])
+        event, answer = api("compare", _request("compare", first, second, **more))
+        assert event == "complete"
+        assert answer.count(examples[1].name) >= 2
+
+    def test_examples(self, api, examples, answers):
+        event, answer = api("load_example", 2)
+        assert event == "complete"
+        event, answer = api("classify", json.loads(answer)[0]["value"])
+        assert event == "complete"
+        _expect_answer(answer, answers[examples[2].name])
+        event, answer = api("load_example_1", 0)
+        assert event == "complete"
+        event, answer = api("compare", json.loads(answer)[0]["value"])
+        assert event == "complete"
+        assert all(path.name in answer for path in examples)
+
+    def test_a_folder_for_uploads_behind_a_link(self, app, examples, uploads, tmp_path, monkeypatch):
+        uploads.mkdir()
+        (tmp_path / "link").symlink_to(uploads)
+        shutil.copy(examples[0], uploads / "picture.png")
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "link"))
+        assert app.uploaded(str(tmp_path / "link" / "picture.png")) == str(uploads / "picture.png")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "uploads")
+        assert app.uploaded("uploads/picture.png") == str(uploads / "picture.png")
+
+    def test_an_upload_that_is_deleted(self, api, examples):
+        path = api.upload(examples[0])
+        Path(path).unlink()
+        event, answer = api("classify", _request("classify", path, **META))
+        assert event == "error"
+        assert "no longer" in answer
+
+
+def _expect_answer(answer: str, expected: dict[str, float]):
+    """The first output, a label with its scores."""
+    found = {each["label"]: each["confidence"] for each in json.loads(answer)[0]["confidences"]}
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 class TestModels:
@@ -441,7 +681,8 @@ class TestSpaceFolder:
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
         requirements = set(re.findall(r"^[a-z_]+", (SPACE / "requirements.txt").read_text(), re.MULTILINE))
-        installed = requirements - {"pillow"} | {"PIL", "gradio"}
+        installed = requirements - {"pillow"} | {"PIL", "gradio", "numpy"}
+        assert any(each.startswith("numpy<") for each in importlib.metadata.requires("gradio"))
         assert imported - set(sys.stdlib_module_names) <= installed
 
 
@@ -589,7 +830,13 @@ class TestInTheBrowser:
         for row in app.table_rows(comparison, names, classifier):
             expect(table.get_by_role("row", name=" ".join(row))).to_be_visible()
 
-    def test_mistakes_get_a_message_and_the_page_goes_on(self, page, examples, answers, tmp_path):
+    @pytest.mark.parametrize("is_after_an_example", [False, True])
+    def test_mistakes_get_a_message_and_the_page_goes_on(self, page, examples, answers, tmp_path, is_after_an_example):
+        if is_after_an_example:
+            # Gradio makes the component of the picture anew for it.
+            page.locator("#examples").get_by_role("button").first.click()
+            expect(page.locator("#attention li").first).to_be_visible()
+            page.get_by_role("button", name="Remove Image").click()
         page.get_by_role("button", name="Classify").click()
         expect_error(page, "There is no picture yet")
         broken, notes = tmp_path / "broken.png", tmp_path / "notes.png"

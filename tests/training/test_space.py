@@ -2,11 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that starts the Space's app: arguments, exit codes, messages. `tests/model_cards` has the app itself."""
 
+import importlib.util
+import shutil
 import socket
+import sys
 
 import pytest
 
 from training import space
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -28,8 +37,9 @@ def test_serves_on_this_machine_alone(served, model_folder):
 
 @pytest.mark.parametrize("names", [("--host", "--port"), ("--server_name", "--server_port")])
 def test_serves_where_it_is_told(served, model_folder, names):
-    assert space.main(["--model", str(model_folder), names[0], "0.0.0.0", names[1], "8000"]) == 0
-    assert served[0][1:] == ("0.0.0.0", 8000)
+    port = free_port()
+    assert space.main(["--model", str(model_folder), names[0], "0.0.0.0", names[1], str(port)]) == 0
+    assert served[0][1:] == ("0.0.0.0", port)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +70,45 @@ def test_a_port_that_is_taken(capsys, model_folder):
         port = taken.getsockname()[1]
         assert space.main(["--model", str(model_folder), "--port", str(port)]) == 1
     error = capsys.readouterr().err
-    assert str(port) in error
+    assert f"port {port}: Address already in use" in error
     assert "--port" in error
+
+
+# The address is kept for documentation (RFC 5737), the name for those that are of nobody (RFC 6761).
+@pytest.mark.parametrize("host", ["192.0.2.1", "nobody.invalid"])
+def test_a_host_that_is_none(served, capsys, model_folder, host):
+    assert space.main(["--model", str(model_folder), "--host", host, "--port", str(free_port())]) == 1
+    error = capsys.readouterr().err
+    assert host in error
+    assert "--host" in error
+    assert "--port" not in error
+    assert not served
+
+
+def test_other_failures_are_told_as_they_are(served, capsys, model_folder, monkeypatch):
+    def serve(*where):
+        raise PermissionError(13, "Permission denied", "/uploads")
+
+    monkeypatch.setattr(space.load_app(), "serve", serve)
+    assert space.main(["--model", str(model_folder), "--port", str(free_port())]) == 1
+    error = capsys.readouterr().err
+    assert "Permission denied: '/uploads'" in error
+    assert "port" not in error
+
+
+def test_leaves_nothing_in_the_folder_that_is_uploaded(tmp_path, monkeypatch):
+    folder = shutil.copytree(space.APP.parent, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(space, "APP", folder / "app.py")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.delitem(sys.modules, "space_app", raising=False)
+    assert space.load_app().__file__ == str(folder / "app.py")
+    assert sorted(folder.rglob("*")) == before
+    # As Python itself does it.
+    spec = importlib.util.spec_from_file_location("space_app", space.APP)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert list(folder.rglob("*.pyc"))
 
 
 def test_without_gradio(monkeypatch, capsys, tmp_path):
