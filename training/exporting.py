@@ -172,6 +172,8 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
         _require_packages("onnx", "onnxruntime", "onnxscript")
     if data is not None and not data.is_given:
         data = None
+    if data is None and args.split != "test":
+        raise ValueError(f"--split {args.split} is of data: name them, for instance by --train_dir.")
     if "int8" in args.dtype and data is None:
         raise ValueError(
             "--dtype int8 needs pictures to calibrate it and to measure what it costs: name them, for instance by "

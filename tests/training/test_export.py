@@ -27,6 +27,7 @@ def test_as_a_command(model_folder, tmp_path, capsys):
     [
         (["--model", "/nowhere"], 1, "--model /nowhere: there is no such folder"),
         (["--dtype", "int8"], 1, "--dtype int8 needs pictures"),
+        (["--split", "validation"], 1, "--split validation is of data"),
         (["--scope", "all"], 2, "invalid choice: 'all'"),
         (["--format", "tflite"], 2, "invalid choice: 'tflite'"),
         (["--format", "torch_export", "--dtype", "float16"], 2, "goes with --format onnx"),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from training.files import filled_whole, read_json, write_json
+from training.files import filled_whole, names_in, read_json, write_json
 
 
 OLD, NEW = {"config.json": "old", "a": "old a", "z": "old z"}, {"config.json": "new", "a": "new a", "z": "new z"}
@@ -42,6 +42,14 @@ def folder(request, tmp_path):
     if request.param == "old":
         fill(folder, OLD)
     return folder
+
+
+def test_names_without_the_draft_of_a_killed_run(folder):
+    before = contents(folder) if folder.exists() else {}
+    with filled_whole(folder, last="config.json"):
+        assert len([*folder.iterdir()]) == len(before) + 1
+        assert names_in(folder) == sorted(before)
+    assert names_in(folder / "nowhere") == []
 
 
 @pytest.mark.parametrize("content", [{"a": [1, 2.5, None]}, [], "ä", 3])
