@@ -106,7 +106,7 @@ def check_same_answers(predict, model: RBIForImageClassification, scope: str, si
     [
         pytest.param("resnet", "paper", "self", True, marks=pytest.mark.slow),
         pytest.param("resnet", "paper", "reference", True, marks=pytest.mark.slow),
-        ("resnet", "kernel", "batch", True),
+        pytest.param("resnet", "kernel", "batch", True, marks=pytest.mark.slow),
         pytest.param("vit", "kernel", "reference", False, marks=pytest.mark.slow),
         pytest.param("vit", "paper", "batch", False, marks=pytest.mark.slow),
         pytest.param("dinov2", "kernel", "reference", None, marks=pytest.mark.slow),
