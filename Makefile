@@ -34,7 +34,7 @@ tests/node/node_modules/.made: tests/node/package.json tests/node/package-lock.j
 	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[test]'
 	@touch $@
 
-demo: .venv/.made  ## Train, measure, save and reload RBI on real photographs (under 2 minutes on 2 cores)
+demo: .venv/.made  ## Train, measure, save and reload RBI on real photographs (2 to 6 minutes on 2 cores)
 	.venv/bin/python -m training.demo $(ARGS)
 
 results: .venv/.made  ## Measure where relations help and write the tables of RESULTS.md (hours on 2 cores)
