@@ -22,7 +22,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,14 +154,14 @@ class EndpointHandler:
             raise ValueError(
                 'The request has no `inputs`: send {"inputs": a picture as base64 text, "parameters": {}}.'
             )
-        # `options`, which some clients send with it, are of the Hub's own servers.
-        _check_names(data, {"inputs", "parameters", "options"}, "The request")
+        # `options`, which some clients send as well, are for the Hub's own servers.
+        _check_names(data.keys() - {"options"}, {"inputs", "parameters"}, "The request")
         parameters = data.get("parameters")
         if parameters is None:
             parameters = {}
         if not isinstance(parameters, dict):
             raise ValueError(f'`parameters` must be an object, such as {{"top_k": 3}}, got {_short(parameters)}.')
-        _check_names(parameters, {"top_k", "function_to_apply"}, "`parameters`")
+        _check_names(parameters.keys(), {"top_k", "function_to_apply"}, "`parameters`")
 
         top_k = parameters.get("top_k")
         if top_k is None:
@@ -332,8 +332,8 @@ def _positive_setting(name: str, default: int) -> int:
     return int(text)
 
 
-def _check_names(given: dict[str, Any], known: set[str], where: str):
-    unknown = sorted(str(name) for name in given.keys() - known)
+def _check_names(given: Set[Any], known: set[str], where: str):
+    unknown = sorted(str(name) for name in given - known)
     if unknown:
         raise ValueError(
             f"{where} has {', '.join(_short(name) for name in unknown)}, which the task does not know; it takes "

@@ -229,7 +229,8 @@ class RBIConfig(PreTrainedConfig):
         """
         names = {field.name for field in fields(self)} - {"gather_across_processes"}
         content = {name: value for name, value in super().to_dict().items() if name in names or self._is_common(name)}
-        content["backbone_config"].pop("_name_or_path", None)
+        if "_name_or_path" in content["backbone_config"]:
+            content["backbone_config"]["_name_or_path"] = ""
         return content
 
     @staticmethod

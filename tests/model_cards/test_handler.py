@@ -131,6 +131,7 @@ def test_parameters(handler, classifier, picture_files, files, top_k, function):
     answer = handler({"inputs": files[5], "parameters": given})
     assert_same(answer, classifier(str(picture_files[5]), **{key: value for key, value in given.items() if value}))
     assert handler({"inputs": files[5], "parameters": {key: value for key, value in given.items() if value}}) == answer
+    assert handler({"inputs": files[5], "parameters": given, "options": {"wait_for_model": True}}) == answer
 
 
 @pytest.mark.parametrize(

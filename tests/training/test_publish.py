@@ -196,6 +196,8 @@ def test_a_dry_run_that_would_be_refused_says_why(command, tmp_path, capsys):
     assert main(words) == 0
     assert "Fit to be published" in capsys.readouterr().out
     assert "**Missing" not in (tmp_path / "draft" / "README.md").read_text()
+    assert main(["--model", str(tmp_path / "draft"), *words[2:]]) == 1
+    assert "is the model's own folder" in capsys.readouterr().err
     (tmp_path / "draft" / "mine.txt").touch()
     before = (tmp_path / "draft" / "README.md").read_bytes()
     assert main(words) == 1
