@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTEST_FLAGS ?= -n 2 --dist=loadfile
 
-# Gradio needs a newer huggingface_hub than the oldest that is supported.
+# Gradio is in .venv alone: it needs a newer huggingface_hub than the oldest that is supported.
 WITHOUT_GRADIO = --ignore=tests/model_cards/test_space.py --ignore=tests/training/test_space.py
 
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
@@ -50,7 +50,7 @@ test-fast: .venv/.made  ## The tests that take less than about ten seconds each
 	.venv/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm and not slow' $(ARGS)
 
 test-timm: .venv-timm/.made  ## timm backbones and torchvision image processors, with the newest torch
-	.venv-timm/bin/python -m pytest $(PYTEST_FLAGS) -m timm $(ARGS)
+	.venv-timm/bin/python -m pytest $(PYTEST_FLAGS) -m timm $(WITHOUT_GRADIO) $(ARGS)
 
 test-oldest: .venv-oldest/.made  ## The fast tests with the oldest supported transformers
 	.venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm and not slow' $(WITHOUT_GRADIO) $(ARGS)
