@@ -1,6 +1,6 @@
 # Each target makes the environment that it needs from the constraints if there is none, and is quick if there is one.
 PYTHON ?= python3
-PYTEST_FLAGS ?= -n 2 --dist=loadfile
+PYTEST_FLAGS ?= -n 2 --dist=loadfile --durations=25
 
 # Gradio is in .venv alone: it needs a newer huggingface_hub than the oldest that is supported.
 WITHOUT_GRADIO = --ignore=tests/model_cards/test_space.py --ignore=tests/training/test_space.py
