@@ -244,7 +244,7 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         description=fact(given.description, "what the model tells apart and what it is for", "--description"),
         what_it_is=_what_it_is(sources, backbone),
         requirements=_requirements(sources.requirements),
-        is_half=str(config.dtype or "float32").removeprefix("torch.") != "float32",
+        is_cast=str(config.dtype or "float32").removeprefix("torch.") != "float32",
         picture=pictures[0],
         pictures=pictures if len(pictures) > 1 else pictures * 2,
         references=sources.references,

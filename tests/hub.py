@@ -107,6 +107,7 @@ class Repo:
 
     def __init__(self, repo_type: str, repo_id: str, private: bool, author: str, sdk: str | None = None):
         self.type, self.id, self.private, self.sdk = repo_type, repo_id, private, sdk
+        self.variables: dict[str, str] = {}  # of a Space
         self.commits: dict[str, Commit] = {}
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
@@ -403,6 +404,7 @@ def _create(hub, user, body, query, headers):
         raise _Error(400, '"sdk" must be one of [gradio, docker, static]')
     private = wanted.get("visibility") == "private" or wanted.get("private") is True
     repo = hub.repos[repo_type, repo_id] = Repo(repo_type, repo_id, private, user.name, wanted.get("sdk"))
+    repo.variables = {each["key"]: each["value"] for each in wanted.get("variables", [])}
     return {"url": hub.repo_url(repo), "name": repo_id}
 
 

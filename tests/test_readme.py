@@ -99,7 +99,8 @@ def test_publish_and_deploy(hub, workplace):
         result = subprocess.run(line, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     assert "model.safetensors" in hub.repo("user/name").files()
-    assert "app.py" in hub.repo("user/space", "space").files()
+    space = hub.repo("user/space", "space")
+    assert "app.py" in space.files() and space.variables == {"MODEL_ID": "user/name"}
 
     server = [sys.executable, str(ROOT / "tests" / "model_cards" / "endpoint.py"), str(workplace / "published")]
     shutil.copytree(workplace / "outputs" / "publish" / "name", workplace / "published")

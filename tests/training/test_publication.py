@@ -220,6 +220,18 @@ def test_a_model_that_was_trained_elsewhere(make, given, model_folder):
     assert ModelCard.load(made.folder / "README.md").data.base_model == "facebook/convnext-tiny-224"
 
 
+def test_a_backbone_from_a_folder(make, given, copy):
+    """It is none of the Hub's, whatever it is called; the user says which it was, if any."""
+    record = json.loads((copy / "run.json").read_text())
+    edit(copy / "run.json", model=record["model"] | {"backbone": "/data/facebook/convnext-tiny-224"})
+    (problem,) = make(model=str(copy)).problems
+    assert "--base_model" in problem
+    for name, expected in (("none", None), ("facebook/convnext-tiny-224", "facebook/convnext-tiny-224")):
+        made = make(card=replace(given, base_model=name), model=str(copy))
+        assert not made.problems
+        assert ModelCard.load(made.folder / "README.md").data.base_model == expected
+
+
 def test_secrets_are_found_and_not_repeated(make, given, monkeypatch):
     secret = "hf_" + "x" * 34
     (problem,) = make(card=replace(given, description=f"Load it with {secret}.")).problems

@@ -767,3 +767,12 @@ def test_dry_run_goes_through_unlabelled_pictures_and_the_bank(arguments, tmp_pa
     assert record["model"]["references"]["num_references"] == record["model"]["references"]["num_labelled"] + 1
     assert "test_reference" in record["results"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backbone_in_a_folder_is_recorded_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facebook" / "convnext").mkdir(parents=True)
+    place = str((tmp_path / "facebook" / "convnext").resolve())
+    assert fine_tuning._place_or_name("facebook/convnext") == place
+    for name in ("facebook/other", "packaged/mobilenet_v2", None):
+        assert fine_tuning._place_or_name(name) == name

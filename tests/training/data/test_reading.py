@@ -675,3 +675,11 @@ def test_natural_order():
 
 def test_labels_of(faces):
     assert torch.equal(labels_of(faces.cast_column("image", IMAGE).select([3, 1])), torch.tensor([0, 1]))
+
+
+def test_a_folder_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    """Records and cards must tell them apart, also where they are read from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alice" / "pets").mkdir(parents=True)
+    assert DataArguments(dataset_name="alice/pets").dataset_name == str((tmp_path / "alice" / "pets").resolve())
+    assert DataArguments(dataset_name="alice/others").dataset_name == "alice/others"
