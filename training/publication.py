@@ -199,7 +199,9 @@ def check_destination(args: PublicationArguments, api: HfApi) -> None:
         )
     names = api.list_repo_files(args.repo_id, revision=args.revision)
     unfit = [
-        name for name in names if Path(name).suffix in _PICKLES or Path(name).name in {".env", *_TAKES_PRECEDENCE}
+        name
+        for name in names
+        if Path(name).suffix in _PICKLES or Path(name).name == ".env" or name in _TAKES_PRECEDENCE
     ]
     if unfit:
         raise RefusedError(
@@ -449,9 +451,9 @@ def without_places(content: Any) -> Any:
     return content
 
 
-def find_places(folder: Path, *sources: Path) -> list[str]:
-    """Text files of a folder that tell where files lie on this machine, each in words."""
-    roots = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *(source.resolve() for source in sources)}
+def find_places(folder: Path, source: Path) -> list[str]:
+    """Text files of a folder that tell where files lie on this machine, such as the model's, each in words."""
+    roots = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), source.resolve()}
     places = [str(root) for root in roots if root != Path(root.anchor)]
     return [
         f"{path.relative_to(folder)} names a place on this machine, {place}: take it out."

@@ -151,7 +151,7 @@ def test_what_is_refused_touches_nothing(hub, hub_module, run, command, tmp_path
     reader = hub.add_user("carol", can_write=False)
     # As a plain Trainer leaves it, of another model.
     old = hub.repos["model", "alice/old"] = hub_module.Repo("model", "alice/old", False, "alice")
-    names = ("training_args.bin", "processor_config.json", ".env", "notes.md")
+    names = ("training_args.bin", "processor_config.json", ".env", "notes.md", "other/adapter_config.json")
     old.add("main", "mine", "", "alice", {name: hub_module.File(b"{}", False) for name in names})
     no_token = {"HF_TOKEN": "", "HF_HOME": str(tmp_path / "nobody")}
     results = run(
@@ -172,7 +172,7 @@ def test_what_is_refused_touches_nothing(hub, hub_module, run, command, tmp_path
     assert "The Hub does not take the card" in license[2] and "license" in license[2]
     assert "is not there yet" in no_repo[2] and "has no such branch" in no_branch[2]
     for name in names:
-        assert (name in unfit[2]) == (name != "notes.md")
+        assert (name in unfit[2]) == (name not in names[3:])
     assert "hf repos delete-files alice/old" in unfit[2] and "may only read" in may_read[2]
     assert "README.md holds a token of Hugging Face" in secret[2]
     assert "no output folder of training.assess" in assessment[2]
