@@ -21,14 +21,16 @@ import torch
 from transformers import EvalPrediction, HfArgumentParser
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
-from training.ablation import AblationArguments, Cached, ablate, cache_features, draw_data
-from training.ablation_report import paired_difference
-from training.arms import ARMS
-from training.data.emoji import EMOJI_STYLES
+from training.ablation.arguments import AblationArguments
+from training.ablation.arms import ARMS
+from training.ablation.heads import Budget, TrainedHead, train_plain
+from training.ablation.report import paired_difference
+from training.ablation.run import Cached, ablate, cache_features, draw_data
+from training.data.packaged.emoji import EMOJI_STYLES
+from training.evaluation.features import CachedPictures
+from training.evaluation.metrics import compute_metrics
+from training.evaluation.reference_settings import candidates_for, fit_references
 from training.files import write_json
-from training.frozen import Budget, CachedPictures, TrainedHead, train_plain
-from training.metrics import compute_metrics
-from training.references import candidates_for, fit_references
 
 
 RECIPES = "training/recipes"

@@ -15,19 +15,18 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+from .bank_rbi import MAX_REFERENCES, ReferenceBank
 from .configuration_rbi import RBIConfig
 from .image_processing_rbi import load_image_processor, pixel_statistics
 from .modeling_rbi import (
-    Neighborhood,
     RBIForImageClassification,
     RBIImageClassifierOutput,
     RBIModel,
     RBIModelOutput,
     RBIPreTrainedModel,
-    RelationshipPositionEncoding,
-    ResidualRelationshipAttention,
 )
-from .references_rbi import MAX_REFERENCES, ReferenceBank, choose_references
+from .reference_images_rbi import choose_references
+from .relations_rbi import Neighborhood, RelationshipPositionEncoding, ResidualRelationshipAttention
 
 
 AutoConfig.register(RBIConfig.model_type, RBIConfig, exist_ok=True)

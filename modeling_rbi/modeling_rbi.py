@@ -14,88 +14,65 @@
 """PyTorch RBI model: image classification in which the images of a batch attend to each other."""
 
 import copy
-import difflib
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
-from transformers.utils.generic import maybe_autocast
 
+from .backbone_rbi import (
+    _backbone_class,
+    _backbone_init_kwargs,
+    _build_backbone,
+    _check_images,
+    _expected_image_size,
+    _in_evaluation,
+    _load_whole,
+    _measure_feature_size,
+    _pool,
+    _unreadable_weights,
+)
+from .bank_rbi import NO_LABEL, ReferenceBank, check_size
 from .configuration_rbi import RBIConfig
-from .image_processing_rbi import load_image_processor, pixel_statistics
-from .references_rbi import (
-    NO_LABEL,
-    ReferenceBank,
+from .pretrained_rbi import (
+    _find_backbone,
+    _find_classifier,
+    _hub_kwargs,
+    _preset_config,
+    _resolve_pixel_statistics,
+    _split_config_kwargs,
+)
+from .reference_images_rbi import (
     check_choice,
-    check_size,
     choose_references,
     default_strategy,
     labels_before_reading,
-    quantized,
     read_batches,
 )
+from .relations_rbi import Neighborhood, RelationshipPositionEncoding, ResidualRelationshipAttention
 
 
 logger = logging.get_logger(__name__)
 
-# These fields are what the presets `paper` and `kernel`, and ablations between them, differ in.
-# trf-ignore: TRF041 config.feature_size, config.head_initialization, config.pooling, config.references, config.relation_position_encoding, config.relation_scope, config.residual_gate, config.self_loss_weight
-
-# Height and width of a reference's picture where PSNR is that of full-size images, whose ranks it keeps (0.997).
-_FULL_SIZE_REFERENCES = 32
-
 # How far, relatively, the features of a fixed pattern may lie from those that the bank's backbone gave: well above what
 # half precision changes.
 _PROBE_TOLERANCE = 0.1
-
 # Logit of a class that is never answered, finite in half precision.
 _NEVER = -1e4
-
 # The mean relation of a bank's pictures is taken over the pairs of this many of them at most.
 _NUM_MEAN_REFERENCES = 1024
-
-# The largest scale of cosine attention, 1 / temperature, as in SwinV2.
-_MAX_LOGIT_SCALE = 100.0
-
-# What a family's own image classifier reads, where that is not the pooler or the mean.
-_AUTO_POOLING = {
-    "deit": "cls",
-    "dinov2": "cls_mean",
-    "dinov2_with_registers": "cls_mean",
-    "ijepa": "mean",
-    "vit": "cls",
-    "vit_msn": "cls",
-}
-
-_UNUSABLE_BACKBONES = {
-    "pvt": "its class token cannot be told from the patches' in its output",
-    "sam2_hiera_det_model": "it keeps the channels last in its output",
-    "sam2_vision_model": "it keeps the channels last in its output",
-    "vit_mae": "it hides patches at random in evaluation too; load its weights as a ViT (`ViTModel`)",
-    "yolos": "its detection tokens come after the patches'",
-}
 
 
 @auto_docstring(
@@ -153,445 +130,6 @@ class RBIImageClassifierOutput(ImageClassifierOutput):
     relation_attentions: torch.Tensor | None = None
     relation_similarities: torch.Tensor | None = None
     self_logits: torch.Tensor | None = None
-
-
-class _AllGather(torch.autograd.Function):
-    """Rows of all processes, (B, ...) -> (processes, B, ...). The gradient of a row is the sum of all processes' ones."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        gathered = [
-            torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())
-        ]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.stack(gathered)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
-        dist.all_reduce(total)
-        return total[dist.get_rank()].to(gradient.dtype)
-
-
-class Neighborhood:
-    r"""
-    The images that those of a batch can attend to: the batch itself, or the batches of all processes, one after the
-    other. Gathering is collective: all processes make their neighbourhoods, and gather, in the same order.
-
-    Args:
-        batch_size (`int`):
-            Images of this process. Processes can have different numbers.
-        device (`torch.device`):
-            Where the images are.
-        gather_across_processes (`bool`, *optional*, defaults to `False`):
-            Whether the images of all processes belong to it. Without `torch.distributed`, or with one process, they
-            do anyway.
-    """
-
-    def __init__(self, batch_size: int, device: torch.device, gather_across_processes: bool = False):
-        self.is_gathered = (
-            gather_across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        )
-        self.batch_size = batch_size
-        # Where the batch stands in the neighbourhood; itself[i, j]: whether its image i is image j there.
-        self.own = slice(0, batch_size)
-        self.itself = torch.eye(batch_size, dtype=torch.bool, device=device)
-        if self.is_gathered:
-            self.sizes = _AllGather.apply(torch.tensor([batch_size], device=device)).flatten().tolist()
-            before, after = sum(self.sizes[: dist.get_rank()]), sum(self.sizes[dist.get_rank() + 1 :])
-            self.own = slice(before, before + batch_size)
-            self.itself = nn.functional.pad(self.itself, (before, after))
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of this batch, (batch_size, ...) -> those of the neighbourhood, (num_neighbors, ...), with gradient."""
-        if not self.is_gathered:
-            return rows
-        sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
-        padding = sent.new_zeros(max(self.sizes) - self.batch_size, *sent.shape[1:])
-        gathered = _AllGather.apply(torch.cat([sent, padding]))
-        return torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)]).to(rows.dtype)
-
-
-def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | None = None) -> torch.Tensor:
-    r"""
-    Mean squared error between all pairs of images, as one matrix product: (|x|^2 + |y|^2 - 2 x y) / n on centred
-    images.
-
-    Centring leaves the differences as they are and keeps the cancellation small. The product is in float64 where the
-    device has it: in float32, as on Apple's GPUs, it is off by up to 0.1 dB at 45 dB for pictures of high contrast, and
-    tensor cores may round the factors further (TF32, or bf16 under `torch.set_float32_matmul_precision`). It is small:
-    2 B^2 n operations, 0.4 GFLOP for 256 images at 32 px, 20 GFLOP at 224 px.
-
-    Args:
-        images (`torch.FloatTensor` of shape `(batch_size, n)`):
-            Flattened images, float32.
-        neighbors (`torch.FloatTensor` of shape `(num_neighbors, n)`, *optional*):
-            The images to compare them with. `None`: themselves.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch_size, num_neighbors)`: not negative, and without `neighbors` symmetric and
-        exactly 0 on the diagonal.
-    """
-    precise = images.double() if images.device.type in ("cpu", "cuda") else images
-    if neighbors is None:
-        gram = precise @ precise.T
-        norms = gram.diagonal()
-        error = norms[:, None] + norms[None, :] - 2 * gram
-        error = (error + error.T) / 2
-    else:
-        others = neighbors.to(precise.dtype)
-        error = precise.square().sum(1)[:, None] + others.square().sum(1)[None, :] - 2 * precise @ others.T
-    return (error / images.shape[1]).clamp(min=0).to(images.dtype)
-
-
-class RelationshipPositionEncoding(nn.Module):
-    r"""
-    Relationship Position Encoding (RPE): the relation of each pair of images of a batch, from the PSNR of the images
-    themselves, p_ij = min(PSNR_ij, psnr_max) / psnr_max. PSNR of images is the paper's; the ceiling as normaliser is
-    a reconstruction. It has no parameters, and no gradient goes through it.
-    """
-
-    def __init__(self, config: RBIConfig):
-        super().__init__()
-        self.image_mean = config.image_mean
-        self.image_std = config.image_std
-        self.image_size = config.psnr_image_size
-        self.psnr_max = float(config.psnr_max)
-        self.self_relation = config.self_relation
-
-    @torch.no_grad()
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        relation_mask: torch.Tensor | None = None,
-        neighborhood: Neighborhood | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-                Images as the image processor gives them, of any float dtype.
-            relation_mask (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
-                `False` where an image is no neighbour, of anyone or of the image of the row.
-            neighborhood (`Neighborhood`, *optional*):
-                The images to relate those of the batch to. `None`: the batch itself.
-
-        Returns:
-            The relations, `torch.FloatTensor` of shape `(batch_size, num_neighbors)`, float32 in [0, 1]; and which
-            neighbours are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. Those that are not have the
-            relation 0.
-        """
-        if neighborhood is None:
-            neighborhood = Neighborhood(pixel_values.shape[0], pixel_values.device)
-        with maybe_autocast(device_type=pixel_values.device.type, enabled=False):
-            images = neighborhood.gather(self._unit_range_images(pixel_values))
-            is_finite = images.isfinite().all(-1)
-            is_neighbor = is_finite if relation_mask is None else is_finite & relation_mask
-            images = torch.where(is_finite[:, None], images, 0.0)
-            images = images - _neighbors_mean(images, is_neighbor)
-
-            own = neighborhood.own
-            similarities = self._similarities(images[own], images if neighborhood.is_gathered else None)
-            similarities = torch.where(is_finite[own, None] & is_finite[None, :], similarities, 0.0)
-            return self._set_self_relation(similarities, is_neighbor, neighborhood.itself), is_finite
-
-    @torch.no_grad()
-    def relate_to_references(
-        self,
-        pixel_values: torch.Tensor | None,
-        references: ReferenceBank,
-        batch_size: int,
-        reference_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
-                Images as the image processor gives them; not needed for a bank without pictures.
-            references (`ReferenceBank`):
-                The bank of N references. Without pictures, all relations are the mean relation of its pictures.
-            batch_size (`int`):
-                Number of images.
-            reference_mask (`torch.BoolTensor` of shape `(batch_size, N)`, *optional*):
-                `False` where a reference is no neighbour of the image.
-
-        Returns:
-            The relations, `torch.FloatTensor` of shape `(batch_size, 1 + N)`, to the image itself and to each
-            reference, float32 in [0, 1]; and which images are finite, `torch.BoolTensor` of shape `(batch_size,)`.
-        """
-        if references.images is None:
-            device = references.features.device
-            similarities = torch.full((batch_size, len(references)), references.mean_similarity, device=device)
-            is_finite = torch.ones(batch_size, dtype=torch.bool, device=device)
-        else:
-            with maybe_autocast(device_type=pixel_values.device.type, enabled=False):
-                images = self._unit_range_images(pixel_values, references.images.shape[-2:])
-                is_finite = images.isfinite().all(-1)
-                images = torch.where(is_finite[:, None], images, 0.0)
-                neighbors = references.unit_range_images()
-                mean = neighbors.mean(0)
-                similarities = self._similarities(images - mean, neighbors - mean)
-        own = torch.ones_like(similarities[:, :1])
-        if self.self_relation == "nearest":
-            near = similarities if reference_mask is None else torch.where(reference_mask, similarities, 0.0)
-            nearest = near.amax(-1, keepdim=True)
-            own = nearest if reference_mask is None else torch.where(reference_mask.any(-1, True), nearest, own)
-        return torch.cat([own, similarities], dim=-1), is_finite
-
-    def _similarities(self, images: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
-        """PSNR over its ceiling, (B, n) and (N, n) -> (B, N); among the images themselves where `neighbors` is None."""
-        error = pairwise_mean_squared_error(images, neighbors)
-        psnr = -10 * error.clamp(min=10.0 ** (-self.psnr_max / 10)).log10()
-        return (psnr / self.psnr_max).clamp(0, 1)
-
-    def small_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The pictures that a bank keeps, (B, C, H, W) -> (B, C, size, size), 8 bits. PSNR on full size keeps 32 px."""
-        limit = self.image_size or _FULL_SIZE_REFERENCES
-        size = [min(limit, length) for length in pixel_values.shape[-2:]]
-        return quantized(self._unit_range_images(pixel_values, size)).view(len(pixel_values), -1, *size)
-
-    def _unit_range_images(self, pixel_values: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
-        """Undoes the normalisation, (B, C, H, W) -> (B, C * height * width) in float32."""
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
-            for values in (self.image_mean, self.image_std)
-        )
-        images = pixel_values.float() * std + mean
-        if size is None and self.image_size is not None:
-            size = [min(self.image_size, length) for length in images.shape[-2:]]
-        if size is not None:
-            images = nn.functional.adaptive_avg_pool2d(images, size)
-        return images.flatten(1)
-
-    def _set_self_relation(
-        self, similarities: torch.Tensor, is_neighbor: torch.Tensor, itself: torch.Tensor
-    ) -> torch.Tensor:
-        diagonal = torch.ones_like(similarities)
-        if self.self_relation == "nearest":
-            others = is_neighbor & ~itself
-            nearest = torch.where(others, similarities, 0.0).amax(-1, keepdim=True)
-            diagonal = torch.where(others.any(-1, keepdim=True), nearest, diagonal)
-        return torch.where(itself, diagonal, similarities)
-
-
-def _neighbors_mean(rows: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
-    """Mean row of those that are neighbours, of anyone where `is_neighbor` is pairwise, (N, ...) -> (...)."""
-    weights = (is_neighbor if is_neighbor.ndim == 1 else is_neighbor.any(0)).float()[:, None]
-    return ((rows * weights).sum(0) / weights.sum().clamp(min=1)).to(rows.dtype)
-
-
-class ResidualRelationshipAttention(nn.Module):
-    r"""
-    Residual Relationship Attention (RRA): attention between the images of a batch, modulated by their relations p,
-    beside a residual path that keeps each image's own features.
-
-        A_ij = softmax_j(q_i (k_j + p_ij w) / sqrt(d_head)),  m_i = sum_j A_ij (v_j + p_ij w)
-        beta_i = sigmoid(w_beta [m_i; r_i; m_i - r_i]),       z_i = beta_i r_i + (1 - beta_i) m_i
-
-    This is the operator of `torch_geometric.nn.TransformerConv(beta=True, edge_dim=1)` on the complete graph, the
-    head of the authors' earlier code; that the paper's head is the same with p as edge attribute is a reconstruction.
-    The relation p_ij w has rank one, so no tensor of shape (B, B, d) is built: q_i (p_ij w) = p_ij (q_i w), and
-    sum_j A_ij p_ij w = (sum_j A_ij p_ij) w.
-    """
-
-    def __init__(self, config: RBIConfig):
-        super().__init__()
-        size = config.feature_size
-        self.num_heads = config.num_attention_heads
-        self.head_size = size // self.num_heads
-        self.attention_dropout = config.attention_dropout
-        self.psnr_max = float(config.psnr_max)
-        self.relation_position_encoding = config.relation_position_encoding
-        self.is_cosine = config.attention_type == "cosine"
-        # What attention to references is like can be changed after the model was built.
-        self.config = config
-
-        self.query = nn.Linear(size, size)
-        self.key = nn.Linear(size, size)
-        self.value = nn.Linear(size, size)
-        self.residual = nn.Linear(size, size) if config.residual_gate != "none" else None
-        self.gate = nn.Linear(3 * size, 1, bias=False) if config.residual_gate == "learned" else None
-        self.relation = None
-        if config.relation_position_encoding in ("key", "key_value"):
-            self.relation = nn.Linear(1, size, bias=False)
-        self.relation_gain = None
-        if config.relation_position_encoding == "bias":
-            self.relation_gain = nn.Parameter(torch.full((self.num_heads,), float(config.relation_gain)))
-        self.logit_scale = None
-        if self.is_cosine:
-            self.logit_scale = nn.Parameter(torch.full((self.num_heads,), -math.log(config.attention_temperature)))
-
-    def forward(
-        self,
-        features: torch.Tensor,
-        similarities: torch.Tensor | None = None,
-        is_neighbor: torch.Tensor | None = None,
-        neighborhood: Neighborhood | None = None,
-        references: ReferenceBank | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        r"""
-        Args:
-            features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
-                Features of the images, finite.
-            similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*):
-                The relations p in [0, 1]; needed with neighbours unless RPE enters nowhere. With `references`,
-                `(batch_size, 1 + N)`, that to the image itself first.
-            is_neighbor (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
-                Whether an image is a neighbour, of all or of the image of the row; each attends to itself besides.
-                `None`: each image attends to itself alone, and nothing is computed across images; with `references`,
-                to itself and to all of these.
-            neighborhood (`Neighborhood`, *optional*):
-                The images that can be attended to. `None`: the batch itself.
-            references (`ReferenceBank`, *optional*):
-                The N images to attend to in place of the batch's; `is_neighbor` is then `(batch_size, N)`.
-
-        Returns:
-            Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, num_neighbors)`
-            (`None` where each image is alone). With `references` the attention is `(batch_size, num_heads, 1 + N)`, and
-            there is a third: the logits of the references' votes, `(batch_size, num_heads, N)`.
-        """
-        if references is not None:
-            message, shares, votes = self._attend_to_references(features, similarities, is_neighbor, references)
-            return self._with_residual(message, features), shares, votes
-        attention = None
-        if is_neighbor is None:
-            message = self.value(features)
-            if self.relation_position_encoding == "key_value":
-                message = message + self._relation_vector(features).flatten()
-        else:
-            if neighborhood is None:
-                neighborhood = Neighborhood(features.shape[0], features.device)
-            message, attention = self._attend(features, similarities, is_neighbor, neighborhood)
-
-        return self._with_residual(message, features), attention
-
-    def _with_residual(self, message: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if self.residual is None:
-            return message
-        residual = self.residual(features)
-        if self.gate is None:
-            return residual + message
-        beta = self.gate(torch.cat([message, residual, message - residual], dim=-1)).sigmoid()
-        return beta * residual + (1 - beta) * message
-
-    def _attend(
-        self,
-        features: torch.Tensor,
-        similarities: torch.Tensor | None,
-        is_neighbor: torch.Tensor,
-        neighborhood: Neighborhood,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        neighbors = neighborhood.gather(features)
-        # Pooled features of one network all point much the same way: what tells images apart is off their mean.
-        compared = neighbors - _neighbors_mean(neighbors, is_neighbor) if self.is_cosine else neighbors
-        query = self._by_head(self.query(compared[neighborhood.own]))
-        key, value = self._by_head(self.key(compared)), self._by_head(self.value(neighbors))
-        relation = None if self.relation is None else self._relation_vector(features)
-        with maybe_autocast(device_type=features.device.type, enabled=False):
-            query, key = self._comparable(query), self._comparable(key)
-            scores = self._scores(query @ key.transpose(1, 2), query, relation, similarities)
-            attention = scores.masked_fill(~(is_neighbor | neighborhood.itself), -math.inf).softmax(dim=-1)
-        attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
-        message = self._with_relations(attention.to(value.dtype) @ value, attention, similarities, relation)
-        return message.to(value.dtype), attention.transpose(0, 1)
-
-    def _attend_to_references(
-        self,
-        features: torch.Tensor,
-        similarities: torch.Tensor | None,
-        is_neighbor: torch.Tensor | None,
-        references: ReferenceBank,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, keys, values = references.mean, references.keys, references.values
-        if self.training or not references.is_prepared:
-            mean, keys, values = self.project_references(references)
-        compared = features - mean.to(features.dtype)
-        query, own_key = self._by_head(self.query(compared)), self._by_head(self.key(compared))
-        own_value = self._by_head(self.value(features))
-        key, value = self._by_head(keys), self._by_head(values).to(own_value.dtype)
-        relation = None if self.relation is None else self._relation_vector(features)
-        with maybe_autocast(device_type=features.device.type, enabled=False):
-            query, own_key, key = (self._comparable(each) for each in (query, own_key, key))
-            # Of the batch, each image meets itself alone.
-            products = torch.cat([(query * own_key).sum(-1, keepdim=True), query @ key.transpose(1, 2)], dim=-1)
-            votes = self._scores(products, query, relation, similarities)
-            scores = self._scores(
-                products, query, relation, similarities, self.config.reference_temperature, self.config.reference_gain
-            )
-            if is_neighbor is not None:
-                allowed = nn.functional.pad(is_neighbor, (1, 0), value=True)
-                scores, votes = (each.masked_fill(~allowed, -math.inf) for each in (scores, votes))
-            attention = self._share_out(scores[..., :1], scores[..., 1:])
-        attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
-        weights = attention.to(own_value.dtype)
-        message = weights[..., :1] * own_value + weights[..., 1:] @ value
-        message = self._with_relations(message, attention, similarities, relation)
-        return message.to(own_value.dtype), attention.transpose(0, 1), votes[..., 1:].transpose(0, 1)
-
-    def _share_out(self, own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Attention to itself and to the references, from the logits of both, (heads, B, 1) and (heads, B, N)."""
-        num_neighbors, share = self.config.num_reference_neighbors, self.config.reference_share
-        if num_neighbors is not None and num_neighbors < others.shape[-1]:
-            least = others.topk(num_neighbors, dim=-1).values[..., -1:]
-            others = others.masked_fill(others < least, -math.inf)
-        if share is None:
-            return torch.cat([own, others], dim=-1).softmax(dim=-1)
-        # Where no reference is allowed, all of it stays with the image.
-        has_any = others.isfinite().any(-1, keepdim=True)
-        given = share * has_any.to(others.dtype)
-        others = torch.where(has_any, others, 0.0).softmax(dim=-1)
-        return torch.cat([1 - given, given * others], dim=-1)
-
-    def project_references(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What attention reads of a bank: the mean that features are compared off, (d,); keys and values, (N, d)."""
-        features = references.features.to(self.key.weight.dtype)
-        mean = features.mean(0) if self.is_cosine else torch.zeros_like(features[0])
-        return mean, self.key(features - mean), self.value(features)
-
-    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, d) -> (heads, rows, d_head)"""
-        return rows.view(-1, self.num_heads, self.head_size).transpose(0, 1)
-
-    def _comparable(self, rows: torch.Tensor) -> torch.Tensor:
-        return nn.functional.normalize(rows.float(), dim=-1) if self.is_cosine else rows.float()
-
-    def _with_relations(
-        self,
-        message: torch.Tensor,
-        attention: torch.Tensor,
-        similarities: torch.Tensor | None,
-        relation: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The messages with what the relations add to the values, (heads, B, d_head) -> (B, d)."""
-        if self.relation_position_encoding == "key_value":
-            message = message + (attention * similarities).sum(-1, keepdim=True).to(relation.dtype) * relation
-        return message.transpose(0, 1).flatten(1)
-
-    def _relation_vector(self, features: torch.Tensor) -> torch.Tensor:
-        """The vector w, (heads, 1, d_head), from a call of its layer: weights that are offloaded come with a call."""
-        return self.relation(features.new_ones(1, 1)).view(self.num_heads, 1, self.head_size)
-
-    def _scores(
-        self,
-        products: torch.Tensor,
-        query: torch.Tensor,
-        relation: torch.Tensor | None,
-        similarities: torch.Tensor | None,
-        temperature: float | None = None,
-        gain: float | None = None,
-    ) -> torch.Tensor:
-        """Attention logits, (heads, B, N), from the products of queries and keys, in float32."""
-        scores = products
-        if relation is not None:
-            scores = scores + (query @ relation.float().transpose(1, 2)) * similarities
-        if self.is_cosine and temperature is not None:
-            scores = scores / temperature
-        elif self.is_cosine:
-            scores = scores * self.logit_scale.float().clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()[:, None, None]
-        else:
-            scores = scores * self.head_size**-0.5
-        if self.relation_gain is not None:
-            gains = self.relation_gain.float()[:, None, None] if gain is None else gain
-            scores = scores + gains * (similarities * self.psnr_max)
-        return scores
 
 
 @auto_docstring
@@ -1630,184 +1168,6 @@ class RBIForImageClassification(RBIPreTrainedModel):
         return model
 
 
-@contextmanager
-def _in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while. Afterwards each part is in its own mode again: some may be frozen in evaluation."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-def _backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `AutoModel` takes for the config, if it is a vision model's."""
-    model_class = MODEL_MAPPING.get(type(backbone_config), None)
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    if backbone_config.model_type in _UNUSABLE_BACKBONES:
-        raise ValueError(
-            f"`backbone_config` is a {type(backbone_config).__name__}, whose model cannot be a backbone: "
-            f"{_UNUSABLE_BACKBONES[backbone_config.model_type]}."
-        )
-    if model_class is None or model_class.main_input_name != "pixel_values":
-        raise ValueError(
-            f"`backbone_config` is a {type(backbone_config).__name__}, which is not that of a vision model: RBI needs "
-            "a backbone that takes `pixel_values`, such as ConvNextConfig, ViTConfig or TimmWrapperConfig."
-        )
-    return model_class
-
-
-def _load_whole(model_class: type[PreTrainedModel], name_or_path: str, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` that refuses a checkpoint without some of the weights, which would start at random."""
-    try:
-        model, info = model_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    except SafetensorError as error:
-        raise _unreadable_weights(name_or_path, error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{name_or_path} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: it is "
-            "the checkpoint of another kind of model. (If these are a pooler's, another `pooling` does without them.)"
-        )
-    return model
-
-
-def _unreadable_weights(name_or_path: str, error: SafetensorError) -> OSError:
-    return OSError(
-        f"The weights of {name_or_path} cannot be read ({error}): a safetensors file there is truncated or was altered. "
-        "Download or save it again."
-    )
-
-
-def _backbone_init_kwargs(config: RBIConfig, model_class: type[PreTrainedModel]) -> dict[str, bool]:
-    """Leaves out a pooler that would go unused: it would have no gradient, which DDP takes for an error."""
-    has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    pooling = _AUTO_POOLING.get(config.backbone_config.model_type) if config.pooling == "auto" else config.pooling
-    return {"add_pooling_layer": False} if has_option and pooling not in (None, "pooler") else {}
-
-
-def _build_backbone(config: RBIConfig) -> PreTrainedModel:
-    model_class = _backbone_class(config.backbone_config)
-    return AutoModel.from_config(config.backbone_config, **_backbone_init_kwargs(config, model_class))
-
-
-def _expected_image_size(backbone_config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width of the images that the backbone was made for, 224 where it does not say."""
-    size = getattr(backbone_config, "image_size", None)
-    if size is None and getattr(backbone_config, "pretrained_cfg", None):
-        size = backbone_config.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
-    size = (getattr(backbone_config, "model_args", None) or {}).get("img_size", size) or 224
-    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-
-
-def _num_channels(backbone_config: PreTrainedConfig) -> int:
-    """Channels of the images that the backbone takes, 3 where it does not say."""
-    model_args = getattr(backbone_config, "model_args", None) or {}  # those of timm
-    return getattr(backbone_config, "num_channels", None) or model_args.get("in_chans", 3)
-
-
-def _measure_feature_size(config: RBIConfig) -> int:
-    """Runs the backbone on the meta device: the size stands under no common name in the backbones' configs."""
-    config = copy.deepcopy(config)
-    image_size = _expected_image_size(config.backbone_config)
-    with torch.device("meta"), torch.no_grad():
-        backbone = _build_backbone(config).eval()
-        pixel_values = torch.zeros(1, len(config.image_mean), *image_size, dtype=backbone.dtype)
-        try:
-            outputs = backbone(pixel_values, return_dict=True)
-        except Exception as error:  # a model that is made for other inputs fails in any way
-            raise ValueError(
-                f"The features of {type(backbone).__name__} for a picture of {image_size[0]} x {image_size[1]} pixels "
-                f"could not be measured ({error}): if it is a vision model that takes such pictures, set "
-                "`feature_size` in RBIConfig."
-            ) from error
-        return _pool(outputs, config, image_size).shape[-1]
-
-
-def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) -> torch.Tensor:
-    """The backbone's output as one vector for each image, (batch_size, feature_size)."""
-    backbone_name = config.backbone_config.model_type
-    pooler_output = getattr(outputs, "pooler_output", None)
-    pooling: str = config.pooling
-    if backbone_name == "timm_wrapper":
-        if pooling not in ("auto", "pooler"):
-            raise ValueError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
-        if pooler_output is None or pooler_output.ndim != 2:
-            raise ValueError(
-                "The TimmWrapperConfig turns the pooling of its model off: leave its `do_pooling`, and `features_only` "
-                "and `global_pool` of its `model_args`, at their defaults."
-            )
-        return pooler_output
-    if pooling == "auto":
-        pooling = _AUTO_POOLING.get(backbone_name, "mean" if pooler_output is None else "pooler")
-    if pooling == "pooler":
-        if pooler_output is None:
-            raise ValueError(
-                f'`pooling="pooler"`, but {backbone_name} gives no `pooler_output`: use "mean" or "auto".'
-            )
-        return pooler_output.flatten(1)
-
-    hidden_state = getattr(outputs, "last_hidden_state", None)
-    if hidden_state is None:
-        raise ValueError(f"{backbone_name} gives no `last_hidden_state` to pool: RBI needs another backbone.")
-    if hidden_state.ndim == 4:  # (N, C, H, W)
-        tokens, num_prefix_tokens = hidden_state.flatten(2).transpose(1, 2), 0
-    else:  # (N, L, C)
-        tokens = hidden_state
-        num_prefix_tokens = _count_prefix_tokens(config.backbone_config, tokens.shape[1], image_size)
-    if pooling != "mean" and num_prefix_tokens == 0:
-        raise ValueError(f'`pooling="{pooling}"`, but {backbone_name} has no class token: use "mean" or "auto".')
-    mean = tokens[:, num_prefix_tokens:].mean(1)
-    if pooling == "mean":
-        return mean
-    return tokens[:, 0] if pooling == "cls" else torch.cat([tokens[:, 0], mean], dim=-1)
-
-
-def _count_prefix_tokens(backbone_config: PreTrainedConfig, num_tokens: int, image_size: tuple[int, int]) -> int:
-    """Class, distillation and register tokens: those in front of one token for each patch."""
-    patch_size = getattr(backbone_config, "patch_size", None)
-    if patch_size is None:
-        return 0
-    height, width = patch_size if isinstance(patch_size, (list, tuple)) else (patch_size, patch_size)
-    return max(num_tokens - (image_size[0] // height) * (image_size[1] // width), 0)
-
-
-def _check_images(pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, config: RBIConfig):
-    if image_features is not None:
-        if image_features.ndim != 2 or image_features.shape[1] != config.feature_size or image_features.shape[0] == 0:
-            raise ValueError(
-                f"`image_features` must have the shape (batch_size, {config.feature_size}) with a batch size of at "
-                f"least 1, got {tuple(image_features.shape)}."
-            )
-        if pixel_values is not None and pixel_values.shape[0] != image_features.shape[0]:
-            raise ValueError(
-                f"`pixel_values` hold {pixel_values.shape[0]} images, but `image_features` {image_features.shape[0]}."
-            )
-    elif pixel_values is None:
-        raise ValueError("You have to specify pixel_values")
-    if pixel_values is None:
-        return
-    if pixel_values.ndim != 4:
-        raise ValueError(
-            "`pixel_values` must have the shape (batch_size, num_channels, height, width), got "
-            f"{tuple(pixel_values.shape)}; a single image needs a batch axis, `pixel_values[None]`."
-        )
-    if pixel_values.shape[0] == 0:
-        raise ValueError("`pixel_values` are an empty batch: pass at least one image.")
-    if pixel_values.shape[1] != len(config.image_mean):
-        raise ValueError(
-            f"`pixel_values` have {pixel_values.shape[1]} channels, but the model takes {len(config.image_mean)}: "
-            "convert the images (`image.convert('RGB')`), and put the channels second."
-        )
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"`pixel_values` are {pixel_values.dtype}, but must be float and normalised: pass the images through the "
-            "model's image processor (`AutoImageProcessor.from_pretrained`)."
-        )
-
-
 def _check_relation_mask(relation_mask: torch.Tensor | None, image_features: torch.Tensor) -> torch.Tensor | None:
     if relation_mask is None:
         return None
@@ -1833,109 +1193,6 @@ def _check_labels(labels: torch.Tensor, logits: torch.Tensor, config: RBIConfig)
             f"`labels` hold {out_of_range[0].item()}, but must be in 0..{config.num_labels - 1} (or -100, to leave an "
             "image out of the loss): set `num_labels` to the number of classes."
         )
-
-
-def _preset_config(preset: str, **kwargs) -> RBIConfig:
-    if preset not in ("paper", "kernel"):
-        raise ValueError(f'`preset` must be "paper" or "kernel", got {preset!r}.')
-    return getattr(RBIConfig, preset)(**kwargs)
-
-
-def _split_config_kwargs(kwargs: dict) -> tuple[dict, dict]:
-    """Those that are fields of RBIConfig, and the others, which are for `from_pretrained`."""
-    names = {*RBIConfig.own_fields(), "num_labels", "id2label", "label2id", "problem_type"}
-    for name in kwargs.keys() - names:
-        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.85):
-            raise TypeError(f"There is no argument `{name}`: did you mean `{close[0]}`?")
-    config_kwargs = {name: value for name, value in kwargs.items() if name in names}
-    return config_kwargs, {name: value for name, value in kwargs.items() if name not in names}
-
-
-def _hub_kwargs(kwargs: dict) -> dict:
-    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-    return {name: value for name, value in kwargs.items() if name in names}
-
-
-def _resolve_pixel_statistics(
-    name_or_path: str,
-    image_processor: BaseImageProcessor | None,
-    backbone_config: PreTrainedConfig,
-    config_kwargs: dict,
-    hub_kwargs: dict,
-) -> dict[str, list[float]]:
-    """`image_mean` and `image_std` for the config, from the image processor unless they are given."""
-    if "image_mean" in config_kwargs and "image_std" in config_kwargs:
-        return {}
-    if image_processor is None and name_or_path:
-        try:
-            image_processor = load_image_processor(name_or_path, **hub_kwargs)
-        except (OSError, ValueError, ImportError) as error:
-            logger.info(f"No image processor with {name_or_path}: {error}")
-    if image_processor is None:
-        logger.warning(
-            f"No image processor was found beside {name_or_path or 'the given model'}. PSNR takes the pixels for "
-            "normalised with ImageNet's mean and std: pass `image_processor`, or `image_mean` and `image_std`, if they "
-            "are not."
-        )
-        return {}
-    mean, std = pixel_statistics(image_processor, _num_channels(backbone_config))
-    return {"image_mean": mean, "image_std": std} | config_kwargs
-
-
-def _find_classifier(classifier: PreTrainedModel) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
-    """Runs the classifier on noise to see which linear layer gives the logits, from which features."""
-    config = getattr(classifier.config, "vision_config", classifier.config)
-    shape = (2, _num_channels(config), *_expected_image_size(config))
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.rand(shape, generator=generator).to(classifier.device, classifier.dtype)
-    calls = []
-    handles = [
-        module.register_forward_hook(lambda module, args, output: calls.append((module, args[0], output)))
-        for module in classifier.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            logits = getattr(classifier(probe, return_dict=True), "logits", None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for module, features, output in reversed(calls):
-        if logits is not None and output.shape == logits.shape and torch.equal(output, logits):
-            return module, probe, features
-    raise ValueError(
-        f"The logits of {type(classifier).__name__} are not the output of one linear layer on pooled features, so RBI "
-        "cannot be plugged in before it: take its backbone with `from_backbone_pretrained` and train a new classifier."
-    )
-
-
-def _find_backbone(
-    classifier: PreTrainedModel, backbone_config: PreTrainedConfig, probe: torch.Tensor, features: torch.Tensor
-) -> tuple[PreTrainedModel, str]:
-    """The classifier's backbone, and the pooling that gives the features that its linear layer reads."""
-    model_class = _backbone_class(backbone_config)
-    backbone = next((module for module in classifier.modules() if isinstance(module, model_class)), None)
-    if backbone is None:  # timm's classifiers hold no backbone of their own, only all its weights
-        backbone = AutoModel.from_config(backbone_config).to(classifier.device, classifier.dtype).eval()
-        backbone.load_state_dict(classifier.state_dict(), strict=False)
-    with torch.no_grad():
-        outputs = backbone(probe, return_dict=True)
-    statistics = [1.0] * probe.shape[1]  # pooling does not need them, but the config checks their number
-    for pooling in ("pooler", "cls", "mean", "cls_mean"):
-        config = RBIConfig(
-            backbone_config=backbone_config, pooling=pooling, image_mean=statistics, image_std=statistics
-        )
-        try:
-            pooled = _pool(outputs, config, probe.shape[-2:])
-        except ValueError:
-            continue
-        if pooled.shape == features.shape and torch.allclose(pooled, features, rtol=1e-4, atol=1e-5):
-            return backbone, pooling
-    raise ValueError(
-        f"{type(classifier).__name__} does more than pooling between its backbone and its linear classifier (a layer "
-        "of its own, such as a normalisation), which RBI's backbone would lack: take the backbone with "
-        "`from_backbone_pretrained` and train a new classifier."
-    )
 
 
 __all__ = [

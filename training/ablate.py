@@ -21,8 +21,9 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from .ablation import RESULTS_FILE, TABLE_FILE, AblationArguments, ablate
-from .ablation_report import interval, mean_and_std
+from .ablation.arguments import AblationArguments
+from .ablation.report import interval, mean_and_std
+from .ablation.run import RESULTS_FILE, TABLE_FILE, ablate
 
 
 logger = logging.getLogger(__name__)

@@ -24,18 +24,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import EvalPrediction, get_scheduler
 
-from .arguments import parse_arguments
+from .cli import parse_arguments
 from .data.checks import load_checked_pictures
 from .data.mixing import Mixing
 from .data.pictures import Collator, Pictures
 from .data.reading import DataArguments
 from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
+from .evaluation.metrics import compute_metrics
 from .files import filled_whole, write_json
-from .loss import count_targets, training_loss
-from .metrics import compute_metrics
-from .models import ModelArguments, load_model
-from .optimization import parameter_groups
+from .fine_tuning.loss import count_targets, training_loss
+from .fine_tuning.models import ModelArguments, load_model
+from .fine_tuning.optimization import parameter_groups
 from .record import differences, resolved_arguments
 
 

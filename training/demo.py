@@ -36,20 +36,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, pixel_statistics
 
-from .data.orl import load_orl_faces
+from .ablation.heads import Budget, TrainedHead, predict_with, train_head, train_plain, untrained_head
+from .data.packaged.backbones import load_mobilenet_v2, mobilenet_v2_image_processor
+from .data.packaged.orl import load_orl_faces
 from .data.splits import Split, draw_few_shots
-from .frozen import (
-    Budget,
-    CachedPictures,
-    TrainedHead,
-    predict_with,
-    train_head,
-    train_plain,
-    untrained_head,
-)
-from .protocols import ProtocolAccuracies, evaluate_protocols
+from .evaluation.features import CachedPictures
+from .evaluation.protocols import ProtocolAccuracies, evaluate_protocols
 from .record import processor_name
-from .weights import load_mobilenet_v2, mobilenet_v2_image_processor
 
 
 RESULTS_FILE = "demo_results.json"

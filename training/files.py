@@ -5,10 +5,35 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def cache_dir() -> Path:
+    """Folder that downloads are kept in."""
+    return Path(os.environ.get("RBI_CACHE") or Path.home() / ".cache" / "modeling-rbi")
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    r"""
+    Path of a file or a folder of the cache. Where there is none, `make` is called with another path of the same name
+    to make it at, and it is put in its place whole: an interrupted `make` leaves nothing behind.
+    """
+    path = cache_dir() / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            make(draft)
+            try:
+                os.replace(draft, path)
+            except OSError:
+                # A folder doesn't replace one that another process has put there meanwhile, which is as good.
+                if not path.is_dir():
+                    raise
+    return path
 
 
 _DRAFT = ".draft.tmp"

@@ -25,8 +25,8 @@ from rich.console import Console
 
 from model_cards.card import CardArguments
 
-from .arguments import parse_arguments
-from .publication import (
+from .cli import parse_arguments
+from .deployment.publication import (
     Publication,
     PublicationArguments,
     check_destination,

@@ -22,6 +22,7 @@ from .files import read_json, write_json
 
 
 RECORD_FILE = "run.json"
+REFERENCES_FILE = "references.json"
 _PACKAGES = (
     "modeling-rbi",
     "torch",

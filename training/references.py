@@ -14,13 +14,11 @@ Exit code 0: written. 1: model, pictures and arguments do not fit each other, or
 arguments are wrong.
 """
 
-import itertools
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -28,44 +26,37 @@ import transformers
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
 
-from .arguments import find_recipes, parse_arguments
-from .assessment import load_classifier, load_config, match_labels
+from .cli import find_recipes, parse_arguments
 from .data.checks import load_checked_pictures, load_unlabelled_pictures
 from .data.decode import DEFAULT_MAX_PIXELS
 from .data.pictures import Pictures
 from .data.reading import DataArguments, labels_of
 from .data.transforms import EvalTransform
-from .features import extract, is_itself
+from .evaluation.classifiers import load_classifier, load_config, match_labels
+from .evaluation.features import CachedPictures, extract
+from .evaluation.metrics import compute_metrics
+from .evaluation.reference_settings import (
+    MIN_FOR_FIT,
+    Candidate,
+    Settings,
+    candidates_for,
+    fit_references,
+    is_better,
+    paired_gain,
+    scores_with_references,
+)
 from .files import filled_whole, write_json
-from .frozen import CachedPictures
-from .intervals import Bootstrap, interval
-from .metrics import compute_metrics
-from .protocols import Answers
-from .record import RunRecord, describe_environment, resolved_arguments
+from .record import REFERENCES_FILE, RunRecord, describe_environment, resolved_arguments
 
 
 logger = logging.getLogger(__name__)
 
-RECORD_FILE = "references.json"
-# With fewer held-out pictures, what is best among them is chance: the model keeps the settings that it has.
-MIN_FOR_FIT = 100
-SHARES = (0.25, 0.5)
-# Temperature and gain.
-KERNELS = ((0.1, 0.25), (0.2, 0.5), (0.2, 1.0), (0.3, 0.5), (0.3, 1.0), (0.5, 0.5), (0.5, 1.0))
-VOTE_WEIGHTS = (0.0, 0.5)
-# Factors of the logits, one of which takes the model's confidence out of a comparison.
-_CONFIDENCES = [2.0 ** (step / 2) for step in range(-8, 7)]
-_STEP = 256
-# Of taking settings for better that are not.
-_CHANCE = 0.05
 _SOURCES = ("--dataset_name", "--dataset_format", "--train_dir", "--train_file")
 
 
@@ -130,144 +121,6 @@ class UnlabelledArguments:
         default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of a picture that is decoded."}
     )
     skip_bad_images: bool = field(default=False, metadata={"help": "Leave out pictures that cannot be read."})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an image attends to references; all `None` where it does not."""
-
-    share: float | None = None
-    temperature: float | None = None
-    gain: float | None = None
-    vote_weight: float = 0.0
-
-    def apply(self, model: RBIForImageClassification):
-        """Writes them to the model's config, unless they are none."""
-        if self.share is not None:
-            model.config.reference_share = self.share
-            model.config.reference_temperature, model.config.reference_gain = self.temperature, self.gain
-            model.config.reference_vote_weight = self.vote_weight
-
-    @classmethod
-    def of(cls, model: RBIForImageClassification) -> "Settings":
-        """Those that the model has."""
-        config = model.config
-        return cls(
-            config.reference_share,
-            config.reference_temperature,
-            config.reference_gain,
-            config.reference_vote_weight,
-        )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Settings, and what held-out pictures say of them."""
-
-    settings: Settings
-    scope: str
-    metrics: dict[str, float]
-    loss: float  # mean negative log-likelihood at the best confidence
-    advantage: float  # how much lower it is than without relations
-    advantage_error: float  # standard error of that
-
-
-def candidates_for(model: RBIForImageClassification) -> list[Settings]:
-    """Settings to choose from: temperatures and gains where the head has them, votes where there are labels."""
-    kernels: Sequence[tuple[float | None, float | None]] = [(None, None)]
-    if model.config.attention_type == "cosine":
-        references = model.describe_references()
-        has_gain = model.config.relation_position_encoding == "bias" and references["has_pictures"]
-        kernels = KERNELS if has_gain else [(temperature, None) for temperature in sorted({tau for tau, _ in KERNELS})]
-    votes = VOTE_WEIGHTS if model.describe_references()["num_labelled"] else VOTE_WEIGHTS[:1]
-    return [
-        Settings(share, temperature, gain, vote)
-        for share, (temperature, gain), vote in itertools.product(SHARES, kernels, votes)
-    ]
-
-
-@torch.no_grad()
-def scores_with_references(model: RBIForImageClassification, pictures: CachedPictures, scope: str) -> torch.Tensor:
-    """Logits, (n, num_labels); a picture that is in the bank itself does not attend to that."""
-    parts, bank = [], model.rbi.references
-    for rows in torch.arange(len(pictures.labels)).split(_STEP):
-        pixel_values, features = pictures.pixel_values[rows].to(model.device), pictures.features[rows].to(model.device)
-        mask = None
-        if scope == "reference" and bank is not None:
-            mask = ~is_itself(model.rbi.rpe, bank, pixel_values, features)
-        output = model(pixel_values=pixel_values, image_features=features, relation_scope=scope, reference_mask=mask)
-        parts.append(output.logits.float().cpu())
-    return torch.cat(parts)
-
-
-def fit_references(
-    model: RBIForImageClassification,
-    held_out: CachedPictures,
-    candidates: Sequence[Settings],
-    progress: bool = False,
-) -> list[Candidate]:
-    r"""
-    Tells how good each setting is on held-out pictures, and leaves the model as it was.
-
-    Args:
-        model (`RBIForImageClassification`):
-            With a bank.
-        held_out (`CachedPictures`):
-            Pictures like those that it will meet, which nothing was trained on and which are not in the bank.
-        candidates (`Sequence[Settings]`):
-            What to choose from.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a bar.
-
-    Returns:
-        First the model without relations, then the candidates in their order. The best has the lowest `loss`: the
-        negative log-likelihood after one factor of the logits was fitted for each, since relations change how
-        confident a model is, too.
-    """
-    names = ("reference_share", "reference_temperature", "reference_gain", "reference_vote_weight")
-    before = {name: getattr(model.config, name) for name in names}
-    results: list[Candidate] = []
-    alone = torch.zeros(())
-    try:
-        for settings in track([Settings(), *candidates], "Trying settings", transient=True, disable=not progress):
-            settings.apply(model)
-            scope = "self" if settings.share is None else "reference"
-            scores = scores_with_references(model, held_out, scope)
-            by_factor = [
-                nn.functional.cross_entropy(factor * scores, held_out.labels, reduction="none")
-                for factor in _CONFIDENCES
-            ]
-            losses = min(by_factor, key=lambda each: each.mean().item()).double()
-            alone = alone if results else losses
-            metrics = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
-            error = (alone - losses).std().item() / len(losses) ** 0.5
-            results.append(
-                Candidate(settings, scope, metrics, losses.mean().item(), (alone - losses).mean().item(), error)
-            )
-    finally:
-        for name, value in before.items():
-            setattr(model.config, name, value)
-    return results
-
-
-def is_better(candidate: Candidate, num_candidates: int) -> bool:
-    """Whether the best of so many settings has a lower loss than no relations, by more than chance (Bonferroni)."""
-    least = NormalDist().inv_cdf(1 - _CHANCE / num_candidates)
-    return candidate.scope == "reference" and candidate.advantage > least * candidate.advantage_error
-
-
-def paired_gain(
-    model: RBIForImageClassification, held_out: CachedPictures, name: str = "accuracy", seed: int = 0
-) -> tuple[float, float, float]:
-    """What `reference` adds to `single` on the pictures, with its 95 % interval, in points."""
-    single, reference = (
-        Answers.from_scores(scores_with_references(model, held_out, scope), held_out.labels)
-        for scope in ("self", "reference")
-    )
-    bootstrap = Bootstrap(held_out.labels, seed=seed)
-    value = reference.metrics[0][name] - single.metrics[0][name]
-    gain = interval(name, value, bootstrap.metrics(reference)[name] - bootstrap.metrics(single)[name], least=-1.0)
-    return 100 * gain.value, 100 * gain.low, 100 * gain.high
 
 
 def load_rbi(args: ReferenceArguments) -> tuple[RBIForImageClassification, BaseImageProcessor]:
@@ -379,7 +232,7 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabelledArguments, con
     with filled_whole(output_dir, last="config.json") as draft:
         model.save_pretrained(draft)
         image_processor.save_pretrained(draft)
-        write_json(draft / RECORD_FILE, record)
+        write_json(draft / REFERENCES_FILE, record)
     return record
 
 

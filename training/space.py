@@ -24,7 +24,7 @@ from types import ModuleType
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArg
 
-from .arguments import parse_arguments
+from .cli import parse_arguments
 
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from .fine_tuning import Arguments, cross_validate, dry_run, load_data, prepare_output_dir, train
-from .models import check_model
+from .fine_tuning.arguments import Arguments
+from .fine_tuning.models import check_model
+from .fine_tuning.run import cross_validate, dry_run, load_data, prepare_output_dir, train
+from .fine_tuning.trainer import last_complete_checkpoint
 from .record import RECORD_FILE
-from .trainer import last_complete_checkpoint
 
 
 logger = logging.getLogger(__name__)

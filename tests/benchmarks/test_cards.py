@@ -6,11 +6,11 @@ import pytest
 
 from benchmarks.cards import MODELS, write_examples
 from model_cards.card import CardArguments
-from training.arguments import parse_arguments
-from training.assessment import AssessmentArguments
+from training.assess import AssessmentArguments
+from training.cli import parse_arguments
 from training.data.reading import DataArguments
-from training.fine_tuning import Arguments
-from training.publication import PublicationArguments
+from training.deployment.publication import PublicationArguments
+from training.fine_tuning.arguments import Arguments
 from training.references import ReferenceArguments
 
 

@@ -35,10 +35,11 @@ from benchmarks.results import (
     values_of,
 )
 from modeling_rbi import RBIConfig
-from training.ablation import Cached
-from training.arms import ARMS, choose_arms
-from training.data.emoji import EMOJI_STYLES
-from training.frozen import Budget, CachedPictures
+from training.ablation.arms import ARMS, choose_arms
+from training.ablation.heads import Budget
+from training.ablation.run import Cached
+from training.data.packaged.emoji import EMOJI_STYLES
+from training.evaluation.features import CachedPictures
 
 
 ROOT = Path(__file__).parents[2]

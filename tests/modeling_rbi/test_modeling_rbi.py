@@ -49,7 +49,7 @@ from modeling_rbi import (
     RelationshipPositionEncoding,
     ResidualRelationshipAttention,
 )
-from modeling_rbi.modeling_rbi import pairwise_mean_squared_error
+from modeling_rbi.relations_rbi import pairwise_mean_squared_error
 
 
 FEATURE_SIZE = 24

@@ -26,7 +26,7 @@ from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, RBIPreTrainedModel, configuration_rbi
-from training.packages import cache_dir
+from training.files import cache_dir
 
 
 # What the common tests import from test folders that the source distribution leaves out, reduced to nothing: tests of

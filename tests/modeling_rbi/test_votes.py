@@ -526,7 +526,7 @@ def test_what_cannot_be_added_leaves_the_model_as_it_was(voting_model, pixel_val
 
 
 def test_more_than_a_bank_holds_leaves_the_model_as_it_was(voting_model, monkeypatch):
-    from modeling_rbi import references_rbi
+    from modeling_rbi import reference_images_rbi as references_rbi
 
     state = state_of(voting_model)
     monkeypatch.setattr(references_rbi, "MAX_REFERENCES", 18)

@@ -10,7 +10,7 @@ import pytest
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.assess import main
 from training.data.reading import DataArguments, load_pictures
-from training.models import ModelArguments, load_model
+from training.fine_tuning.models import ModelArguments, load_model
 
 
 ROOT = Path(__file__).parents[2]

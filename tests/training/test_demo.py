@@ -12,9 +12,9 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from training import demo
-from training.data.orl import load_orl_faces
+from training.data.packaged.orl import load_orl_faces
 from training.demo import ArmResult, DemoArguments, choose_preset, mean_and_error, results_table
-from training.protocols import ProtocolAccuracies
+from training.evaluation.protocols import ProtocolAccuracies
 
 
 ARMS = ["plain", "rbi-kernel, untrained", "self", "rbi", "self-kernel", "rbi-kernel"]

@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from training.ablation import AblationArguments
-from training.assessment import AssessmentArguments
-from training.fine_tuning import Arguments
+from training.ablation.arguments import AblationArguments
+from training.assess import AssessmentArguments
+from training.fine_tuning.arguments import Arguments
 from training.references import ReferenceArguments
 
 

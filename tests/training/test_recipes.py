@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training import fine_tuning, train
+from training import train
+from training.fine_tuning import run as fine_tuning
 
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"

@@ -29,10 +29,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training import references
 from training.data import pictures as reading
-from training.features import EightBitPixels
-from training.frozen import CachedPictures
-from training.metrics import compute_metrics
-from training.references import (
+from training.evaluation.features import CachedPictures, EightBitPixels
+from training.evaluation.metrics import compute_metrics
+from training.evaluation.reference_settings import (
     KERNELS,
     SHARES,
     VOTE_WEIGHTS,

@@ -18,14 +18,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from training import fine_tuning, train
+from training import train
 from training.data import checks
 from training.data.layouts import LAYOUTS
 from training.data.pictures import Pictures
 from training.data.reading import read_unlabelled
 from training.data.transforms import EvalTransform
-from training.fine_tuning import Arguments, dry_run, load_data
-from training.trainer import RBITrainer, last_complete_checkpoint
+from training.fine_tuning import run as fine_tuning
+from training.fine_tuning.arguments import Arguments
+from training.fine_tuning.run import dry_run, load_data
+from training.fine_tuning.trainer import RBITrainer, last_complete_checkpoint
 
 
 ROOT = Path(__file__).parents[2]

@@ -27,8 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from ..files import write_json
-from ..packages import cache_dir
+from ..files import cache_dir, write_json
 from .decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, UnreadableImageError, decode_image
 from .reading import (
     SPLITS,

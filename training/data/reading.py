@@ -25,9 +25,9 @@ import datasets
 import torch
 from PIL import Image, ImageFile
 
-from . import packaged
 from .decode import DEFAULT_MAX_PIXELS
 from .layouts import LAYOUTS
+from .packaged import catalog as packaged
 from .splits import draw_per_class, draw_subset, stratified_split
 
 

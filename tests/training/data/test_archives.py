@@ -14,7 +14,7 @@ import pytest
 
 from training.data import archives
 from training.data.archives import unpack
-from training.packages import cache_dir
+from training.files import cache_dir
 
 
 KINDS = ["a.tar", "a.tar.gz", "a.tgz", "a.zip", "A.ZIP"]

@@ -23,7 +23,7 @@ from training.data.checks import (
     refuse_bad,
 )
 from training.data.reading import BOX, IMAGE, BadDataError, DataArguments, ignored_files, load_pictures
-from training.packages import cache_dir
+from training.files import cache_dir
 
 
 @pytest.fixture(autouse=True)

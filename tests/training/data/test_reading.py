@@ -13,8 +13,8 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from transformers import HfArgumentParser
 
-from training.data import packaged
 from training.data.layouts import LAYOUTS
+from training.data.packaged import catalog as packaged
 from training.data.reading import (
     BOX,
     IMAGE,

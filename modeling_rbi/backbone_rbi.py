@@ -1,0 +1,223 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Any vision model as the backbone of RBI: building, loading and pooling it, and checking its input."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_rbi import RBIConfig
+
+
+# What a family's own image classifier reads, where that is not the pooler or the mean.
+_AUTO_POOLING = {
+    "deit": "cls",
+    "dinov2": "cls_mean",
+    "dinov2_with_registers": "cls_mean",
+    "ijepa": "mean",
+    "vit": "cls",
+    "vit_msn": "cls",
+}
+_UNUSABLE_BACKBONES = {
+    "pvt": "its class token cannot be told from the patches' in its output",
+    "sam2_hiera_det_model": "it keeps the channels last in its output",
+    "sam2_vision_model": "it keeps the channels last in its output",
+    "vit_mae": "it hides patches at random in evaluation too; load its weights as a ViT (`ViTModel`)",
+    "yolos": "its detection tokens come after the patches'",
+}
+
+
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while. Afterwards each part is in its own mode again: some may be frozen in evaluation."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `AutoModel` takes for the config, if it is a vision model's."""
+    model_class = MODEL_MAPPING.get(type(backbone_config), None)
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    if backbone_config.model_type in _UNUSABLE_BACKBONES:
+        raise ValueError(
+            f"`backbone_config` is a {type(backbone_config).__name__}, whose model cannot be a backbone: "
+            f"{_UNUSABLE_BACKBONES[backbone_config.model_type]}."
+        )
+    if model_class is None or model_class.main_input_name != "pixel_values":
+        raise ValueError(
+            f"`backbone_config` is a {type(backbone_config).__name__}, which is not that of a vision model: RBI needs "
+            "a backbone that takes `pixel_values`, such as ConvNextConfig, ViTConfig or TimmWrapperConfig."
+        )
+    return model_class
+
+
+def _load_whole(model_class: type[PreTrainedModel], name_or_path: str, **kwargs) -> PreTrainedModel:
+    """`from_pretrained` that refuses a checkpoint without some of the weights, which would start at random."""
+    try:
+        model, info = model_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise _unreadable_weights(name_or_path, error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name_or_path} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: it is "
+            "the checkpoint of another kind of model. (If these are a pooler's, another `pooling` does without them.)"
+        )
+    return model
+
+
+def _unreadable_weights(name_or_path: str, error: SafetensorError) -> OSError:
+    return OSError(
+        f"The weights of {name_or_path} cannot be read ({error}): a safetensors file there is truncated or was altered. "
+        "Download or save it again."
+    )
+
+
+def _backbone_init_kwargs(config: RBIConfig, model_class: type[PreTrainedModel]) -> dict[str, bool]:
+    """Leaves out a pooler that would go unused: it would have no gradient, which DDP takes for an error."""
+    has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    pooling = _AUTO_POOLING.get(config.backbone_config.model_type) if config.pooling == "auto" else config.pooling
+    return {"add_pooling_layer": False} if has_option and pooling not in (None, "pooler") else {}
+
+
+def _build_backbone(config: RBIConfig) -> PreTrainedModel:
+    model_class = _backbone_class(config.backbone_config)
+    return AutoModel.from_config(config.backbone_config, **_backbone_init_kwargs(config, model_class))
+
+
+def _expected_image_size(backbone_config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of the images that the backbone was made for, 224 where it does not say."""
+    size = getattr(backbone_config, "image_size", None)
+    if size is None and getattr(backbone_config, "pretrained_cfg", None):
+        size = backbone_config.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
+    size = (getattr(backbone_config, "model_args", None) or {}).get("img_size", size) or 224
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def _num_channels(backbone_config: PreTrainedConfig) -> int:
+    """Channels of the images that the backbone takes, 3 where it does not say."""
+    model_args = getattr(backbone_config, "model_args", None) or {}  # those of timm
+    return getattr(backbone_config, "num_channels", None) or model_args.get("in_chans", 3)
+
+
+def _measure_feature_size(config: RBIConfig) -> int:
+    """Runs the backbone on the meta device: the size stands under no common name in the backbones' configs."""
+    config = copy.deepcopy(config)
+    image_size = _expected_image_size(config.backbone_config)
+    with torch.device("meta"), torch.no_grad():
+        backbone = _build_backbone(config).eval()
+        pixel_values = torch.zeros(1, len(config.image_mean), *image_size, dtype=backbone.dtype)
+        try:
+            outputs = backbone(pixel_values, return_dict=True)
+        except Exception as error:  # a model that is made for other inputs fails in any way
+            raise ValueError(
+                f"The features of {type(backbone).__name__} for a picture of {image_size[0]} x {image_size[1]} pixels "
+                f"could not be measured ({error}): if it is a vision model that takes such pictures, set "
+                "`feature_size` in RBIConfig."
+            ) from error
+        return _pool(outputs, config, image_size).shape[-1]
+
+
+def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) -> torch.Tensor:
+    """The backbone's output as one vector for each image, (batch_size, feature_size)."""
+    backbone_name = config.backbone_config.model_type
+    pooler_output = getattr(outputs, "pooler_output", None)
+    pooling: str = config.pooling
+    if backbone_name == "timm_wrapper":
+        if pooling not in ("auto", "pooler"):
+            raise ValueError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
+        if pooler_output is None or pooler_output.ndim != 2:
+            raise ValueError(
+                "The TimmWrapperConfig turns the pooling of its model off: leave its `do_pooling`, and `features_only` "
+                "and `global_pool` of its `model_args`, at their defaults."
+            )
+        return pooler_output
+    if pooling == "auto":
+        pooling = _AUTO_POOLING.get(backbone_name, "mean" if pooler_output is None else "pooler")
+    if pooling == "pooler":
+        if pooler_output is None:
+            raise ValueError(
+                f'`pooling="pooler"`, but {backbone_name} gives no `pooler_output`: use "mean" or "auto".'
+            )
+        return pooler_output.flatten(1)
+
+    hidden_state = getattr(outputs, "last_hidden_state", None)
+    if hidden_state is None:
+        raise ValueError(f"{backbone_name} gives no `last_hidden_state` to pool: RBI needs another backbone.")
+    if hidden_state.ndim == 4:  # (N, C, H, W)
+        tokens, num_prefix_tokens = hidden_state.flatten(2).transpose(1, 2), 0
+    else:  # (N, L, C)
+        tokens = hidden_state
+        num_prefix_tokens = _count_prefix_tokens(config.backbone_config, tokens.shape[1], image_size)
+    if pooling != "mean" and num_prefix_tokens == 0:
+        raise ValueError(f'`pooling="{pooling}"`, but {backbone_name} has no class token: use "mean" or "auto".')
+    mean = tokens[:, num_prefix_tokens:].mean(1)
+    if pooling == "mean":
+        return mean
+    return tokens[:, 0] if pooling == "cls" else torch.cat([tokens[:, 0], mean], dim=-1)
+
+
+def _count_prefix_tokens(backbone_config: PreTrainedConfig, num_tokens: int, image_size: tuple[int, int]) -> int:
+    """Class, distillation and register tokens: those in front of one token for each patch."""
+    patch_size = getattr(backbone_config, "patch_size", None)
+    if patch_size is None:
+        return 0
+    height, width = patch_size if isinstance(patch_size, (list, tuple)) else (patch_size, patch_size)
+    return max(num_tokens - (image_size[0] // height) * (image_size[1] // width), 0)
+
+
+def _check_images(pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, config: RBIConfig):
+    if image_features is not None:
+        if image_features.ndim != 2 or image_features.shape[1] != config.feature_size or image_features.shape[0] == 0:
+            raise ValueError(
+                f"`image_features` must have the shape (batch_size, {config.feature_size}) with a batch size of at "
+                f"least 1, got {tuple(image_features.shape)}."
+            )
+        if pixel_values is not None and pixel_values.shape[0] != image_features.shape[0]:
+            raise ValueError(
+                f"`pixel_values` hold {pixel_values.shape[0]} images, but `image_features` {image_features.shape[0]}."
+            )
+    elif pixel_values is None:
+        raise ValueError("You have to specify pixel_values")
+    if pixel_values is None:
+        return
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            "`pixel_values` must have the shape (batch_size, num_channels, height, width), got "
+            f"{tuple(pixel_values.shape)}; a single image needs a batch axis, `pixel_values[None]`."
+        )
+    if pixel_values.shape[0] == 0:
+        raise ValueError("`pixel_values` are an empty batch: pass at least one image.")
+    if pixel_values.shape[1] != len(config.image_mean):
+        raise ValueError(
+            f"`pixel_values` have {pixel_values.shape[1]} channels, but the model takes {len(config.image_mean)}: "
+            "convert the images (`image.convert('RGB')`), and put the channels second."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` are {pixel_values.dtype}, but must be float and normalised: pass the images through the "
+            "model's image processor (`AutoImageProcessor.from_pretrained`)."
+        )

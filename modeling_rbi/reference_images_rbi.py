@@ -1,0 +1,260 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Choosing the images of a reference bank, and reading them."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from .bank_rbi import NO_LABEL, check_size
+
+
+logger = logging.get_logger(__name__)
+
+STRATEGIES = ("balanced", "herding", "random")
+
+
+def choose_references(
+    labels: torch.Tensor,
+    class_names: Mapping[int, str],
+    per_class: int | None = None,
+    num_references: int | None = None,
+    strategy: str | None = None,
+    seed: int = 0,
+    features: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    Chooses the pictures of a bank.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(n,)`):
+            Class of each picture, -100 where it is not known.
+        class_names (`Mapping[int, str]`):
+            Of the model's classes.
+        per_class (`int`, *optional*):
+            Pictures of each class, or all where a class has fewer.
+        num_references (`int`, *optional*):
+            Pictures in all, in place of `per_class`. With neither, all are taken.
+        strategy (`str`, *optional*):
+            `"balanced"`: of each class at random, and of all classes as equally many as can be; `"herding"`: the same
+            numbers, and of each class those whose mean comes closest to the class's (Welling, 2009, as iCaRL has it);
+            `"random"`: at random, whatever the class. By default `"balanced"` where all labels are known, else
+            `"random"`.
+        seed (`int`, *optional*, defaults to 0):
+            Of what is drawn at random.
+        features (`torch.FloatTensor` of shape `(n, feature_size)`, *optional*):
+            Features of the pictures, for `"herding"`.
+
+    Returns:
+        `torch.LongTensor`: row numbers, in ascending order.
+
+    Raises:
+        ValueError: if the arguments do not fit each other or the labels, or there would be too many references.
+    """
+    is_labelled = labels != NO_LABEL
+    strategy = strategy or default_strategy(labels)
+    check_choice(per_class, num_references, strategy)
+    if not len(labels):
+        raise ValueError("There are no pictures to make references of.")
+    known = labels[is_labelled]
+    if len(known) and (known.min() < 0 or known.max() >= len(class_names)):
+        wrong = int(known.max() if known.max() >= len(class_names) else known.min())
+        raise ValueError(
+            f"A picture has the label {wrong}, but the model's classes are 0..{len(class_names) - 1} (-100: no label)."
+        )
+    if strategy != "random" and 0 < len(known) < len(labels):
+        raise ValueError(
+            f'`strategy="{strategy}"` needs a label for each picture, but {len(labels) - len(known)} have none: add '
+            "those in a second call, `add_references`."
+        )
+    if strategy == "balanced" and not len(known):
+        raise ValueError('`strategy="balanced"` needs labels, and no picture has one: use "random" or "herding".')
+    if strategy != "random" and len(known):
+        counts = known.bincount(minlength=len(class_names))
+        if (counts == 0).any():
+            empty = [class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
+            raise ValueError(
+                f"{len(empty)} of the model's classes have no picture, for instance {empty[0]!r}: add pictures of "
+                'them, or take `strategy="random"`.'
+            )
+        if per_class is not None and (short := int((counts < per_class).sum())):
+            logger.warning(f"{short} classes have fewer than {per_class} pictures: all that they have are taken.")
+
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    if strategy == "random":
+        chosen = order[:num_references]
+    else:
+        if strategy == "herding":
+            if features is None:
+                raise ValueError('`strategy="herding"` needs `features`.')
+            order = torch.cat([rows[_herd(features[rows])] for rows in _rows_of_each(labels)])
+        # Turn by turn, each class puts its next picture in.
+        turns = torch.empty_like(order)
+        for rows in _rows_of_each(labels[order]):
+            turns[rows] = torch.arange(len(rows))
+        chosen = order[turns < per_class] if per_class is not None else order[turns.argsort(stable=True)]
+        chosen = chosen[:num_references]
+    check_size(len(chosen))
+    return chosen.sort().values
+
+
+def default_strategy(labels: torch.Tensor) -> str:
+    """The strategy of `choose_references` where none is given."""
+    return "balanced" if (labels != NO_LABEL).all() else "random"
+
+
+def check_choice(per_class: int | None, num_references: int | None, strategy: str | None):
+    r"""
+    What can be said of the arguments of `choose_references` before there are labels.
+
+    Raises:
+        ValueError: if they are out of range, or exclude each other.
+    """
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
+    if per_class is not None and num_references is not None:
+        raise ValueError("Give `per_class` or `num_references`, not both.")
+    for name, value in (("per_class", per_class), ("num_references", num_references)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if strategy == "random" and per_class is not None:
+        raise ValueError(
+            '`per_class` goes with labels and `strategy="balanced"` or `"herding"`: give `num_references` instead.'
+        )
+
+
+def _rows_of_each(labels: torch.Tensor) -> list[torch.Tensor]:
+    return [(labels == label).nonzero().flatten() for label in labels.unique()]
+
+
+def _herd(features: torch.Tensor) -> torch.Tensor:
+    """Order of the pictures of a class: each next one brings the mean of those so far closest to the mean of all."""
+    features = nn.functional.normalize(features.float(), dim=-1)
+    mean, total = features.mean(0), torch.zeros_like(features[0])
+    order: list[int] = []
+    is_left = torch.ones(len(features), dtype=torch.bool)
+    for number in range(1, len(features) + 1):
+        distances = ((total + features) / number - mean).square().sum(-1)
+        order.append(int(distances.masked_fill(~is_left, torch.inf).argmin()))
+        is_left[order[-1]] = False
+        total = total + features[order[-1]]
+    return torch.tensor(order)
+
+
+def labels_before_reading(pictures: Any) -> torch.Tensor | None:
+    """Labels of a data set that gives them without its pictures: `labels` of ours, a column of `datasets`."""
+    if not (isinstance(pictures, Sized) and hasattr(pictures, "__getitem__")):
+        return None
+    labels = getattr(pictures, "labels", None)
+    for name in ("labels", "label"):
+        if labels is None and name in (getattr(pictures, "column_names", None) or ()):
+            # Else a transform of the data set's is run, on all pictures.
+            labels = pictures.with_format(None)[name][:]  # type: ignore[attr-defined]
+    if labels is None or len(labels) != len(pictures):
+        return None
+    return _labels(labels, torch.Size([len(pictures)]))
+
+
+def read_batches(
+    pictures: Dataset | Iterable,
+    rows: Sequence[int] | None,
+    image_processor: Callable | None,
+    batch_size: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    r"""
+    Pixels, (B, C, H, W), and labels, (B,), of a data set or loader.
+
+    Args:
+        pictures (`Dataset` or `Iterable`):
+            Of dicts: one picture each, `pixel_values` (C, H, W) or a PIL `image`, or a batch, `pixel_values`
+            (B, C, H, W); with `labels` or `label` where they are known.
+        rows (`Sequence[int]`, *optional*):
+            Which pictures of a data set to read, by their numbers; all if it is `None`.
+        image_processor (`Callable`, *optional*):
+            For PIL pictures.
+        batch_size (`int`):
+            Pictures at a time, where they come one by one.
+
+    Raises:
+        ValueError: if an item is of another form.
+    """
+    if isinstance(pictures, Mapping):
+        raise ValueError(
+            f"The pictures for references are a {type(pictures).__name__} with the keys "
+            f"{', '.join(map(str, pictures))}: pass one of its data sets, or, if it is a batch, a list of it."
+        )
+    if rows is None and isinstance(pictures, Sized) and hasattr(pictures, "__getitem__"):
+        rows = range(len(pictures))
+    items = iter(pictures) if rows is None else (pictures[int(row)] for row in rows)  # type: ignore[index]
+    waiting: list[tuple[torch.Tensor, int]] = []
+    for item in items:
+        pixel_values, labels = _pixels_and_labels(item, image_processor)
+        if pixel_values.ndim == 4:
+            yield pixel_values, labels
+            continue
+        waiting.append((pixel_values, int(labels)))
+        if len(waiting) == batch_size:
+            yield _stacked(waiting)
+            waiting = []
+    if waiting:
+        yield _stacked(waiting)
+
+
+def _stacked(pictures: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    if len({pixel_values.shape for pixel_values, _ in pictures}) > 1:
+        raise ValueError("The pictures are of several sizes: pass them through the model's image processor.")
+    return torch.stack([pixel_values for pixel_values, _ in pictures]), torch.tensor([label for _, label in pictures])
+
+
+def _pixels_and_labels(item: Any, image_processor: Callable | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(item, Mapping) or not ("pixel_values" in item or "image" in item):
+        keys = f"the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+        raise ValueError(
+            f"The pictures for references must be dicts with `pixel_values` (or a PIL `image`), got {keys}."
+        )
+    if "pixel_values" in item:
+        pixel_values = torch.as_tensor(item["pixel_values"])
+    elif image_processor is None:
+        raise ValueError("The data set holds pictures, no `pixel_values`: pass the model's `image_processor`, too.")
+    else:
+        pixel_values = image_processor(item["image"], return_tensors="pt")["pixel_values"][0]
+    if pixel_values.ndim not in (3, 4):
+        raise ValueError(
+            "`pixel_values` of a picture must be (C, H, W), and of a batch (B, C, H, W), got "
+            f"{tuple(pixel_values.shape)}."
+        )
+    shape = pixel_values.shape[:1] if pixel_values.ndim == 4 else ()
+    labels = next((item[name] for name in ("labels", "label") if item.get(name) is not None), None)
+    return pixel_values, torch.full(shape, NO_LABEL) if labels is None else _labels(labels, torch.Size(shape))
+
+
+def _labels(labels: Any, shape: torch.Size) -> torch.Tensor:
+    """Labels as a tensor, those that are `None` as -100."""
+    if isinstance(labels, (list, tuple)):
+        labels = [NO_LABEL if label is None else label for label in labels]
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of what is no number
+        labels = torch.as_tensor(labels).cpu()
+        if labels.shape == shape and not labels.is_floating_point():
+            return labels.long()
+    given = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else f"{labels!r:.100}"
+    raise ValueError(f"Labels must be one whole number for each picture, got {given}.")
+
+
+__all__ = ["choose_references"]

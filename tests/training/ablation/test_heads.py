@@ -1,0 +1,214 @@
+"""Heads on cached features."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel
+from training.ablation import heads as frozen
+from training.ablation.batchformer import BatchFormerForImageClassification
+from training.ablation.heads import Budget, predict_with, train_head, train_plain, untrained_head
+from training.evaluation.features import CachedPictures
+
+
+BUDGET = Budget(steps=60, batch_size=15, learning_rate=1e-2, head_learning_rate=1e-3)
+
+
+@pytest.fixture
+def pictures(backbone_config):
+    """45 pictures of 3 classes, 24 features that tell them apart."""
+    labels = torch.arange(3).repeat(15)
+    features = torch.randn(3, 24)[labels] + 0.1 * torch.randn(45, 24)
+    return CachedPictures(torch.randn(45, 3, 32, 32), features, labels)
+
+
+def _config(preset, backbone_config):
+    return getattr(RBIConfig, preset)(backbone_config=backbone_config, feature_size=24, num_labels=3)
+
+
+def _accuracy(head, pictures, scope="batch"):
+    return (head.predict(torch.arange(45), scope).argmax(-1) == pictures.labels).float().mean().item()
+
+
+def test_cached_features_give_the_logits_of_the_pictures(backbone_config):
+    model = RBIForImageClassification(_config("kernel", backbone_config)).eval()
+    pixel_values = torch.randn(7, 3, 32, 32)
+    pictures = CachedPictures.from_backbone(model.rbi, pixel_values, torch.zeros(7, dtype=torch.long), batch_size=3)
+    for scope in ("self", "batch"):
+        with torch.no_grad():
+            logits = model(pixel_values, relation_scope=scope).logits
+        torch.testing.assert_close(predict_with(model, pictures)(torch.arange(7), scope), logits)
+
+
+def test_every_head_learns(pictures, config):
+    config.feature_size, config.num_labels = 24, 3
+    rows = torch.arange(45)
+    heads = [
+        train_plain(pictures, rows, 3, BUDGET, seed=0),
+        train_head(pictures, rows, config, BUDGET, seed=0),
+        train_head(pictures, rows, config, BUDGET, seed=0, relation_scope="self"),
+    ]
+    assert [_accuracy(head, pictures) for head in heads] == [1, 1, 1]
+    assert heads[0].num_parameters == 24 * 3 + 3
+    assert heads[1].num_parameters == heads[2].num_parameters > heads[0].num_parameters
+
+
+def test_training_is_repeatable(pictures, backbone_config):
+    rows = torch.arange(45)
+    first, again, other = (
+        train_head(pictures, rows, _config("paper", backbone_config), BUDGET, seed).predict(rows, "batch")
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_self_control_never_looks_at_others(pictures, backbone_config):
+    head = train_head(
+        pictures, torch.arange(45), _config("kernel", backbone_config), BUDGET, seed=0, relation_scope="self"
+    )
+    assert torch.equal(head.predict(torch.arange(45), "batch"), head.predict(torch.arange(45), "self"))
+
+
+def test_the_untrained_kernel_head_keeps_the_classifier_it_is_given(pictures, backbone_config):
+    plain = train_plain(pictures, torch.arange(45), 3, BUDGET, seed=0)
+    head = untrained_head(pictures, plain, _config("kernel", backbone_config))
+    rows = torch.arange(45)
+    torch.testing.assert_close(head.predict(rows, "self"), plain.predict(rows, "self"))
+    assert not torch.allclose(head.predict(rows, "batch"), plain.predict(rows, "batch"), atol=1e-3)
+
+
+def test_the_given_config_is_not_changed(pictures, backbone_config):
+    config = _config("paper", backbone_config)
+    before = config.to_dict()
+    train_head(pictures, torch.arange(45), config, Budget(steps=1), seed=0)
+    assert config.to_dict() == before
+
+
+def test_from_backbone_runs_the_model(backbone_config):
+    model = RBIModel(_config("paper", backbone_config)).eval()
+    pixel_values = torch.randn(5, 3, 32, 32)
+    pictures = CachedPictures.from_backbone(model, pixel_values, torch.arange(5), batch_size=2)
+    with torch.no_grad():
+        torch.testing.assert_close(pictures.features, model.extract_features(pixel_values)[0])
+
+
+def _spy(monkeypatch):
+    """Notes what the model is asked in training."""
+    calls = []
+    original = RBIForImageClassification.forward
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            calls.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RBIForImageClassification, "forward", forward)
+    return calls
+
+
+def test_without_training_the_attention_it_is_a_linear_classifier(pictures, backbone_config):
+    config = _config("kernel", backbone_config)
+    head = train_head(pictures, torch.arange(45), config, BUDGET, 0, "self", trains_attention=False)
+    classifier = head.model.classifier
+    expected = torch.nn.functional.linear(pictures.features, classifier.weight, classifier.bias)
+    torch.testing.assert_close(head.predict(torch.arange(45), "batch"), expected)
+    assert head.num_parameters == 24 * 3 + 3
+    assert _accuracy(head, pictures) == 1
+
+
+def test_through_the_bank_no_picture_attends_to_itself(pictures, backbone_config, monkeypatch):
+    calls = _spy(monkeypatch)
+    rows, bank = torch.arange(0, 30, 2), torch.arange(30).flip(0)
+    config = _config("kernel", backbone_config)
+    head = train_head(pictures, rows, config, replace(BUDGET, steps=5), 0, "reference", bank=bank)
+    assert len(calls) == 5
+    for call in calls:
+        itself = call["image_features"][:, None].eq(pictures.features[bank]).all(-1)
+        assert itself.sum() == len(itself)
+        assert torch.equal(call["reference_mask"], ~itself)
+        assert call["relation_scope"] == "reference"
+    others = torch.arange(40, 45)
+    alone, with_bank = (head.predict(others, scope) for scope in ("self", "reference"))
+    assert not torch.allclose(alone, with_bank, atol=1e-3)
+    torch.testing.assert_close(with_bank[:2], head.predict(others[:2], "reference"))
+
+
+def test_the_share_of_the_loss_without_relations(pictures, backbone_config):
+    """With nearly all of it, the head is trained as that which has no relations."""
+    rows, weights = torch.arange(45), {}
+    for share, scope in ((0.0, "self"), (1 - 1e-7, "batch"), (0.0, "batch")):
+        config = _config("kernel", backbone_config)
+        config.self_loss_weight = share
+        head = train_head(pictures, rows, config, BUDGET, 0, scope, trains_attention=False)
+        weights[share, scope] = head.model.classifier.weight
+    torch.testing.assert_close(weights[1 - 1e-7, "batch"], weights[0.0, "self"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(weights[0.0, "batch"], weights[0.0, "self"], atol=1e-3)
+
+
+def test_balanced_batches_have_so_many_pictures_of_a_class(pictures, backbone_config, monkeypatch):
+    calls = _spy(monkeypatch)
+    budget = replace(BUDGET, steps=12, batch_size=6, images_per_class=3)
+    train_head(pictures, torch.arange(45), _config("kernel", backbone_config), budget, 0)
+    seen = torch.zeros(45, dtype=torch.bool)
+    for call in calls:
+        same = call["image_features"][:, None].eq(pictures.features).all(-1)
+        counts = pictures.labels[same.int().argmax(1)].bincount(minlength=3)
+        assert sorted(counts.tolist()) == [0, 3, 3]
+        seen |= same.any(0)
+    assert seen.sum() > 30, "another epoch draws other pictures"
+
+
+def test_class_weights_and_label_smoothing(pictures, backbone_config):
+    rows, config = torch.arange(45), _config("kernel", backbone_config)
+
+    def probabilities(**kwargs):
+        head = train_head(pictures, rows, config, replace(BUDGET, **kwargs), 0, "self", trains_attention=False)
+        return head.predict(rows, "self").softmax(-1)
+
+    usual = probabilities()
+    assert probabilities(class_weights=torch.tensor([9.0, 1.0, 1.0]))[:, 0].mean() > usual[:, 0].mean()
+    assert probabilities(label_smoothing=0.5).amax(-1).mean() < usual.amax(-1).mean() - 0.1
+
+
+def test_batchformer_is_trained_and_dropped_at_test(pictures, backbone_config):
+    config = _config("kernel", backbone_config)
+    head = train_head(
+        pictures,
+        torch.arange(45),
+        config,
+        BUDGET,
+        0,
+        "self",
+        trains_attention=False,
+        model_class=BatchFormerForImageClassification,
+    )
+    start = BatchFormerForImageClassification(config).batchformer
+    assert head.num_parameters == 24 * 3 + 3 + sum(parameter.numel() for parameter in start.parameters())
+    classifier = head.model.classifier
+    expected = torch.nn.functional.linear(pictures.features, classifier.weight, classifier.bias)
+    torch.testing.assert_close(head.predict(torch.arange(45), "batch"), expected)
+    plain = train_head(pictures, torch.arange(45), config, BUDGET, 0, "self", trains_attention=False)
+    assert not torch.allclose(plain.model.classifier.weight, classifier.weight, atol=1e-3)
+    assert _accuracy(head, pictures) == 1
+
+
+def test_an_untrained_head_with_a_bank(pictures, backbone_config):
+    plain = train_plain(pictures, torch.arange(20), 3, BUDGET, seed=0)
+    config, bank = _config("kernel", backbone_config), torch.arange(20)
+    head = untrained_head(pictures, plain, config, bank)
+    rows = torch.arange(20, 45)
+    torch.testing.assert_close(head.predict(rows, "self"), plain.predict(rows, "self"))
+    with_bank = head.predict(rows, "reference")
+    assert not torch.allclose(with_bank, plain.predict(rows, "self"), atol=1e-3)
+    torch.testing.assert_close(with_bank[3:9], head.predict(rows[3:9], "reference"))
+
+
+def test_random_batches_are_an_epoch_each_picture_once():
+    rows = torch.arange(100, 117)
+    batches = frozen._random_batches(rows, 5, seed=1)
+    for _ in range(2):
+        epoch = [next(batches) for _ in range(3)]
+        assert sorted(len(batch) for batch in epoch) == [5, 6, 6]
+        assert torch.equal(torch.cat(epoch).sort().values, rows)

@@ -1,0 +1,523 @@
+"""Ablations on a small data set: what they leave, that they go on, and that arms differ in what they say they do."""
+
+import functools
+import json
+import shutil
+
+import datasets
+import pytest
+import torch
+from safetensors import safe_open
+from scipy import stats
+from torch import nn
+
+from modeling_rbi import RBIConfig, RBIForImageClassification, load_image_processor
+from training.ablation import run as ablation
+from training.ablation.arguments import AblationArguments
+from training.ablation.arms import ARMS, choose_arms
+from training.ablation.report import paired_difference
+from training.ablation.run import Cached, ablate, ablation_markdown, draw_data, train_end_to_end
+from training.data.pictures import Pictures
+from training.data.transforms import EvalTransform
+from training.evaluation.features import CachedPictures, extract
+from training.fine_tuning.bank_trainer import BankTrainer
+from training.fine_tuning.models import load_model
+
+
+FROZEN = {"freeze_backbone": True, "frozen_steps": 20, "frozen_learning_rate": 1e-2, "num_seeds": 2, "num_shuffles": 2}
+
+
+@pytest.fixture
+def make(arguments, tmp_path):
+    """Gives the arguments of an ablation on the small data set."""
+
+    def make(name="out", arms=None, **more):
+        line = arguments(tmp_path / name, **{"num_train_epochs": 1} | more)
+        return AblationArguments.parse([*line, *(["--arms", *arms] if arms else [])])
+
+    return make
+
+
+def comparable(results):
+    """Without what differs from run to run, and from folder to folder."""
+    results = json.loads(json.dumps(results))
+    del results["command"], results["arguments"]["output_dir"]
+    for arm in results["arms"].values():
+        for run in arm["runs"]:
+            del run["seconds"]
+    return results
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("this was not to be done again")
+
+
+class TestArms:
+    def test_controls_and_what_arms_take_weights_from_come_along(self):
+        names = [arm.name for arm in choose_arms(["bank-trained-head", "rbi-kernel-untrained"])]
+        assert names == ["plain", "self-kernel", "rbi-kernel-untrained", "bank-trained-head"]
+        assert [arm.name for arm in choose_arms(None)] == list(ARMS)
+
+    def test_unknown_arms_are_refused(self):
+        with pytest.raises(ValueError, match="no arm `rbi-kernl`: did you mean `rbi-kernel`"):
+            choose_arms(["plain", "rbi-kernl"])
+
+    @pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.control not in (None, "plain")])
+    def test_a_control_is_the_same_head_without_relations(self, arm):
+        control = ARMS[arm.control]
+        assert control.preset == arm.preset and control.trains_attention == arm.trains_attention
+        assert control.scopes == ("self",) and control.train_scope == "self" != arm.train_scope
+
+    def test_every_arm_beside_plain_and_its_likes_trains_what_plain_does(self):
+        for arm in ARMS.values():
+            if arm.control == "plain":
+                assert arm.preset == "kernel" and (arm.weights_of == "plain" or not arm.trains_attention)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 5])
+def test_the_interval_is_that_of_the_paired_t_test(num_seeds):
+    values, controls = torch.rand(2, num_seeds, dtype=torch.float64).tolist()
+    difference = paired_difference(values, controls)
+    expected = stats.ttest_rel(values, controls).confidence_interval(0.95)
+    assert (difference["low"], difference["high"]) == pytest.approx((expected.low, expected.high))
+    assert difference["mean"] == pytest.approx(sum(values) / num_seeds - sum(controls) / num_seeds)
+
+
+def test_equal_differences_have_an_interval_of_no_width():
+    assert paired_difference([0.5, 0.75], [0.25, 0.5]) == {"mean": 0.25, "low": 0.25, "high": 0.25}
+
+
+def command_line(published, folder, **more):
+    """Of an ablation on the small data set, for fixtures that outlive a test."""
+    backbone = {"model_type": "convnext", "hidden_sizes": [8, 12, 16, 24], "depths": [1] * 4, "image_size": 32}
+    values = {
+        "dataset_format": "cub_200_2011",
+        "dataset_dir": published,
+        "output_dir": folder,
+        "backbone_config": json.dumps(backbone),
+        "image_size": 32,
+        "per_device_train_batch_size": 8,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "num_seeds": 2,
+        "num_shuffles": 2,
+    } | more
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def frozen(published, cache, tmp_path_factory):
+    """An ablation of all arms on a frozen backbone: what it gave, its folder and its command line."""
+    folder = tmp_path_factory.mktemp("frozen") / "out"
+    line = command_line(published, folder, num_unlabelled=7, **FROZEN)
+    return ablate(AblationArguments.parse(line)), folder, line
+
+
+@pytest.fixture(scope="module")
+def end_to_end(published, cache, tmp_path_factory):
+    """An ablation with all of the backbone: what it gave, its folder and its arguments."""
+    folder = tmp_path_factory.mktemp("end_to_end") / "out"
+    line = command_line(
+        published,
+        folder,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        num_unlabelled=5,
+        batch_sampler="balanced",
+        images_per_class=4,
+    )
+    arms = ["rbi", "rbi-kernel-untrained", "batchformer", "bank-untrained", "bank-trained+single"]
+    args = AblationArguments.parse([*line, "--arms", *arms])
+    return ablate(args), folder, args
+
+
+class TestFrozen:
+    def test_every_figure_is_kept(self, frozen):
+        results, folder, _ = frozen
+        assert json.loads((folder / "ablation.json").read_text()) == results
+        assert list(results["arms"]) == list(ARMS) and results["seeds"] == [42, 43]
+        for name, arm in results["arms"].items():
+            assert [run["seed"] for run in arm["runs"]] == [42, 43]
+            protocols = {"single", "shuffled", "sorted"} | ({"reference"} if ARMS[name].has_bank else set())
+            for run in arm["runs"]:
+                assert set(run["test"]) == set(run["validation"]) == protocols
+                for figures in run["test"].values():
+                    assert 0 <= figures["accuracy"] <= 1 and 0 <= figures["macro_f1"] <= 1
+                assert run["parameters"] > 0 and run["seconds"] > 0
+        assert results["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+        sizes = results["data"]["fingerprints"]["42"]["splits"]
+        assert {part: split["pictures"] for part, split in sizes.items()} == {
+            "train": 32,
+            "validation": 8,
+            "test": 33,
+            "unlabelled": 7,
+        }
+
+    def test_arms_without_relations_answer_the_same_everywhere(self, frozen):
+        for name in ("plain", "self", "self-kernel", "batchformer"):
+            for run in frozen[0]["arms"][name]["runs"]:
+                own = {(figures["accuracy"], figures["macro_f1"]) for figures in run["test"].values()}
+                assert len(own) == 1
+
+    def test_untrained_heads_are_plain_on_their_own(self, frozen):
+        plain = frozen[0]["arms"]["plain"]["runs"]
+        for name in ("rbi-kernel-untrained", "bank-untrained"):
+            for run, own in zip(plain, frozen[0]["arms"][name]["runs"], strict=True):
+                assert own["test"]["single"] == run["test"]["single"]
+                assert own["parameters"] == run["parameters"] == 24 * 4 + 4
+
+    def test_differences_are_paired_by_seed(self, frozen):
+        arms = frozen[0]["arms"]
+        for name, arm in arms.items():
+            if arm["control"] is None:
+                assert arm["over_control"] is None
+                continue
+            expected = {"self": "single", "batch": "shuffled", "reference": "reference"}
+            assert list(arm["over_control"]) == [expected[scope] for scope in arm["scopes"]], name
+            control = [run["test"]["single"]["accuracy"] for run in arms[arm["control"]]["runs"]]
+            for protocol, figures in arm["over_control"].items():
+                own = [run["test"][protocol]["accuracy"] for run in arm["runs"]]
+                assert figures["accuracy"] == paired_difference(own, control)
+
+    def test_the_tables_show_the_figures(self, frozen):
+        results, folder, _ = frozen
+        text = (folder / "ablation.md").read_text()
+        assert text == ablation_markdown(results)
+        table = text.split("## Test accuracy in %")[1].split("##")[0]
+        rows = {cells[1].strip(" `"): cells for line in table.splitlines() if len(cells := line.split("|")) > 2}
+        for name, arm in results["arms"].items():
+            mean = 100 * sum(run["test"]["single"]["accuracy"] for run in arm["runs"]) / 2
+            assert rows[name][2].strip().startswith(f"{mean:.2f} ±")
+            assert bool(rows[name][5].strip()) == ARMS[name].has_bank
+        assert "without augmentation" in text and "7 without labels of the test, which are not tested on" in text
+
+    def test_each_picture_goes_through_the_backbone_once(self, frozen):
+        (path,) = frozen[1].glob("features-*.safetensors")
+        with safe_open(path, "pt") as file:
+            assert file.get_slice("features").get_shape() == [80, 24]  # of 80 pictures, in all seeds
+
+    def test_a_rerun_does_nothing_anew_and_gives_the_same(self, frozen, monkeypatch):
+        results, _, line = frozen
+        for name in ("extract", "train_frozen", "measure_arm"):
+            monkeypatch.setattr(ablation, name, refuse)
+        assert ablate(AblationArguments.parse(line)) == results
+        fewer = ablate(AblationArguments.parse([*line, "--arms", "rra"]))
+        assert list(fewer["arms"]) == ["plain", "self", "rra"]
+        assert all(fewer["arms"][name] == results["arms"][name] for name in fewer["arms"])
+        ablate(AblationArguments.parse(line))
+
+    def test_with_other_arguments_it_is_refused(self, frozen):
+        before = (frozen[1] / "ablation.json").read_bytes()
+        with pytest.raises(ValueError, match=r"other arguments: --frozen_steps was 20, now 21\. Give those it had"):
+            ablate(AblationArguments.parse([*frozen[2], "--frozen_steps", "21"]))
+        assert (frozen[1] / "ablation.json").read_bytes() == before
+
+    def test_without_plain_in_memory_it_is_trained_again_to_the_same(self, frozen, tmp_path):
+        results, folder, line = frozen
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        for name in ("bank-untrained", "rbi-kernel-untrained"):
+            shutil.rmtree(copy / name)
+        line = [str(copy) if word == str(folder) else word for word in line]
+        assert comparable(ablate(AblationArguments.parse(line))) == comparable(results)
+
+
+class TestResuming:
+    @pytest.mark.parametrize(
+        ("arms", "number", "more"),
+        [
+            (["rbi", "bank-trained", "batchformer"], 5, FROZEN),
+            pytest.param(["batchformer"], 2, {"num_seeds": 2, "num_shuffles": 2}, marks=pytest.mark.slow),
+        ],
+        ids=["frozen", "end to end"],
+    )
+    def test_stopped_between_arms_it_goes_on_to_the_same(self, make, monkeypatch, arms, number, more):
+        expected = ablate(make("whole", arms, **more))
+        assert len(expected["arms"]) == number  # with the controls
+        original, calls = ablation.measure_arm, []
+
+        def measure_arm(*args):
+            calls.append(args)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(ablation, "measure_arm", measure_arm)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(make("killed", arms, **more))
+        results = ablate(make("killed", arms, **more))
+        assert len(calls) == 2 * number + 1  # with 2 seeds, one arm was begun twice
+        assert comparable(results) == comparable(expected)
+
+    def test_other_data_are_refused(self, make, published, tmp_path):
+        folder = tmp_path / "data"
+        shutil.copytree(published, folder)
+        arms, more = ["plain"], {**FROZEN, "dataset_dir": folder}
+        ablate(make("out", arms, **more))
+        picture = next(folder.rglob("*.jpg"))
+        picture.write_bytes(picture.read_bytes() + b" ")
+        with pytest.raises(ValueError, match="data of seed 42 are not those"):
+            ablate(make("out", arms, **more))
+
+
+@pytest.mark.slow
+class TestEndToEnd:
+    def scores(self, args, model, folder):
+        test = draw_data(args, 42).pictures["test"]
+        processor = load_image_processor(str(folder))
+        pictures = extract(model, Pictures(test, EvalTransform(processor)), progress=False)
+        return pictures, nn.functional.linear(pictures.features, model.classifier.weight, model.classifier.bias)
+
+    @pytest.mark.parametrize("name", ["plain", "batchformer"])
+    def test_it_is_a_backbone_and_a_linear_classifier(self, end_to_end, name):
+        results, folder, args = end_to_end
+        model = RBIForImageClassification.from_pretrained(folder / name / "seed-42")
+        for projection in (model.rbi.rra.query, model.rbi.rra.key, model.rbi.rra.value):
+            assert torch.equal(projection.weight, torch.eye(24)) and not projection.bias.any()
+        pictures, expected = self.scores(args, model, folder / name / "seed-42")
+        with torch.no_grad():
+            logits = model(image_features=pictures.features, relation_scope="self").logits
+        torch.testing.assert_close(logits, expected)
+        accuracy = (expected.argmax(-1) == pictures.labels).float().mean().item()
+        assert results["arms"][name]["runs"][0]["test"]["single"]["accuracy"] == pytest.approx(accuracy)
+
+    def test_plain_trains_the_backbone_and_the_classifier(self, end_to_end):
+        results, folder, _ = end_to_end
+        model = RBIForImageClassification.from_pretrained(folder / "plain" / "seed-42")
+        modules = (model.rbi.backbone, model.classifier)
+        expected = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        runs = {name: arm["runs"][0]["parameters"] for name, arm in results["arms"].items()}
+        assert runs["plain"] == runs["bank-trained+single"] == runs["bank-untrained"] == expected
+        assert runs["rbi"] == runs["self"] > expected and runs["batchformer"] > expected
+
+    def test_each_arm_has_a_record_and_no_checkpoints(self, end_to_end):
+        _, folder, _ = end_to_end
+        for name in ("plain", "self", "rbi", "batchformer", "bank-trained+single"):
+            record = json.loads((folder / name / "seed-43" / "run.json").read_text())
+            assert record["status"] == "finished" and record["seed"] == 43
+            assert record["command"].startswith("python -m training.ablate")
+            assert not list((folder / name / "seed-43").glob("checkpoint-*"))
+
+    def test_the_self_arm_is_trained_without_relations(self, end_to_end):
+        _, folder, _ = end_to_end
+        scopes = {
+            name: json.loads((folder / name / "seed-42" / "run.json").read_text())["arguments"]["train_relation_scope"]
+            for name in ("plain", "self", "rbi")
+        }
+        assert scopes == {"plain": "self", "self": "self", "rbi": "batch"}
+
+    def test_untrained_heads_are_plain_on_their_own(self, end_to_end):
+        arms = end_to_end[0]["arms"]
+        for name in ("rbi-kernel-untrained", "bank-untrained"):
+            for plain, run in zip(arms["plain"]["runs"], arms[name]["runs"], strict=True):
+                assert run["test"]["single"] == plain["test"]["single"]
+
+    def test_the_bank_that_is_saved_is_of_the_trained_backbone(self, end_to_end):
+        """The model loads with it, which one with a stale bank does not, and answers as it was measured."""
+        results, folder, args = end_to_end
+        model = RBIForImageClassification.from_pretrained(folder / "bank-trained+single" / "seed-42")
+        assert model.config.relation_scope == "reference" and len(model.rbi.references) == 32 + 5
+        assert (model.rbi.references.labels == -100).tolist() == [False] * 32 + [True] * 5
+        pictures, _ = self.scores(args, model, folder / "bank-trained+single" / "seed-42")
+        with torch.no_grad():
+            answers = model(pictures.pixel_values, image_features=pictures.features).logits.argmax(-1)
+        accuracy = (answers == pictures.labels).float().mean().item()
+        measured = results["arms"]["bank-trained+single"]["runs"][0]["test"]["reference"]["accuracy"]
+        assert accuracy == pytest.approx(measured)
+
+
+def test_through_the_bank_no_picture_attends_to_itself_end_to_end(make, monkeypatch, tmp_path):
+    asked, batches = [], []
+    forward, training_step = RBIForImageClassification.forward, BankTrainer.training_step
+
+    @functools.wraps(forward)  # `Trainer` reads its signature
+    def spied_forward(self, *args, **kwargs):
+        if self.training:
+            asked.append(kwargs)
+        return forward(self, *args, **kwargs)
+
+    def spied_step(self, model, inputs, *args):
+        labels = torch.tensor(self.train_dataset.labels)
+        assert torch.equal(labels[inputs["rows"]], inputs["labels"]), "the rows are those of the pictures"
+        batches.append(inputs["rows"])
+        return training_step(self, model, inputs, *args)
+
+    monkeypatch.setattr(RBIForImageClassification, "forward", spied_forward)
+    monkeypatch.setattr(BankTrainer, "training_step", spied_step)
+    args = make(num_train_epochs=2)
+    train_end_to_end(args, ARMS["bank-trained"], draw_data(args, 0), tmp_path / "out", {})
+    assert len(asked) == len(batches) == 2 * 4
+    for kwargs, rows in zip(asked, batches, strict=True):
+        itself = torch.zeros(len(rows), 32, dtype=torch.bool)
+        itself[torch.arange(len(rows)), rows] = True
+        assert torch.equal(kwargs["reference_mask"], ~itself) and kwargs["relation_scope"] == "reference"
+
+
+def planted(num_classes=10, per_class=12, seed=0):
+    """Features that hardly tell the classes apart, and pictures that are alike in a class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_classes).repeat(per_class)
+    features = torch.randn(num_classes, 24, generator=generator)[labels]
+    features += 2 * torch.randn(len(labels), 24, generator=generator)
+    pixels = torch.rand(num_classes, 3, 32, 32, generator=generator)[labels]
+    pixels += 0.02 * torch.randn(pixels.shape, generator=generator)
+    order = torch.randperm(len(labels), generator=generator)
+    rows = dict(zip(("train", "validation", "test"), order.split([40, 10, len(order) - 50]), strict=True))
+    return Cached(CachedPictures(pixels, features, labels), rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("rbi-kernel-untrained", "shuffled"), ("bank-untrained", "reference"), ("bank-trained", "reference")],
+)
+def test_where_neighbours_help_the_difference_to_the_control_is_above_zero(make, backbone_config, name, protocol):
+    args = make(
+        arms=[name],
+        **{
+            **FROZEN,
+            "per_device_train_batch_size": 20,
+            "rbi_config": '{"attention_temperature": 1}',
+        },
+    )
+    base = RBIConfig(
+        backbone_config=backbone_config,
+        feature_size=24,
+        num_labels=10,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    )
+    accuracies = {"plain": [], name: []}
+    for seed in range(4):
+        cached, heads = planted(seed=seed), {}
+        for arm in args.arms:
+            head = ablation.train_frozen(args, arm, seed, cached, base, heads)
+            test = ablation.measure_arm(args, arm, head, cached, seed)["test"]
+            accuracies[arm.name].append(test.get(protocol, test["single"])["accuracy"])
+    difference = paired_difference(accuracies[name], accuracies["plain"])
+    assert difference["mean"] > 0.1 and difference["low"] > 0
+
+
+def test_the_budget_is_that_of_the_arguments(make):
+    labels = torch.tensor([0, 0, 0, 1])
+    more = {"frozen_steps": 7, "frozen_head_learning_rate": 1e-5, "weight_decay": 0.2, "label_smoothing_factor": 0.1}
+    budget = ablation._budget(make(**more, class_weights="balanced"), labels, 2)
+    assert (budget.steps, budget.head_learning_rate, budget.weight_decay) == (7, 1e-5, 0.2)
+    assert (budget.batch_size, budget.label_smoothing, budget.images_per_class) == (8, 0.1, None)
+    assert budget.class_weights.tolist() == pytest.approx([2 / 3, 2])
+    budget = ablation._budget(make(batch_sampler="balanced", images_per_class=4), labels, 2)
+    assert budget.images_per_class == 4 and budget.class_weights is None
+
+
+def test_features_are_those_of_each_seeds_pictures_even_where_one_occurs_twice(make, tmp_path):
+    args = make(**FROZEN, num_unlabelled=3)
+    (tmp_path / "out").mkdir()
+    draws = [draw_data(args, seed) for seed in (5, 6)]
+    for draw in draws:
+        draw.pictures["test"] = datasets.concatenate_datasets(
+            [draw.pictures["test"].select([4, 4]), draw.pictures["test"]]
+        )
+    _, cached = ablation.cache_features(args, draws, tmp_path / "out")
+    assert len(cached[0].pictures.features) == 80
+    torch.manual_seed(42)
+    model, processor = load_model(args.model, draws[0].record["label_names"])
+    for draw, own in zip(draws, cached, strict=True):
+        for part, split in draw.pictures.items():
+            expected = extract(model, Pictures(split, EvalTransform(processor)), progress=False)
+            torch.testing.assert_close(own.pictures.features[own.rows[part]], expected.features)
+            labels = torch.full_like(expected.labels, -100) if part == "unlabelled" else expected.labels
+            assert torch.equal(own.pictures.labels[own.rows[part]], labels)
+
+
+class TestUnlabelled:
+    def places(self, split):
+        return {row["image"]["path"] for row in split}
+
+    def test_from_the_test_they_are_not_tested_on(self, make):
+        usual, draw = draw_data(make(), 3), draw_data(make(num_unlabelled=9), 3)
+        taken, left = self.places(draw.pictures["unlabelled"]), self.places(draw.pictures["test"])
+        assert len(taken) == 9 and not taken & left
+        assert taken | left == self.places(usual.pictures["test"])
+        assert draw.record["unlabelled_from"] == "test"
+        assert self.places(draw_data(make(num_unlabelled=9), 4).pictures["unlabelled"]) != taken
+
+    def test_from_what_the_recipe_leaves_unused(self, make):
+        draw = draw_data(make(num_unlabelled=9, train_samples_per_class=3), 3)
+        taken = self.places(draw.pictures["unlabelled"])
+        assert len(taken) == 9 and len(draw.pictures["test"]) == 40
+        assert not taken & set.union(*(self.places(draw.pictures[part]) for part in ("train", "validation", "test")))
+        assert "the recipe leaves out" in draw.record["unlabelled_from"]
+
+    def test_no_more_than_there_are(self, make):
+        with pytest.raises(ValueError, match="--num_unlabelled 39: the test has 40 pictures, two of which must stay"):
+            draw_data(make(num_unlabelled=39), 0)
+        with pytest.raises(ValueError, match="--num_unlabelled 21: the recipe leaves 20 pictures unused"):
+            draw_data(make(num_unlabelled=21, train_samples_per_class=3), 0)
+
+    def test_the_bank_is_training_and_unlabelled_pictures(self):
+        rows = {"train": torch.tensor([4, 2]), "validation": torch.tensor([0]), "test": torch.tensor([1])}
+        cached = Cached(CachedPictures(torch.zeros(6, 1), torch.zeros(6, 1), torch.zeros(6)), rows)
+        assert cached.bank.tolist() == [4, 2]
+        assert Cached(cached.pictures, rows | {"unlabelled": torch.tensor([5])}).bank.tolist() == [4, 2, 5]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ({"num_folds": 3}, "--num_folds cannot be used in an ablation"),
+            ({"relation_batch_size": 4}, "--relation_batch_size cannot be used"),
+            ({"resume_from_checkpoint": "last"}, "a rerun of the same command goes on"),
+            ({"per_device_eval_batch_size": 1}, "--per_device_eval_batch_size must be at least 2"),
+            ({"freeze_backbone": True, "max_steps": 9}, "give --frozen_steps"),
+            ({"ema_decay": 0.9}, "--ema_decay averages the backbone"),
+            ({"mixup_alpha": 0.2}, "originals of mixed pictures"),
+            ({"rbi_config": '{"residual_gate": "sum"}'}, "does not go with the arm plain: .*exclude each other"),
+            (
+                {"batch_sampler": "balanced", "images_per_class": 8, "per_device_train_batch_size": 40},
+                "batches of 40 pictures are more than the 32 training pictures",
+            ),
+            (
+                {"batch_sampler": "balanced", "images_per_class": 3},
+                "Batches of 8 pictures cannot hold 3 of each class",
+            ),
+        ],
+    )
+    def test_arguments_that_do_not_go(self, make, monkeypatch, tmp_path, more, message):
+        for name in ("load_model", "train"):
+            monkeypatch.setattr(ablation, name, refuse)
+        with pytest.raises(ValueError, match=message):
+            ablate(make(**more))
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ({"num_seeds": 1}, "--num_seeds must be at least 2, got 1"),
+            ({"num_shuffles": 1}, "--num_shuffles must be at least 2"),
+            ({"num_unlabelled": -1}, "--num_unlabelled must be at least 0"),
+            ({"frozen_steps": 0}, "--frozen_steps must be at least 1"),
+        ],
+    )
+    def test_numbers_out_of_range(self, make, more, message):
+        with pytest.raises(ValueError, match=message):
+            make(**more)
+
+    def test_a_folder_with_something_else(self, make, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+        with pytest.raises(ValueError, match="is not empty, and holds no ablation"):
+            ablate(make())
+
+    def test_an_rbi_model_is_no_backbone(self, make, backbone_config, tmp_path):
+        RBIForImageClassification(RBIConfig.kernel(backbone_config=backbone_config)).save_pretrained(
+            tmp_path / "model"
+        )
+        with pytest.raises(ValueError, match="is an RBI model, with a head of its own: name a backbone"):
+            ablate(make(model_name_or_path=tmp_path / "model"))

@@ -1,0 +1,142 @@
+"""Features of one pass give what the whole model gives, with what PSNR needs of the pixels and no more."""
+
+import pytest
+import torch
+from transformers import ConvNextForImageClassification
+
+from modeling_rbi import RBIConfig, RBIForImageClassification, pixel_statistics
+from training.ablation.heads import Budget, predict_with, train_head
+from training.data.pictures import Pictures
+from training.data.reading import DataArguments, load_pictures
+from training.data.transforms import EvalTransform
+from training.evaluation import features
+from training.evaluation.features import EightBitPixels, extract
+from training.fine_tuning.models import ModelArguments, load_model
+
+
+@pytest.fixture
+def processor():
+    """An image processor for pictures of 32 x 32."""
+    return load_model(ModelArguments(backbone_config='{"model_type": "convnext"}', image_size=32), ["a", "b"])[1]
+
+
+@pytest.fixture
+def pictures(published, processor):
+    """40 test pictures of 4 classes."""
+    data = load_pictures(DataArguments(dataset_format="cub_200_2011", dataset_dir=str(published)), seed=0)
+    return Pictures(data["test"], EvalTransform(processor))
+
+
+def _model(preset, backbone_config, processor, **fields):
+    mean, std = pixel_statistics(processor)
+    config = getattr(RBIConfig, preset)(
+        backbone_config=backbone_config, num_labels=4, image_mean=mean, image_std=std, **fields
+    )
+    return RBIForImageClassification(config).eval()
+
+
+def _pixel_values(pictures):
+    return torch.stack([pictures[row]["pixel_values"] for row in range(len(pictures))])
+
+
+def _logits(model, batch, scope):
+    pixel_values, image_features, _ = batch
+    with torch.no_grad():
+        return model(pixel_values=pixel_values, image_features=image_features, relation_scope=scope).logits
+
+
+@pytest.mark.parametrize("preset", ["paper", "kernel"])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_the_logits_are_those_of_the_whole_model(preset, is_large, backbone_config, pictures, processor, monkeypatch):
+    if is_large:
+        monkeypatch.setattr(features, "_MAX_FLOAT_BYTES", 0)
+    model = _model(preset, backbone_config, processor)
+    extracted = extract(model, pictures, batch_size=7)
+    assert isinstance(extracted.pixel_values, EightBitPixels) == (is_large and preset == "paper")
+    assert extracted.labels.tolist() == pictures.labels
+    rows = torch.randperm(40)[:15]
+    for scope in ("self", "batch"):
+        with torch.no_grad():
+            expected = model(_pixel_values(pictures)[rows], relation_scope=scope).logits
+        torch.testing.assert_close(_logits(model, extracted.batch(rows), scope), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(predict_with(model, extracted)(rows, scope), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_backbone_sees_each_picture_once(backbone_config, pictures, processor):
+    model = _model("kernel", backbone_config, processor)
+    seen = []
+    model.rbi.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    extract(model, pictures, batch_size=16)
+    assert seen == [16, 16, 8]
+
+
+def test_only_the_pixels_that_psnr_needs_are_kept(backbone_config, pictures, processor):
+    for size in (5, 16, 64):
+        model = _model("kernel", backbone_config, processor, psnr_image_size=size)
+        assert extract(model, pictures).pixel_values.shape == (40, 3, min(size, 32), min(size, 32))
+
+
+def test_the_bare_model_and_workers_give_the_same(backbone_config, pictures, processor):
+    model = _model("kernel", backbone_config, processor)
+    first, second = extract(model, pictures, batch_size=10), extract(model.rbi, pictures, batch_size=10, num_workers=1)
+    assert torch.equal(first.features, second.features) and torch.equal(first.pixel_values, second.pixel_values)
+    assert first.seconds > 0
+
+
+def test_of_a_plain_classifier_the_logits_are_kept(backbone_config, pictures):
+    backbone_config.num_labels = 4
+    model = ConvNextForImageClassification(backbone_config)
+    extracted = extract(model, pictures)
+    with torch.no_grad():
+        expected = model.eval()(_pixel_values(pictures)).logits
+    torch.testing.assert_close(extracted.features, expected)
+    assert extracted.pixel_values.numel() == 0
+
+
+def test_heads_train_on_them(backbone_config, pictures, processor, monkeypatch):
+    monkeypatch.setattr(features, "_MAX_FLOAT_BYTES", 0)
+    model = _model("paper", backbone_config, processor)
+    head = train_head(extract(model, pictures), torch.arange(40), model.config, Budget(steps=2, batch_size=20), seed=0)
+    assert head.predict(torch.arange(40), "batch").shape == (40, 4)
+
+
+class TestEightBitPixels:
+    config = RBIConfig(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.3])
+
+    def _kept(self, pixels):
+        """Pixels in [0, 1] that were normalised, kept and given back, in [0, 1] again."""
+        mean, std = (torch.tensor(each)[:, None, None] for each in (self.config.image_mean, self.config.image_std))
+        kept = EightBitPixels(len(pixels), pixels.shape[1:], self.config)
+        kept[:] = (pixels - mean) / std
+        assert kept.levels.dtype == torch.uint8
+        return kept[torch.arange(len(pixels))] * std + mean
+
+    def test_grey_levels_come_back(self):
+        pixels = torch.randint(0, 256, (4, 3, 9, 9)) / 255
+        torch.testing.assert_close(self._kept(pixels), pixels)
+
+    def test_the_error_of_others_is_the_stated_one(self):
+        pixels = torch.rand(50, 3, 64, 64)
+        error = (self._kept(pixels) - pixels).square().mean()
+        assert -10 * error.log10().item() == pytest.approx(58.9, abs=0.05)
+
+    @pytest.mark.parametrize(("psnr", "change"), [(30, 0.011), (40, 0.11), (50, 1.0)])
+    def test_psnr_changes_by_what_is_stated(self, psnr, change):
+        first = 0.3 + 0.4 * torch.rand(20, 3, 64, 64)
+        second = first + 10 ** (-psnr / 20) * torch.randn_like(first)
+        before, after = (
+            -10 * (one - other).square().mean().log10().item()
+            for one, other in ((first, second), (self._kept(first), self._kept(second)))
+        )
+        assert before - after == pytest.approx(change, rel=0.1)
+
+    def test_pixels_of_another_normalisation_are_refused(self):
+        kept = EightBitPixels(1, (3, 4, 4), self.config)
+        with pytest.raises(ValueError, match="pixel_statistics"):
+            kept[:1] = torch.full((1, 3, 4, 4), 4.0)
+
+
+def test_no_pictures(backbone_config, pictures, processor):
+    pictures.split = pictures.split.select([])
+    with pytest.raises(ValueError, match="no pictures"):
+        extract(_model("kernel", backbone_config, processor), pictures)

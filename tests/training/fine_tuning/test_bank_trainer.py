@@ -1,0 +1,68 @@
+"""Training through a reference bank, from the command line's arguments to the saved model."""
+
+import pytest
+import torch
+
+from modeling_rbi import RBIForImageClassification
+from training.fine_tuning import bank_trainer
+from training.train import main
+
+
+@pytest.fixture
+def options(arguments, tmp_path):
+    return arguments(tmp_path / "output", preset="kernel", train_relation_scope="reference")
+
+
+def test_the_model_carries_the_training_pictures_as_its_backbone_sees_them(options, unlabelled_dir, tmp_path, capsys):
+    assert main([*options, "--unlabelled_dir", str(unlabelled_dir), "--unlabelled_per_batch", "2"]) == 0, (
+        capsys.readouterr().err
+    )
+    # Loading compares the bank's backbone with the model's.
+    model = RBIForImageClassification.from_pretrained(tmp_path / "output")
+    bank = model.describe_references()
+    num_unlabelled = len(list(unlabelled_dir.rglob("*.png")))
+    assert num_unlabelled and bank["num_references"] - bank["num_labelled"] == num_unlabelled
+    assert model.config.relation_scope == "reference"
+
+
+def test_no_training_picture_attends_to_itself(options, monkeypatch):
+    weights_of_itself = []
+
+    class Watched(bank_trainer.BankTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            rows = inputs["rows"]
+
+            def watch(module, args, output):
+                if module.training:
+                    # Column 0 is the picture's own, the training pictures come next.
+                    weights_of_itself.append(output[1][torch.arange(len(rows)), :, 1 + rows].detach())
+
+            handle = model.rbi.rra.register_forward_hook(watch)
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                handle.remove()
+
+    monkeypatch.setattr("training.fine_tuning.BankTrainer", Watched)
+    assert main(options) == 0
+    assert weights_of_itself and all((weights == 0).all() for weights in weights_of_itself)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mixup_alpha", "0.2"], "--mixup_alpha"),
+        (["--ema_decay", "0.9"], "--ema_decay"),
+        (["--lora_rank", "2"], "--lora_rank"),
+        (["--relation_batch_size", "2"], "leave --relation_batch_size"),
+    ],
+)
+def test_what_does_not_go_with_a_bank_is_refused(options, more, message, capsys):
+    assert main([*options, *more]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_too_large_a_bank_is_refused(options, monkeypatch, capsys):
+    monkeypatch.setattr(bank_trainer, "MAX_REFERENCES", 3)
+    assert main(options) == 1
+    assert "more than a model carries (3)" in capsys.readouterr().err

@@ -1,0 +1,600 @@
+"""RBITrainer: the same training on any number of processes and in any parts, and a plain Trainer trains RBI too."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments, ViTConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.data.layouts import LAYOUTS
+from training.data.mixing import Mixing
+from training.data.pictures import Collator, Pictures, WithUnlabelled
+from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
+from training.evaluation.metrics import compute_metrics
+from training.fine_tuning.arguments import FineTuningArguments
+from training.fine_tuning.trainer import (
+    MOVING_AVERAGE_FILE,
+    RBITrainer,
+    balanced_class_weights,
+    last_complete_checkpoint,
+)
+
+
+ROOT = Path(__file__).parents[3]
+# Without Adam's normalisation, which blows rounding up where a gradient is 0 by nature, as that of the keys' bias.
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+VIT = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+
+
+@pytest.fixture
+def make_trainer(published, tmp_path, backbone_config):
+    """
+    Gives a trainer of a tiny model on 20 training pictures, and others without labels if asked for; keywords go to
+    where they are known.
+    """
+
+    def make(trainer_class=RBITrainer, preset="paper", rows=20, unlabelled=0, backbone=backbone_config, **kwargs):
+        torch.manual_seed(0)
+        model = RBIForImageClassification(getattr(RBIConfig, preset)(backbone_config=backbone, num_labels=4))
+        processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+        pictures = LAYOUTS["cub_200_2011"](published)
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in FineTuningArguments.__dataclass_fields__}
+        more = {name: kwargs.pop(name) for name in ("callbacks", "data_collator") if name in kwargs}
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            **{
+                "per_device_train_batch_size": 6,
+                "max_steps": 5,
+                "learning_rate": 1e-3,
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "remove_unused_columns": False,
+                "report_to": "none",
+                "logging_steps": 1,
+                "save_strategy": "no",
+            }
+            | kwargs,
+        )
+        if trainer_class is RBITrainer:
+            more["fine_tuning"] = FineTuningArguments(**options)
+        more.setdefault("data_collator", Collator())
+        shuffled, transform = pictures["train"].shuffle(seed=0), TrainTransform(processor, AugmentationArguments())
+        train_dataset = Pictures(shuffled.select(range(rows)), transform, augment=True)
+        if unlabelled:
+            others = shuffled.select(range(rows, rows + unlabelled)).remove_columns("label")
+            others = others.add_column("label", [-100] * unlabelled)
+            train_dataset = WithUnlabelled(train_dataset, Pictures(others, transform, augment=True))
+        return trainer_class(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=Pictures(pictures["test"], EvalTransform(processor)),
+            compute_metrics=compute_metrics,
+            processing_class=processor,
+            **more,
+        )
+
+    return make
+
+
+def weights_of(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def losses_of(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_a_plain_trainer_trains_rbi(make_trainer):
+    trainer = make_trainer(Trainer, max_steps=40, learning_rate=1e-2, eval_strategy="epoch", logging_steps=10)
+    before = weights_of(trainer)
+    trainer.train()
+    changed = [name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])]
+    assert {"classifier.weight", "rbi.rra.query.weight"} <= set(changed)
+    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    assert trainer.evaluate()["eval_accuracy"] > 0.5  # 4 classes by colour
+
+
+def test_it_learns_what_a_plain_trainer_learns_from_the_same_batches(make_trainer):
+    """With one full batch an epoch, both see the same pictures in another order."""
+    results = []
+    for trainer_class in (Trainer, RBITrainer):
+        trainer = make_trainer(trainer_class, rows=8, per_device_train_batch_size=8, max_steps=3, **SGD)
+        trainer.train_dataset.augment = False
+        trainer.train_dataset.transform = trainer.eval_dataset.transform
+        trainer.train()
+        results.append(weights_of(trainer))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_batches_are_equal_neighbourhoods(make_trainer):
+    sizes = []
+    trainer = make_trainer(rows=20)
+    for batch in trainer.get_train_dataloader():
+        sizes.append(len(batch["labels"]))
+        assert batch["relation_mask"].all()
+    assert sizes == [5, 5, 5, 5]
+    dropped = make_trainer(rows=20, dataloader_drop_last=True).get_train_dataloader()
+    assert [len(batch["labels"]) for batch in dropped] == [6, 6, 6]
+
+
+def test_drop_last_is_of_the_training_alone(make_trainer):
+    trainer = make_trainer(dataloader_drop_last=True, per_device_eval_batch_size=7)
+    assert len(trainer.predict(trainer.eval_dataset).predictions) == len(trainer.eval_dataset) == 40
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 40
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 9},
+        {"per_device_train_batch_size": 18, "relation_batch_size": 9},
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "relation_batch_size": 9},
+        {"per_device_train_batch_size": 6, "unlabelled": 5, "unlabelled_per_batch": 3},
+    ],
+    ids=["the batch", "smaller", "larger", "with unlabelled pictures"],
+)
+def test_shuffled_evaluation_is_in_equal_neighbourhoods(make_trainer, options):
+    trainer = make_trainer(**options)
+    sizes = []
+    trainer.model.register_forward_hook(lambda model, args, output: sizes.append(len(output["logits"])))
+    metrics = trainer.evaluate_shuffled(trainer.eval_dataset, "test")
+    assert sizes == [8] * 5  # 40 pictures in batches of at most 9
+    assert {"test_accuracy", "test_loss"} <= metrics.keys()
+    assert trainer.model.config.relation_scope == "self"
+    alone = trainer.evaluate()
+    assert abs(alone["eval_loss"] - metrics["test_loss"]) > 1e-6
+
+
+def test_epochs_differ_and_are_those_of_the_seed(make_trainer):
+    def draws(**kwargs):
+        trainer = make_trainer(**kwargs)
+        trainer.get_train_dataloader()
+        orders = []
+        for epoch in (0, 1):
+            trainer._train_sampler.set_epoch(epoch)
+            orders.append([draw for batch in trainer._train_sampler for draw in batch])
+        return orders
+
+    assert draws() == draws()
+    assert draws()[0] != draws()[1]
+    assert draws()[0] != draws(seed=1)[0]
+
+
+# --- Neighbourhoods of other sizes than the device's batch -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "kernel"])
+def test_two_passes_are_the_large_batch(make_trainer, preset):
+    large = make_trainer(preset=preset, per_device_train_batch_size=6, **SGD)
+    small = make_trainer(
+        preset=preset, per_device_train_batch_size=2, gradient_accumulation_steps=3, relation_batch_size=6, **SGD
+    )
+    for trainer in (large, small):
+        trainer.train()
+    torch.testing.assert_close(losses_of(small), losses_of(large), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights_of(small), weights_of(large), atol=1e-5, rtol=1e-4)
+
+
+def test_two_passes_in_mixed_precision(make_trainer):
+    options = {"backbone": VIT, "bf16": True, "max_steps": 1} | SGD
+    large = make_trainer(per_device_train_batch_size=6, **options)
+    small = make_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=3, relation_batch_size=6, **options
+    )
+    before = weights_of(small)
+    for trainer in (large, small):
+        trainer.train()
+    after, expected = weights_of(small), weights_of(large)
+    for name in before:
+        if "backbone" in name and before[name].ndim > 1:  # the same step, but for the rounding of bf16
+            assert (after[name] - expected[name]).norm() < 0.2 * (expected[name] - before[name]).norm(), name
+
+
+def test_two_passes_go_with_accumulation(make_trainer):
+    """Two neighbourhoods of 6 in a step: as two batches of 6."""
+    large = make_trainer(per_device_train_batch_size=6, gradient_accumulation_steps=2, **SGD)
+    small = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=6, relation_batch_size=6, **SGD)
+    for trainer in (large, small):
+        trainer.train()
+    torch.testing.assert_close(weights_of(small), weights_of(large), atol=1e-5, rtol=1e-4)
+
+
+def test_a_split_batch_is_accumulation(make_trainer):
+    """A batch of 6 in neighbourhoods of 3 gives the gradients of two batches of 3."""
+    whole = make_trainer(rows=18, per_device_train_batch_size=6, relation_batch_size=3, **SGD)
+    parts = make_trainer(rows=18, per_device_train_batch_size=3, gradient_accumulation_steps=2, **SGD)
+    for trainer in (whole, parts):
+        trainer.train()
+    torch.testing.assert_close(weights_of(whole), weights_of(parts), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relation_batch_size": 9}, r"9 must be a multiple of the batch of a device \(6\)"),
+        ({"relation_batch_size": 12}, r"divisor of --gradient_accumulation_steps \(1\)"),
+        ({"relation_batch_size": 3, "gather_across_processes": True}, "turn --gather_across_processes off"),
+        ({"relation_batch_size": 0}, "--relation_batch_size must be at least 1"),
+        ({"lora_rank": 2, "freeze_backbone": True}, "use one of them"),
+        ({"images_per_class": 2}, "--batch_sampler balanced"),
+        ({"train_relation_scope": "self", "relation_batch_size": 3}, "training without relations"),
+        ({"train_relation_scope": "self", "self_loss_weight": 0.5}, "leave --self_loss_weight out"),
+        ({"train_relation_scope": "self", "unlabelled_dir": "a"}, "leave --unlabelled_dir out"),
+        ({"self_loss_weight": 1.0}, "--self_loss_weight must be at least 0 and less than 1, got 1.0"),
+        ({"self_loss_weight": -0.1}, "--self_loss_weight must be at least 0"),
+        ({"self_loss_weight": float("nan")}, "--self_loss_weight must be at least 0"),
+        ({"unlabelled_references": 3}, "are pictures of --unlabelled_dir: name it"),
+        ({"unlabelled_dir": "a", "relation_batch_size": 3}, "leave it out beside --unlabelled_dir"),
+        ({"unlabelled_dir": "a", "unlabelled_per_batch": 0}, "--unlabelled_per_batch must be at least 1"),
+        ({"unlabelled_dir": "a", "unlabelled_references": 0}, "--unlabelled_references must be at least 1"),
+        ({"references_per_class": 0}, "--references_per_class must be at least 1"),
+        ({"layer_decay": 1.5}, "--layer_decay must be between 0 and 1"),
+        ({"class_weights": "balanced", "batch_sampler": "balanced"}, "twice"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+
+
+@pytest.mark.parametrize("option", ["references_per_class", "unlabelled_references", "ema_decay"])
+def test_what_cannot_be_sharded_is_refused(make_trainer, monkeypatch, option):
+    trainer = make_trainer(**{option: 0.9 if option == "ema_decay" else 2, "unlabelled_dir": "a"})
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=f"^--{option} cannot be used with FSDP"):
+        trainer._refuse_what_cannot_be_sharded()
+
+
+# --- A second loss, and neighbours without labels --------------------------------------------------------------------
+
+
+def first_loss(trainer):
+    trainer.train()
+    return losses_of(trainer)[0]
+
+
+@pytest.mark.parametrize("preset", ["paper", "kernel"])
+def test_the_self_loss_is_that_of_training_without_relations(make_trainer, preset):
+    """From the same start and pictures, the loss of a step is the mean of both."""
+    options = {"preset": preset, "max_steps": 1, "label_smoothing_factor": 0.1, "class_weights": "balanced"}
+    together = first_loss(make_trainer(self_loss_weight=0.0, **options))
+    alone = first_loss(make_trainer(train_relation_scope="self", **options))
+    both = first_loss(make_trainer(self_loss_weight=0.3, **options))
+    assert abs(together - alone) > 1e-4
+    assert both == pytest.approx(0.7 * together + 0.3 * alone, abs=1e-5)
+
+
+def test_the_self_loss_is_as_the_config_has_it_unless_it_is_given(make_trainer):
+    options = {"preset": "kernel", "max_steps": 1}
+    losses = [
+        first_loss(make_trainer(**more, **options))
+        for more in ({}, {"self_loss_weight": 0.5}, {"self_loss_weight": 0.0}, {"self_loss_weight": 0.9})
+    ]
+    assert losses[0] == losses[2] and len(set(losses)) == 3
+    trainer = make_trainer(self_loss_weight=0.9, **options)
+    assert trainer.model.config.self_loss_weight == 0.9, "and is saved so"
+
+
+def cross_entropy_by_hand(trainer, batch):
+    """Of the pictures with labels alone, with all of the batch as neighbours, from one plain forward."""
+    trainer.model.train()
+    logits = trainer.model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"]).logits
+    targets = batch.get("targets", batch["labels"])[batch["labels"] >= 0]
+    return torch.nn.functional.cross_entropy(logits[batch["labels"] >= 0], targets), logits
+
+
+@pytest.mark.parametrize("batch_sampler", ["shuffled", "balanced"])
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.5])
+def test_unlabelled_pictures_are_neighbours_and_have_no_loss(make_trainer, batch_sampler, mixup_alpha):
+    mixing = Mixing(AugmentationArguments(mixup_alpha=mixup_alpha), 4) if mixup_alpha else None
+    options = {"unlabelled": 12, "unlabelled_per_batch": 4, "batch_sampler": batch_sampler}
+    trainer = make_trainer(**options, data_collator=Collator(mixing))
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) == 4
+    for batch in batches:
+        is_labelled = batch["labels"] >= 0
+        size = len(is_labelled) - 4
+        assert size in (5, 6) and is_labelled.tolist() == [True] * size + [False] * 4
+        loss, logits = cross_entropy_by_hand(trainer, batch)
+        torch.testing.assert_close(trainer.training_step(trainer.model, batch), loss.detach())
+        part = {name: value[:size] for name, value in batch.items()}
+        part["relation_mask"] = part["relation_mask"][..., :size]
+        _, without = cross_entropy_by_hand(trainer, part)
+        assert (logits[:size] - without).abs().max() > 1e-4, "they change the others' answers"
+
+
+def test_unlabelled_pictures_learn_through_the_others_alone(make_trainer):
+    trainer = make_trainer(unlabelled=6, unlabelled_per_batch=3)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for scope, has_gradient in (("batch", True), ("self", False)):
+        trainer.fine_tuning.train_relation_scope = scope
+        batch["pixel_values"] = batch["pixel_values"].detach().requires_grad_()
+        trainer.training_step(trainer.model, batch)
+        gradients = batch["pixel_values"].grad.abs().amax((1, 2, 3))
+        assert (gradients[:5] > 0).all() and (gradients[5:] > 0).tolist() == [has_gradient] * 3
+
+
+def test_unlabelled_pictures_never_come_into_evaluation(make_trainer):
+    trainer = make_trainer(unlabelled=12, unlabelled_per_batch=4, max_steps=2, eval_strategy="steps", eval_steps=1)
+    seen = {True: [], False: []}
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen[model.training].append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    trainer.train()
+    assert seen[True] == [9, 9]
+    assert sum(seen[False]) == 2 * len(trainer.eval_dataset)
+    seen[False].clear()
+    trainer.evaluate_shuffled(trainer.eval_dataset)
+    assert sum(seen[False]) == len(trainer.eval_dataset)
+
+
+def test_unlabelled_pictures_count_for_no_class_and_no_speed(make_trainer):
+    plain, trainer = (
+        make_trainer(class_weights="balanced", unlabelled=number, unlabelled_per_batch=2) for number in (0, 12)
+    )
+    assert torch.equal(trainer.class_weights, plain.class_weights)
+    loaders = [each.get_train_dataloader() for each in (plain, trainer)]
+    assert [trainer.num_examples(loader) for loader in (*loaders, trainer.get_eval_dataloader())] == [20, 20, 40]
+
+
+def test_there_must_be_as_many_unlabelled_pictures_as_a_batch_takes(make_trainer):
+    with pytest.raises(ValueError, match="cannot have 5 of 4 unlabelled pictures"):
+        make_trainer(unlabelled=4, unlabelled_per_batch=5).get_train_dataloader()
+
+
+# --- Several processes -----------------------------------------------------------------------------------------------
+
+
+DISTRIBUTED = """
+import json
+import os
+import sys
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+torch.set_num_threads(1)
+from training import fine_tuning, train
+
+results = sys.argv[1]
+
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 0 and args.process_index == 0:
+            gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+            save_file(gradients, os.path.join(results, "gradients.safetensors"))
+
+
+original = fine_tuning.RBITrainer.__init__
+
+
+def init(self, *args, callbacks, **kwargs):
+    original(self, *args, callbacks=[*callbacks, Gradients()], **kwargs)
+
+
+fine_tuning.RBITrainer.__init__ = init
+code = train.main(sys.argv[2:])
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+# gloo's threads can outlive the group and abort an orderly exit of the interpreter.
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+def run_distributed(folder, arguments, num_processes, **kwargs):
+    """A training in processes of its own, launched as users do; its losses and metrics, first gradients, weights."""
+    folder.mkdir()
+    (folder / "script.py").write_text(DISTRIBUTED)
+    config = "multi_cpu" if num_processes > 1 else "cpu"
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "training" / "accelerate" / f"{config}.yaml")]
+    if num_processes > 1:
+        command += ["--num_processes", str(num_processes)]
+    command += [str(folder / "script.py"), str(folder)]
+    options = {"max_steps": 5, "logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "save_strategy": "no", "max_train_samples": 20} | kwargs
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *arguments(folder / "out", **options)], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = json.loads((folder / "out" / "run.json").read_text())
+    losses = [entry["loss"] for entry in record["metrics_by_epoch"] if "loss" in entry]
+    results = record["results"]
+    parts = [part for part in ("validation", "test_single", "test_reference") if part in results]
+    losses += [results[part][name] for part in parts for name in ("loss", "macro_f1")]
+    return losses, load_file(folder / "gradients.safetensors"), load_file(folder / "out" / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "number", "batch_size"), [("paper", 3, 2), ("kernel", 2, 3)])
+def test_any_number_of_processes_is_one_process(arguments, tmp_path, preset, number, batch_size):
+    """20 pictures in 4 batches of 5: 3 + 2 on two processes, 2 + 2 + 1 on three."""
+    common = {"preset": preset, "gather_across_processes": True} | SGD
+    one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=6, **common)
+    assert len(one[0]) == 5 + 4
+    many = run_distributed(tmp_path / "many", arguments, number, per_device_train_batch_size=batch_size, **common)
+    for value, expected in zip(many, one, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_passes_on_two_processes_are_one_large_batch(arguments, tmp_path):
+    common = {"gather_across_processes": True} | SGD
+    one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=12, **common)
+    two = run_distributed(
+        tmp_path / "2",
+        arguments,
+        2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        relation_batch_size=12,
+        **common,
+    )
+    for value, expected in zip(two, one, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_unlabelled_pictures_and_references_are_those_of_one_process(arguments, tmp_path, unlabelled_dir):
+    """7 pictures with labels and 6 without in each batch: 2 + 2 + 2 of the latter on three processes."""
+    common = {"preset": "kernel", "gather_across_processes": True, "unlabelled_dir": unlabelled_dir} | SGD
+    common |= {"references_per_class": 2, "unlabelled_references": 5, "max_train_samples": 21}
+    one = run_distributed(
+        tmp_path / "1", arguments, 1, per_device_train_batch_size=9, unlabelled_per_batch=6, **common
+    )
+    assert len(one[0]) == 5 + 6
+    assert one[2]["rbi.references.labels"].sort().values.tolist() == [-100] * 5 + [0, 0, 1, 1, 2, 2, 3, 3]
+    three = run_distributed(
+        tmp_path / "3", arguments, 3, per_device_train_batch_size=3, unlabelled_per_batch=2, **common
+    )
+    for value, expected in zip(three, one, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_bank_is_of_the_batch_statistics_that_are_saved(arguments, tmp_path):
+    """Each process has seen other pictures, and what is saved is the mean of their statistics."""
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
+    options = {"backbone_config": json.dumps(backbone), "references_per_class": 1, "train_val_split": 0}
+    run_distributed(tmp_path / "2", arguments, 2, per_device_train_batch_size=5, **options)
+    model = RBIForImageClassification.from_pretrained(tmp_path / "2" / "out")
+    bank = model.rbi.references
+    torch.testing.assert_close(bank.probe, model.rbi._probe_features().detach(), atol=1e-5, rtol=1e-4)
+
+
+# --- What is trained, and what is kept -------------------------------------------------------------------------------
+
+
+def test_the_learning_rates_are_those_asked_for(make_trainer):
+    trainer = make_trainer(
+        optimizer="radam", head_learning_rate=1e-2, layer_decay=0.5, weight_decay=0.1, lr_scheduler_type="constant"
+    )
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.RAdam)
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    # 4 blocks, what comes before and what comes after.
+    assert rates == {1e-2, *(1e-3 * 0.5**depth for depth in range(6))}
+    names = {id(value): name for name, value in trainer.model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        assert {value.ndim > 1 for value in group["params"]} == {group["weight_decay"] > 0}
+        is_head = {not names[id(value)].startswith("rbi.backbone.") for value in group["params"]}
+        assert is_head == {group["lr"] == 1e-2}
+
+
+def test_in_scope_self_the_batch_has_no_influence(make_trainer):
+    """Batches of one and accumulated batches give the same weights; with relations they do not."""
+    weights = {}
+    for scope in ("self", "batch"):
+        for batch_size in (5, 1):
+            trainer = make_trainer(
+                train_relation_scope=scope,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=5 // batch_size,
+                **SGD,
+            )
+            trainer.train()
+            weights[scope, batch_size] = trainer.model.classifier.weight.detach()
+    torch.testing.assert_close(weights["self", 5], weights["self", 1], atol=1e-5, rtol=1e-4)
+    assert (weights["batch", 5] - weights["batch", 1]).abs().max() > 1e-3
+
+
+def test_class_weights_make_classes_count_alike():
+    labels = [0] * 6 + [1] * 2 + [2]
+    weights = balanced_class_weights(labels, 3)
+    assert weights[labels].mean().item() == pytest.approx(1)
+    per_class = weights * torch.bincount(torch.tensor(labels))
+    torch.testing.assert_close(per_class, per_class[0].expand(3))
+
+
+def test_label_smoothing_smooths_the_training_alone(make_trainer):
+    trainer = make_trainer(label_smoothing_factor=0.5, max_steps=1)
+    trainer.train()
+    metrics = trainer.evaluate()
+    output = trainer.predict(trainer.eval_dataset)
+    expected = torch.nn.functional.cross_entropy(torch.tensor(output.predictions), torch.tensor(output.label_ids))
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_moving_average_is_what_is_evaluated_and_kept(make_trainer):
+    trainer = make_trainer(
+        ema_decay=0.9, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=1e-2
+    )
+    trainer.train()
+    final = weights_of(trainer)
+    folders = sorted(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    assert [folder.name for folder in folders] == [f"checkpoint-{step}" for step in range(1, 6)]
+    trained = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
+    last = load_file(folders[-1] / MOVING_AVERAGE_FILE)
+    raw = load_file(folders[-1] / "model.safetensors")
+    for number, name in enumerate(trained):
+        assert torch.equal(last[f"average.{number}"], final[name])
+    assert any(not torch.equal(raw[name], final[name]) for name in trained)
+    logged = [log for log in trainer.state.log_history if "eval_loss" in log][-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged["eval_loss"], abs=1e-6)
+
+
+def test_the_best_moving_average_is_taken_back(make_trainer):
+    trainer = make_trainer(
+        ema_decay=0.5,
+        learning_rate=3e-2,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_checkpoints_hold_no_pickled_arguments(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=5)
+    trainer.train()
+    names = {path.name for path in Path(trainer.args.output_dir, "checkpoint-5").iterdir()}
+    assert "model.safetensors" in names and "training_args.bin" not in names
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert last_complete_checkpoint(folder).name == "checkpoint-5"
+    (folder / "checkpoint-5" / "trainer_state.json").unlink()
+    assert last_complete_checkpoint(folder).name == "checkpoint-4"
+    (folder / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.')
+    assert last_complete_checkpoint(folder).name == "checkpoint-3"
+    assert last_complete_checkpoint(folder / "nothing") is None
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}])
+def test_memory_savers(make_trainer, options):
+    plain, saving = make_trainer(backbone=VIT), make_trainer(backbone=VIT, **options)
+    for trainer in (plain, saving):
+        trainer.train()
+    tolerance = 0.05 if "bf16" in options else 1e-4
+    torch.testing.assert_close(losses_of(saving), losses_of(plain), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.slow
+def test_torch_compile(make_trainer):
+    plain, compiled = make_trainer(), make_trainer(torch_compile=True)
+    for trainer in (plain, compiled):
+        trainer.train()
+    torch.testing.assert_close(losses_of(compiled), losses_of(plain), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,544 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Ablation: what do relations do, beside controls that have none, under one budget and the same seeds?
+
+An arm is one way to train and to ask a model. The data draw, the start and the order all follow the seed, so that arms
+are compared seed by seed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+
+from modeling_rbi import RBIConfig, RBIForImageClassification, load_image_processor
+
+from ..data.packaged.catalog import PACKAGED
+from ..data.pictures import Pictures
+from ..data.reading import NO_LABEL, DataArguments, fingerprint, iter_rows, labels_of, load_pictures
+from ..data.samplers import BalancedSampler
+from ..data.transforms import EvalTransform
+from ..evaluation.features import CachedPictures, EightBitPixels, extract
+from ..evaluation.protocols import Predict, measure
+from ..files import filled_whole, write_json
+from ..fine_tuning.bank_trainer import BankTrainer
+from ..fine_tuning.models import ModelArguments, check_model, load_model
+from ..fine_tuning.run import load_data, train
+from ..fine_tuning.trainer import RBITrainer, balanced_class_weights, last_complete_checkpoint
+from ..record import RunRecord, describe_environment, differences, resolved_arguments
+from .arguments import AblationArguments
+from .arms import ARMS, Arm
+from .batchformer import BatchFormerForImageClassification, BatchFormerTrainer
+from .heads import Budget, TrainedHead, predict_with, train_head, untrained_head
+from .report import METRICS, ablation_markdown, arm_results
+
+
+RESULTS_FILE = "ablation.json"
+TABLE_FILE = "ablation.md"
+# A rerun may have more arms and seeds: those that are there are kept.
+_EXTENDABLE = {"arms", "num_seeds"}
+
+
+@dataclass(frozen=True)
+class DataDraw:
+    """The pictures of one seed: `train`, `validation`, `test`, and with `--num_unlabelled` also `unlabelled`."""
+
+    seed: int
+    pictures: datasets.DatasetDict
+    record: dict[str, Any]
+
+
+def draw_data(args: AblationArguments, seed: int) -> DataDraw:
+    r"""
+    Reads the pictures of one seed.
+
+    Raises:
+        BadDataError: if they cannot be trained on.
+        ValueError: if there is no validation or test, or there are fewer unlabelled pictures than asked for, or the
+            batches do not fit the training pictures.
+    """
+    one = dataclasses.replace(args, training=dataclasses.replace(args.training, seed=seed))
+    pictures, record = load_data(one)
+    for part, mend in (("validation", "raise --train_val_split"), ("test", "name one")):
+        if part not in pictures or len(pictures[part]) < 2:
+            raise ValueError(f"An ablation needs {part} pictures, at least 2: {mend}.")
+    if args.options.num_unlabelled:
+        pictures, record["unlabelled_from"] = _with_unlabelled(one, pictures)
+        record["fingerprint"] = fingerprint(pictures)
+    _check_batches(args, labels_of(pictures["train"]))
+    return DataDraw(seed, pictures, record)
+
+
+def _check_batches(args: AblationArguments, labels: torch.Tensor):
+    if args.fine_tuning.batch_sampler == "shuffled":
+        return
+    batch_size = args.training.per_device_train_batch_size
+    if batch_size > len(labels):
+        raise ValueError(
+            f"--batch_sampler balanced: batches of {batch_size} pictures are more than the {len(labels)} training "
+            "pictures there are: lower --per_device_train_batch_size."
+        )
+    BalancedSampler(labels.tolist(), batch_size, images_per_class=args.fine_tuning.images_per_class)
+
+
+def _with_unlabelled(args: AblationArguments, pictures: datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
+    """The pictures with those drawn that have no labels, and where these are from."""
+    number, seed = args.options.num_unlabelled, args.training.seed
+    unused = _unused_pictures(args.data, pictures, seed)
+    source = pictures["test"] if unused is None else unused
+    if unused is None and number > len(source) - 2:
+        raise ValueError(
+            f"--num_unlabelled {number}: the test has {len(source)} pictures, two of which must stay in it. Lower it."
+        )
+    if number > len(source):
+        raise ValueError(f"--num_unlabelled {number}: the recipe leaves {len(source)} pictures unused. Lower it.")
+    drawn, rest = (
+        source.select(rows.sort().values.tolist())
+        for rows in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tensor_split([number])
+    )
+    if unused is None:
+        return datasets.DatasetDict(dict(pictures) | {"test": rest, "unlabelled": drawn}), "test"
+    return datasets.DatasetDict(dict(pictures) | {"unlabelled": drawn}), "training pictures that the recipe leaves out"
+
+
+def _unused_pictures(args: DataArguments, pictures: datasets.DatasetDict, seed: int) -> datasets.Dataset | None:
+    """Training pictures of the data set that no part has, because the arguments ask for fewer; `None` without any."""
+    whole: dict[str, Any] = {"max_train_samples": None, "train_samples_per_class": None, "max_eval_samples": None}
+    packaged = PACKAGED.get(str(args.dataset_format))
+    if packaged is not None and "full" in packaged.config_names:
+        whole["dataset_config_name"] = "full"
+    if all(getattr(args, name) == value for name, value in whole.items()):
+        return None
+    splits = load_pictures(dataclasses.replace(args, **whole), seed)
+    everything = datasets.concatenate_datasets([splits[name] for name in ("train", "validation") if name in splits])
+    used = {key for split in pictures.values() for key in _picture_keys(split)}
+    rows = [row for row, key in enumerate(_picture_keys(everything)) if key not in used]
+    return everything.select(rows) if rows else None
+
+
+def _picture_keys(split: datasets.Dataset) -> list[tuple[Any, ...]]:
+    """What tells pictures apart: place and content."""
+    return [
+        (row["image"]["path"], hashlib.sha256(row["image"]["bytes"] or b"").hexdigest(), *(row.get("box") or ()))
+        for row in iter_rows(split)
+    ]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Pictures with their features, and the row numbers, `(n,)`, of each part."""
+
+    pictures: CachedPictures
+    rows: dict[str, torch.Tensor]
+
+    @classmethod
+    def of_draw(cls, pictures: CachedPictures, rows: dict[str, torch.Tensor]) -> "Cached":
+        """Those of a draw, without the labels of those that it has none of."""
+        labels = pictures.labels
+        if "unlabelled" in rows:
+            labels = labels.index_fill(0, rows["unlabelled"], NO_LABEL)
+        return cls(dataclasses.replace(pictures, labels=labels), rows)
+
+    @property
+    def bank(self) -> torch.Tensor:
+        """Row numbers of the references: the training pictures and the unlabelled ones."""
+        return torch.cat([self.rows[part] for part in ("train", "unlabelled") if part in self.rows])
+
+
+def _backbone_pictures(args: AblationArguments, split: datasets.Dataset, processor: BaseImageProcessor) -> Pictures:
+    data = args.data
+    return Pictures(split, EvalTransform(processor), crop_to_boxes=data.crop_to_boxes, max_pixels=data.max_pixels)
+
+
+def _extract(args: AblationArguments, model: RBIForImageClassification, pictures: Pictures) -> CachedPictures:
+    training = args.training
+    return extract(
+        model,
+        pictures,
+        training.per_device_eval_batch_size,
+        training.device,
+        training.dataloader_num_workers,
+        progress=not training.disable_tqdm,
+    )
+
+
+def cache_features(args: AblationArguments, draws: Sequence[DataDraw], folder: Path) -> tuple[RBIConfig, list[Cached]]:
+    r"""
+    Runs the frozen backbone once over the pictures of all seeds, each picture once, and keeps what comes out.
+
+    Args:
+        args (`AblationArguments`):
+            With the model.
+        draws (`Sequence[DataDraw]`):
+            The pictures of each seed.
+        folder (`Path`):
+            Where to keep it, in a file that is named after pictures, backbone and image size.
+
+    Returns:
+        The config of the model, and the pictures of each seed.
+    """
+    set_seed(args.training.seed)  # of a backbone that starts at random
+    model, processor = load_model(args.model, draws[0].record["label_names"])
+    sizes = {_arm_config(args, arm, model.config).psnr_image_size for arm in args.arms}
+    model.rbi.config.psnr_image_size = sizes.pop() if len(sizes) == 1 else None
+    whole = datasets.concatenate_datasets([split for draw in draws for split in draw.pictures.values()])
+    keys = _picture_keys(whole)
+    first_row: dict[tuple, int] = {}
+    for row, picture in enumerate(keys):
+        first_row.setdefault(picture, row)
+    number_of = {picture: number for number, picture in enumerate(first_row)}
+    numbers = torch.tensor([number_of[picture] for picture in keys])
+    content = {
+        "pictures": list(map(str, number_of)),
+        "crop_to_boxes": args.data.crop_to_boxes,
+        "model": resolved_arguments(dataclasses.replace(args.model, preset="paper", rbi_config=None)),
+        "seed": args.training.seed if args.model.model_name_or_path is None else None,
+        "pooling": model.config.pooling,
+        "psnr_image_size": model.config.psnr_image_size,
+    }
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"features-{name}.safetensors"
+    for stale in set(folder.glob("features-*.safetensors")) - {path}:
+        stale.unlink()
+    if not path.exists():
+        extracted = _extract(args, model, _backbone_pictures(args, whole.select(list(first_row.values())), processor))
+        pixels = extracted.pixel_values
+        with filled_whole(folder, last=path.name) as draft:
+            save_file(
+                {
+                    "pixel_values": pixels.levels if isinstance(pixels, EightBitPixels) else pixels,
+                    "features": extracted.features,
+                    "labels": extracted.labels,
+                },
+                draft / path.name,
+            )
+    pictures = _read_features(path, model.config)
+    sizes_of_parts = [len(split) for draw in draws for split in draw.pictures.values()]
+    parts = iter(numbers.split(sizes_of_parts))
+    return model.config, [Cached.of_draw(pictures, {name: next(parts) for name in draw.pictures}) for draw in draws]
+
+
+def _read_features(path: Path, config: RBIConfig) -> CachedPictures:
+    content = load_file(path)
+    pixels: Any = content["pixel_values"]
+    if pixels.dtype == torch.uint8:
+        levels, pixels = pixels, EightBitPixels(0, pixels.shape[1:], config)
+        pixels.levels = levels
+    return CachedPictures(pixels, content["features"], content["labels"])
+
+
+def _arm_config(args: AblationArguments, arm: Arm, base: RBIConfig) -> RBIConfig:
+    """The config of an arm on the backbone of `base`."""
+    names = ("backbone_config", "feature_size", "pooling", "image_mean", "image_std", "id2label", "label2id")
+    fields = {name: getattr(base, name) for name in names}
+    return getattr(RBIConfig, arm.preset)(**fields | args.model.rbi_fields | arm.rbi_fields)
+
+
+def train_frozen(
+    args: AblationArguments, arm: Arm, seed: int, cached: Cached, base: RBIConfig, heads: dict[str, TrainedHead]
+) -> TrainedHead:
+    r"""
+    Trains one arm on cached features.
+
+    Args:
+        args (`AblationArguments`):
+            With the budget.
+        arm (`Arm`):
+            The arm.
+        seed (`int`):
+            Of the start and of the order.
+        cached (`Cached`):
+            The pictures.
+        base (`RBIConfig`):
+            Of the model whose backbone the features are of.
+        heads (`dict[str, TrainedHead]`):
+            Of this seed, which others take their weights from; those that are missing are added.
+    """
+    config, bank = _arm_config(args, arm, base), cached.bank if arm.has_bank else None
+    if arm.weights_of is not None:
+        source = ARMS[arm.weights_of]
+        head = heads.get(source.name) or train_frozen(args, source, seed, cached, base, heads)
+        return _with_untrained_head(cached, head, config, bank)
+    labels = cached.pictures.labels[cached.rows["train"]]
+    head = train_head(
+        cached.pictures,
+        cached.rows["train"],
+        config,
+        _budget(args, labels, config.num_labels),
+        seed,
+        arm.train_scope,
+        bank=bank,
+        trains_attention=arm.trains_attention,
+        model_class=BatchFormerForImageClassification if arm.is_batchformer else RBIForImageClassification,
+    )
+    if arm.gives_weights:
+        heads[arm.name] = head
+    return head
+
+
+def _with_untrained_head(
+    cached: Cached, head: TrainedHead, config: RBIConfig, bank: torch.Tensor | None
+) -> TrainedHead:
+    untrained = untrained_head(cached.pictures, head, config, bank)
+    return dataclasses.replace(untrained, num_parameters=head.num_parameters)
+
+
+def _budget(args: AblationArguments, labels: torch.Tensor, num_labels: int) -> Budget:
+    options, fine_tuning = args.options, args.fine_tuning
+    return Budget(
+        steps=options.frozen_steps,
+        batch_size=args.training.per_device_train_batch_size,
+        learning_rate=options.frozen_learning_rate,
+        head_learning_rate=options.frozen_head_learning_rate,
+        weight_decay=args.training.weight_decay,
+        images_per_class=fine_tuning.images_per_class if fine_tuning.batch_sampler == "balanced" else None,
+        class_weights=balanced_class_weights(labels.tolist(), num_labels) if fine_tuning.class_weights else None,
+        label_smoothing=args.training.label_smoothing_factor,
+    )
+
+
+def train_end_to_end(
+    args: AblationArguments,
+    arm: Arm,
+    draw: DataDraw,
+    folder: Path,
+    trained: dict[str, tuple[Cached, TrainedHead]],
+) -> tuple[Cached, TrainedHead]:
+    r"""
+    Trains one arm with all of its backbone, in a folder of its own, unless it is there already; the epoch is chosen on
+    the validation pictures.
+
+    Args:
+        args (`AblationArguments`):
+            Of the ablation.
+        arm (`Arm`):
+            The arm.
+        draw (`DataDraw`):
+            The pictures.
+        folder (`Path`):
+            Of the ablation.
+        trained (`dict[str, tuple[Cached, TrainedHead]]`):
+            Of this seed, which others take their weights from; those that are missing are added.
+
+    Returns:
+        The pictures with the features of the trained backbone, and the head.
+    """
+    if arm.weights_of is not None:
+        source = ARMS[arm.weights_of]
+        cached, head = trained.get(source.name) or train_end_to_end(args, source, draw, folder, trained)
+        config = _arm_config(args, arm, head.model.config)  # type: ignore[arg-type]
+        return cached, _with_untrained_head(cached, head, config, cached.bank if arm.has_bank else None)
+    output_dir = folder / arm.name / f"seed-{draw.seed}"
+    record = RunRecord.read(output_dir)
+    if record is None or record.get("status") != "finished":
+        parts = {name: split for name, split in draw.pictures.items() if name != "unlabelled"}
+        trainer_class: Any = BatchFormerTrainer if arm.is_batchformer else RBITrainer
+        if arm.train_scope == "reference":
+            trainer_class = partial(BankTrainer, unlabelled=draw.pictures.get("unlabelled"))
+        record = train(
+            args.of_run(arm, draw.seed, output_dir),
+            datasets.DatasetDict(parts),
+            draw.record,
+            last_complete_checkpoint(output_dir),
+            Console(quiet=True),
+            prepare_model=partial(_prepare_model, arm=arm),
+            trainer_class=trainer_class,
+        )
+    model = RBIForImageClassification.from_pretrained(output_dir)
+    whole = datasets.concatenate_datasets(list(draw.pictures.values()))
+    processor = load_image_processor(str(output_dir))
+    pictures = _extract(args, model, _backbone_pictures(args, whole, processor))
+    ends = torch.tensor([len(split) for split in draw.pictures.values()]).cumsum(0)
+    rows = torch.arange(len(whole)).tensor_split(ends[:-1])
+    cached = Cached.of_draw(pictures, dict(zip(draw.pictures, rows, strict=True)))
+    head = TrainedHead(
+        model.cpu(),
+        predict_with(model, pictures, only_scope="self" if arm.scopes == ("self",) else None),
+        record["model"]["trainable_parameters"],
+        record["results"]["train"]["runtime"],
+    )
+    if arm.gives_weights:
+        trained[arm.name] = cached, head
+    return cached, head
+
+
+def _prepare_model(model: RBIForImageClassification, arm: Arm) -> RBIForImageClassification:
+    if arm.is_batchformer:
+        model = BatchFormerForImageClassification.from_model(model)
+    model.rbi.rra.requires_grad_(arm.trains_attention)
+    return model
+
+
+def measure_arm(args: AblationArguments, arm: Arm, head: TrainedHead, cached: Cached, seed: int) -> dict[str, Any]:
+    """Metrics of the validation and of the test pictures by protocol, as fractions."""
+    protocols = [*("single", "shuffled", "sorted"), *(["reference"] if arm.has_bank else [])]
+    figures: dict[str, Any] = {}
+    for part in ("validation", "test"):
+        rows = cached.rows[part]
+        predict: Predict = partial(_predict_rows, head.predict, rows)
+        batch_size = min(args.training.per_device_eval_batch_size, len(rows))
+        labels, num_shuffles = cached.pictures.labels[rows], args.options.num_shuffles
+        answers = measure(predict, labels, protocols, [batch_size], num_shuffles, seed)
+        figures[part] = {
+            condition.protocol: {
+                metric: statistics.fmean(order[metric] for order in answer.metrics) for metric in METRICS
+            }
+            for condition, answer in answers.items()
+        }
+        shuffles = next(answer for condition, answer in answers.items() if condition.protocol == "shuffled")
+        for metric in METRICS:
+            std = statistics.stdev(order[metric] for order in shuffles.metrics)
+            figures[part]["shuffled"][f"{metric}_std"] = std
+    return figures
+
+
+def _predict_rows(predict: Predict, rows: torch.Tensor, batch: torch.Tensor, relation_scope: str) -> torch.Tensor:
+    return predict(rows[batch], relation_scope)
+
+
+def ablate(args: AblationArguments) -> dict[str, Any]:
+    r"""
+    Trains and measures all arms that are asked for, with all seeds, but for those that are in the output folder.
+
+    Args:
+        args (`AblationArguments`):
+            What to do.
+
+    Returns:
+        What is written to `ablation.json`: the arguments, environment and data, and of each arm the figures of each
+        seed, their mean and standard deviation, and the paired differences to its control and to `plain`.
+
+    Raises:
+        ValueError: for arguments or data that cannot be ablated, or an output folder that holds something else.
+    """
+    args.check()
+    folder, arms = Path(args.training.output_dir), args.arms
+    before = _check_output_dir(args, folder)
+    _check_model(args.model)
+    seeds = tqdm(args.seeds, desc="Reading the pictures of each seed", leave=False, disable=args.training.disable_tqdm)
+    draws = [draw_data(args, seed) for seed in seeds]
+    fingerprints = {str(draw.seed): draw.record["fingerprint"] for draw in draws}
+    for seed, known in (before or {}).get("fingerprints", {}).items():
+        if fingerprints.get(seed, known) != known:
+            raise ValueError(
+                f"The data of seed {seed} are not those that the ablation in {folder} was begun with: give those "
+                "back, or name another --output_dir."
+            )
+    run = RunRecord(folder)
+    run.update(
+        status="running",
+        command=args.command,
+        recipes=args.recipes,
+        arguments=args.resolved(),
+        environment=describe_environment(args.training),
+        fingerprints=(before or {}).get("fingerprints", {}) | fingerprints,
+    )
+    runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
+    for arm, draw in _train_and_measure(args, arms, draws, folder):
+        runs[arm.name].append(json.loads(_figures_file(folder, arm, draw.seed).read_text(encoding="utf-8")))
+    results = {
+        "command": args.command,
+        "recipes": args.recipes,
+        "arguments": args.resolved(),
+        "environment": describe_environment(args.training),
+        "data": {
+            "label_names": draws[0].record["label_names"],
+            "unlabelled_from": draws[0].record.get("unlabelled_from"),
+            "fingerprints": fingerprints,
+        },
+        "seeds": args.seeds,
+        "arms": {arm.name: arm_results(arm, runs) for arm in arms},
+    }
+    with filled_whole(folder, last=RESULTS_FILE) as draft:
+        (draft / TABLE_FILE).write_text(ablation_markdown(results), encoding="utf-8")
+        write_json(draft / RESULTS_FILE, results)
+    run.update(status="finished")
+    return results
+
+
+def _train_and_measure(
+    args: AblationArguments, arms: list[Arm], draws: list[DataDraw], folder: Path
+) -> Iterator[tuple[Arm, DataDraw]]:
+    """Arm by arm of one seed after the other; each comes when its file is there."""
+    units = [(arm, draw) for draw in draws for arm in arms]
+    base: RBIConfig | None = None
+    cached_draws: list[Cached] = []
+    if args.is_frozen and not all(_figures_file(folder, arm, draw.seed).exists() for arm, draw in units):
+        base, cached_draws = cache_features(args, draws, folder)
+    heads: dict[int, dict[str, Any]] = {}  # of the last seed, for arms that take weights of others
+    with tqdm(units, unit="arm x seed", disable=args.training.disable_tqdm) as bar:
+        for number, (arm, draw) in enumerate(bar, start=1):
+            path = _figures_file(folder, arm, draw.seed)
+            if not path.exists():
+                bar.set_description(f"{arm.name}, seed {draw.seed}: arm x seed {number} of {len(units)}")
+                heads = {draw.seed: heads.get(draw.seed, {})}
+                if base is not None:
+                    cached = cached_draws[draws.index(draw)]
+                    head = train_frozen(args, arm, draw.seed, cached, base, heads[draw.seed])
+                else:
+                    cached, head = train_end_to_end(args, arm, draw, folder, heads[draw.seed])
+                path.parent.mkdir(exist_ok=True)
+                write_json(
+                    path,
+                    {
+                        "seed": draw.seed,
+                        "seconds": head.seconds,
+                        "parameters": head.num_parameters,
+                        **measure_arm(args, arm, head, cached, draw.seed),
+                    },
+                )
+                for checkpoint in (path.parent / path.stem).glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+            yield arm, draw
+
+
+def _figures_file(folder: Path, arm: Arm, seed: int) -> Path:
+    return folder / arm.name / f"seed-{seed}.json"
+
+
+def _check_model(args: ModelArguments):
+    """Sees whether the backbone is there, and is one: the heads are the arms' own."""
+    check_model(args)
+    name = args.model_name_or_path
+    if name is not None and not name.startswith("packaged/"):
+        hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
+        if AutoConfig.from_pretrained(name, **hub).model_type == RBIConfig.model_type:
+            raise ValueError(f"--model_name_or_path {name} is an RBI model, with a head of its own: name a backbone.")
+
+
+def _check_output_dir(args: AblationArguments, folder: Path) -> dict[str, Any] | None:
+    """The record of the ablation in the folder, if there is one that can be gone on with."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+    record = RunRecord.read(folder)
+    if record is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--output_dir {folder} is not empty, and holds no ablation: name another folder.")
+        return None
+    was, now = (
+        {name: value for name, value in arguments.items() if name not in _EXTENDABLE}
+        for arguments in (record.get("arguments", {}), args.resolved())
+    )
+    if changed := differences(was, now):
+        raise ValueError(
+            f"The ablation in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or "
+            "name another --output_dir."
+        )
+    return record
+
+
+__all__ = ["ablate", "ablation_markdown"]

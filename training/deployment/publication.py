@@ -1,0 +1,430 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Making the folder that a model is published as, proving it, and sending it to the Hub in one commit."""
+
+import glob
+import logging
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from PIL import Image
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from model_cards.card import (
+    ASSESSMENT_DIR,
+    EXAMPLES_DIR,
+    FIGURES,
+    CardArguments,
+    CardSources,
+    make_card,
+    read_emissions,
+)
+from modeling_rbi import RBIForImageClassification
+
+from ..data.decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, decode_image
+from ..evaluation.classifiers import load_classifier, load_config
+from ..evaluation.report import FILES as ASSESSMENT_FILES
+from ..evaluation.report import PROGRAM as ASSESSMENT_PROGRAM
+from ..evaluation.report import RESULTS_FILE
+from ..files import read_json, write_json
+from ..record import REFERENCES_FILE, RunRecord, weights_fingerprint
+from .checks import (
+    PICKLE_SUFFIXES,
+    RefusedError,
+    check_loads_back,
+    find_pickles,
+    find_places,
+    find_secrets,
+    without_places,
+)
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
+# What the backbones of timm need beside the requirements of all.
+TIMM_REQUIREMENTS = "timm>=1.0.23\ntorchvision>=0.25\n"
+_EXAMPLE_SIZE = 512
+_MOST_EXAMPLES = 8
+# The files of a publication: what is not of these was put there by someone else.
+_PUBLISHED = re.compile(
+    r"README\.md|requirements\.txt|handler\.py|\w+_rbi\.py|(?:preprocessor_)?config\.json"
+    r"|model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    rf"|{EXAMPLES_DIR}/[^/]+\.png|{ASSESSMENT_DIR}/[^/]+\.(?:png|csv|json)"
+)
+# What would be loaded in place of what is published, or with it.
+_TAKES_PRECEDENCE = {"adapter_config.json", "processor_config.json"}
+_SIZE = re.compile(r"\d+(?:\.\d+)?[KMGT]i?B", flags=re.IGNORECASE)
+# What the client's HTTP library raises where no answer comes; which library that is depends on the client's version.
+_NO_ANSWER = tuple(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
+
+
+@dataclass
+class PublicationArguments:
+    """What to publish, and where."""
+
+    model: str = field(metadata={"help": "Folder of a trained RBI model."})
+    repo_id: str = field(metadata={"help": "Repository on the Hub, user/name; it is made if it is not there."})
+    assessment: str | None = field(
+        default=None, metadata={"help": "Output folder of training.assess, on this very model."}
+    )
+    examples: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pictures, or a folder of them, to try the model with, for all to see; or none."},
+    )
+    share_pictures: bool = field(
+        default=False,
+        metadata={
+            "help": "The small copies of pictures in the model's references, and the assessment's figure of confused "
+            "pictures, may be seen by all. Needed for references, unless the repository is private."
+        },
+    )
+    private: bool = field(default=False, metadata={"help": "Make the repository a private one."})
+    revision: str = field(default="main", metadata={"help": "Branch to commit to; it must be there."})
+    commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Larger weights are split into files of this size."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Write the folder to --output_dir, check it, and send nothing."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "New folder for --dry_run; by default outputs/publish and the name."}
+    )
+
+    def __post_init__(self):
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"--repo_id {self.repo_id}: {error}") from error
+        if self.repo_id.count("/") != 1:
+            raise ValueError(f"--repo_id {self.repo_id} must be of the form user/name.")
+        if not _SIZE.fullmatch(self.max_shard_size):
+            raise ValueError(f"--max_shard_size {self.max_shard_size} is no size, such as 5GB or 500MB.")
+        if self.output_dir is not None and not self.dry_run:
+            raise ValueError("--output_dir goes with --dry_run: nothing is kept where the folder is sent to the Hub.")
+        if self.output_dir is None:
+            self.output_dir = os.path.join("outputs", "publish", self.repo_id.split("/")[1])
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A folder that is written, what it was made from, and what stands in the way of publishing it."""
+
+    folder: Path
+    model: RBIForImageClassification
+    image_processor: BaseImageProcessor
+    examples: list[Path]
+    problems: list[str]
+
+    def check_loads_back(self):
+        """As [`check_loads_back`], with the example pictures."""
+        check_loads_back(self.folder, self.model, self.image_processor, self.examples)
+
+
+def check_destination(args: PublicationArguments, api: HfApi) -> None:
+    r"""
+    Whether the user may write there, before any work is done.
+
+    Raises:
+        RefusedError: without a token, with one that the Hub does not know or that may only read, for a repository of
+            another owner, where `--private` or `--revision` contradicts what is there, or where something is there
+            that must not stand beside a publication.
+        OSError: if the Hub cannot be reached.
+    """
+    if api.token is None and get_token() is None:
+        raise RefusedError("There is no token of the Hub: `hf auth login`, or set HF_TOKEN. --dry_run needs none.")
+    try:
+        user = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise RefusedError("The Hub does not know the token (it is wrong or expired): `hf auth login`.") from error
+        raise
+    except _NO_ANSWER as error:
+        raise ConnectionError(f"{api.endpoint} does not answer ({error}).") from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise RefusedError(
+            "The token may only read: make one that may write, on https://huggingface.co/settings/tokens."
+        )
+    owner = args.repo_id.split("/")[0]
+    organisations = [each["name"] for each in user.get("orgs", []) if each.get("roleInOrg") != "read"]
+    owners = [user["name"], *organisations]
+    if owner.lower() not in (name.lower() for name in owners):
+        raise RefusedError(
+            f"--repo_id {args.repo_id}: {owner} is another owner. The token is of {user['name']}, who can write to "
+            f"{', '.join(owners)}."
+        )
+    try:
+        info = api.model_info(args.repo_id)
+    except RepositoryNotFoundError:
+        if args.revision != "main":
+            raise RefusedError(
+                f"--revision {args.revision}: {args.repo_id} is not there yet, so it has no branch but main."
+            ) from None
+        return
+    if args.private and not info.private:
+        raise RefusedError(
+            f"{args.repo_id} is there and public, which --private does not change: change its visibility in its "
+            "settings, or name another."
+        )
+    if not api.revision_exists(args.repo_id, args.revision):
+        raise RefusedError(
+            f"--revision {args.revision}: {args.repo_id} has no such branch (`hf repos branch create {args.repo_id} "
+            f"{args.revision}`)."
+        )
+    names = api.list_repo_files(args.repo_id, revision=args.revision)
+    unfit = [
+        name
+        for name in names
+        if Path(name).suffix in PICKLE_SUFFIXES or Path(name).name == ".env" or name in _TAKES_PRECEDENCE
+    ]
+    if unfit:
+        raise RefusedError(
+            f"{args.repo_id} holds {', '.join(unfit)}: pickles, secrets or what is loaded in place of what would be "
+            f"published. Delete them (`hf repos delete-files {args.repo_id} {' '.join(map(shlex.quote, unfit))}`), or "
+            "name another repository."
+        )
+
+
+def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) -> Publication:
+    r"""
+    Writes all that is published.
+
+    Args:
+        args (`PublicationArguments`):
+            What to publish.
+        given (`CardArguments`):
+            What the card says beside the records.
+        folder (`Path`):
+            An empty folder.
+
+    Returns:
+        The folder, and what stands in the way of publishing it.
+
+    Raises:
+        ValueError, OSError: if model, records, pictures and arguments do not fit each other.
+    """
+    model, image_processor = load_published_model(args.model)
+    source = Path(args.model)
+    problems = []
+    references = None if model.config.references is None else model.describe_references()
+    may_be_seen = args.share_pictures or args.private
+    if references is not None and references["has_pictures"] and not may_be_seen:
+        problems.append(
+            f"The model carries small copies of {references['num_references']} pictures, which all could see: "
+            "--share_pictures if they may, --private, or make the references with --keep_images False."
+        )
+    assessment, figures = None, []
+    if args.assessment is not None:
+        assessment = read_assessment(Path(args.assessment), model)
+        figures = [name for name in FIGURES if (Path(args.assessment) / name).exists()]
+        if not may_be_seen:
+            figures = [name for name in figures if name != "confused_pairs.png"]
+    examples = _read_examples(args.examples)
+    reference_record = read_json(source / REFERENCES_FILE, "record of references")
+    run = RunRecord.read(source) or (reference_record or {}).get("run")
+
+    model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    image_processor.save_pretrained(folder)
+    shutil.copyfile(MODEL_CARDS / "handler.py", folder / "handler.py")
+    (folder / "requirements.txt").write_text(requirements(model.rbi.backbone.config.model_type), encoding="utf-8")
+    if examples:
+        (folder / EXAMPLES_DIR).mkdir()
+        for name, picture in examples.items():
+            picture.save(folder / EXAMPLES_DIR / name)
+    if args.assessment is not None:
+        (folder / ASSESSMENT_DIR).mkdir()
+        for name in (*figures, *(name for name in ASSESSMENT_FILES if name.endswith(".csv"))):
+            shutil.copyfile(Path(args.assessment) / name, folder / ASSESSMENT_DIR / name)
+        write_json(folder / ASSESSMENT_DIR / RESULTS_FILE, without_places(assessment))
+    sources = CardSources(
+        repo_id=args.repo_id,
+        config=model.config,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        requirements=requirements(model.rbi.backbone.config.model_type).splitlines(),
+        references=references,
+        run=run,
+        reference_record=reference_record,
+        assessment=assessment,
+        figures=figures,
+        examples=list(examples),
+        has_examples=args.examples != ["none"],
+        emissions=read_emissions(source),
+    )
+    try:
+        card, missing = make_card(sources, given)
+    except KeyError as error:
+        raise ValueError(
+            f"run.json or {REFERENCES_FILE} beside the model, or the assessment, lacks {error}: it is of another "
+            "version, or was changed, so make it anew."
+        ) from error
+    (folder / "README.md").write_text(str(card) + "\n", encoding="utf-8")
+    problems += [f"The card lacks {fact}" for fact in missing]
+    problems += find_secrets(folder) + find_places(folder, source) + find_pickles(folder)
+    return Publication(folder, model, image_processor, [folder / EXAMPLES_DIR / name for name in examples], problems)
+
+
+def publish(args: PublicationArguments, publication: Publication, api: HfApi) -> CommitInfo:
+    r"""
+    Sends a folder to the Hub in one commit, if it loads back. Files that arrived before an interruption are not sent
+    again.
+
+    Raises:
+        RefusedError: if something stands in the way, or it does not load back.
+        OSError: if the Hub refuses it or the connection fails; nothing is committed then.
+    """
+    if publication.problems:
+        raise RefusedError("\n".join(publication.problems))
+    publication.check_loads_back()
+    try:
+        _check_card(publication.folder, api)
+        api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+        # What a former publication had, and this one has no more.
+        there = filter(_PUBLISHED.fullmatch, api.list_repo_files(args.repo_id, revision=args.revision))
+        return api.upload_folder(
+            repo_id=args.repo_id,
+            folder_path=publication.folder,
+            revision=args.revision,
+            commit_message=args.commit_message or f"Publish {args.repo_id.split('/')[1]}",
+            delete_patterns=[glob.escape(name) for name in there],
+        )
+    except HfHubHTTPError:
+        raise
+    # The client raises RuntimeError where the upload of a large file fails.
+    except (RuntimeError, *_NO_ANSWER) as error:
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        raise ConnectionError(
+            f"The upload was interrupted: {reason} What is published changes in the last step alone, so most likely "
+            "it is as it was. The same command again goes on."
+        ) from error
+
+
+def _check_card(folder: Path, api: HfApi):
+    """Asks the Hub whether it takes the card, which it would otherwise say when there is a repository already."""
+    content = {"repoType": "model", "content": (folder / "README.md").read_text(encoding="utf-8")}
+    headers = build_hf_headers(token=api.token)
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=content, headers=headers)
+    if response.status_code == 400:
+        errors = [each["message"] for each in response.json()["errors"]]
+        raise RefusedError(f"The Hub does not take the card: {' '.join(errors)}")
+    hf_raise_for_status(response)
+
+
+def is_publication(folder: Path) -> bool:
+    """Whether a folder is one that a dry run wrote, and nothing else."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return {"README.md", "handler.py", "config.json"} <= names and all(map(_PUBLISHED.fullmatch, names))
+
+
+def left_out(source: Path, publication: Publication) -> list[str]:
+    """Names of what lies beside a model and is not published."""
+    return sorted(path.name for path in source.iterdir() if not (publication.folder / path.name).exists())
+
+
+def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseImageProcessor]:
+    r"""
+    Raises:
+        ValueError: if it is no folder with an RBI model in safetensors files and its image processor.
+        OSError: if a file cannot be read.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"--model {folder}: there is no such folder.")
+    if not (path / "config.json").exists():
+        raise ValueError(f"--model {folder} has no config.json: it is no model that `save_pretrained` wrote.")
+    config = load_config(folder)
+    if config.model_type != "rbi":
+        raise ValueError(
+            f"--model {folder} is a {config.model_type} model; what is published here is RBI. "
+            "`RBIForImageClassification.from_image_classifier` makes one of it."
+        )
+    if not (path / "preprocessor_config.json").exists():
+        raise ValueError(
+            f"--model {folder} has no preprocessor_config.json, without which no one can use the model: "
+            "`image_processor.save_pretrained` beside it."
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(each.name for each in path.iterdir() if each.suffix in PICKLE_SUFFIXES)
+        found = f" (it has {', '.join(pickles)}: pickles, which are not read)" if pickles else ""
+        raise ValueError(f"--model {folder} has no weights in safetensors files{found}.")
+    if len(config.image_mean) == 1:
+        raise ValueError(
+            f"--model {folder} takes pictures of one channel, which `pipeline` and the Hub's widgets never give: they "
+            "turn all pictures to RGB. Publish one of three channels."
+        )
+    model, image_processor = load_classifier(folder, "main", config)
+    return model, image_processor
+
+
+def read_assessment(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    r"""
+    Raises:
+        ValueError: if it is no assessment, or one of other weights.
+    """
+    content = read_json(folder / RESULTS_FILE, "assessment")
+    if content is None or content.get("program") != ASSESSMENT_PROGRAM:
+        raise ValueError(f"--assessment {folder} is no output folder of training.assess.")
+    if content["model"].get("weights") != weights_fingerprint(model):
+        raise ValueError(
+            f"--assessment {folder} is of a model with other weights or references ({content['model']['name']}): "
+            "assess this one."
+        )
+    return content
+
+
+def requirements(backbone_type: str) -> str:
+    """What an endpoint installs for a model with a backbone of this type."""
+    common = (MODEL_CARDS / "requirements.txt").read_text(encoding="utf-8")
+    return common + (TIMM_REQUIREMENTS if backbone_type == "timm_wrapper" else "")
+
+
+def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:
+    """Example pictures by file name, without metadata (where it was taken), and no larger than needed."""
+    if names is None or list(names) == ["none"]:
+        return {}
+    paths = [path for name in names for path in _pictures_of(Path(name))]
+    if len(paths) > _MOST_EXAMPLES:
+        raise ValueError(f"--examples names {len(paths)} pictures: {_MOST_EXAMPLES} are enough.")
+    examples: dict[str, Image.Image] = {}
+    stems = [path.stem for path in paths]
+    for path in paths:
+        picture = decode_image(str(path), max_pixels=DEFAULT_MAX_PIXELS)
+        if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+            raise ValueError(
+                f"{path} has {picture.width} x {picture.height} pixels, one side more than {MAX_ASPECT_RATIO} times "
+                "the other, which an endpoint refuses: crop it."
+            )
+        picture.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
+        # Pictures in folders of their classes are often called alike.
+        stem = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
+        name = re.sub(r"[^\w.-]", "_", stem) + ".png"
+        if name in examples:
+            raise ValueError(f"--examples has two pictures of the name {name}: rename one.")
+        examples[name] = Image.fromarray(np.asarray(picture))
+    return examples
+
+
+def _pictures_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
+        if not found:
+            raise ValueError(f"--examples {path} is an empty folder.")
+        return found
+    if not path.exists():
+        raise ValueError(f"--examples {path}: there is no such picture.")
+    return [path]
+
+
+def describe(folder: Path) -> str:
+    """The files of a folder with their sizes, one a line."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "\n".join(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in paths)

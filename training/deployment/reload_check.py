@@ -1,0 +1,46 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model folder as someone would who has transformers alone, and writes what it answers.
+
+    python -E -P training/reload_check.py FOLDER PICTURE... OUTPUT.safetensors
+
+Run by its path, in a process of its own. It refuses to import the project's packages, so that the folder's own code is
+what runs.
+"""
+
+import sys
+
+
+class _Absent:
+    """Finds nothing under the project's names, and lets nothing else find it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_rbi", "training", "model_cards"):
+            raise ModuleNotFoundError(f"No module named {name!r} (it must not be needed)", name=name)
+        return None
+
+
+def main(folder: str, pictures: list[str], output: str):
+    """Logits of the pictures, `(len(pictures), num_labels)`, in each scope that the model has, to `output`."""
+    sys.meta_path.insert(0, _Absent())
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+    from transformers import AutoModelForImageClassification, pipeline
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    image_processor = AutoImageProcessor.from_pretrained(folder)
+    images = [Image.open(picture).convert("RGB") for picture in pictures]
+    inputs = image_processor(images, return_tensors="pt").to(model.dtype)
+    scopes = ["self", "batch"] + (["reference"] if model.config.references is not None else [])
+    with torch.no_grad():
+        logits = {scope: model(**inputs, relation_scope=scope).logits.float() for scope in scopes}
+    (answer,) = pipeline("image-classification", model=folder, trust_remote_code=True)(images[0], top_k=1)
+    if answer["label"] not in model.config.label2id:
+        raise ValueError(f"The pipeline answers {answer['label']!r}, which is no class of the model.")
+    save_file(logits, output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:-1], sys.argv[-1])

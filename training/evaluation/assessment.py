@@ -1,0 +1,184 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring a model under each protocol, with intervals and paired differences."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from tqdm import tqdm
+
+from .bootstrap import LEVEL, METRICS, Bootstrap, Estimate, interval, mean_metrics
+from .protocols import Answers, Condition, Predict, count_orders, in_batches, measure, orders
+
+
+# Each difference and what it tells, see `_say`.
+DIFFERENCES = {
+    "leak": ("sorted", "shuffled"),
+    "shuffled": ("shuffled", "single"),
+    "reference": ("reference", "single"),
+}
+# The protocols whose answers are looked at class by class: the first of them that was measured.
+_MOST_TELLING = ("reference", "single", "shuffled", "sorted")
+
+
+@dataclass(frozen=True)
+class Finding:
+    r"""
+    What a difference of accuracies means, in words, and what this rests on: its interval, and the number of pictures
+    that are answered right under one protocol and wrong under the other.
+    """
+
+    sentence: str
+    batch_size: int | None
+    accuracy: Estimate
+    level: float
+    pictures_changed: float
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What was measured, fractions in [0, 1]. Differences are `first - second`."""
+
+    labels: torch.Tensor  # (n,)
+    answers: dict[Condition, Answers]
+    metrics: dict[Condition, dict[str, Estimate]]
+    differences: dict[tuple[Condition, Condition], dict[str, Estimate]]
+    findings: dict[str, Finding]
+
+    @property
+    def most_telling(self) -> Condition:
+        """What a deployed model answers, if that was measured; else the largest batches."""
+        protocol = next(name for name in _MOST_TELLING if any(name == each.protocol for each in self.answers))
+        return max((each for each in self.answers if each.protocol == protocol), key=lambda each: each.batch_size or 0)
+
+
+def assess(
+    predict: Predict,
+    labels: torch.Tensor,
+    protocols: Sequence[str],
+    batch_sizes: Sequence[int],
+    num_shuffles: int = 5,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = False,
+) -> Assessment:
+    r"""
+    Measures under each protocol, with intervals and paired differences.
+
+    Args:
+        predict (`Predict`):
+            Gives the logits of one batch.
+        labels (`torch.LongTensor` of shape `(n,)`):
+            Classes of the pictures, as the logits have them.
+        protocols (`Sequence[str]`), batch_sizes (`Sequence[int]`), num_shuffles (`int`):
+            As in [`measure`].
+        resamples (`int`, *optional*, defaults to 1000):
+            Of the [`Bootstrap`].
+        seed (`int`, *optional*, defaults to 0):
+            Of shuffles and resamples.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a bar, on a terminal.
+
+    Raises:
+        ValueError: as [`check_sizes`].
+    """
+    num_orders = count_orders(protocols, batch_sizes, num_shuffles)
+    disable = not (progress and sys.stderr.isatty())
+    with tqdm(total=num_orders, desc="Protocols", unit=" orders", leave=False, disable=disable) as bar:
+        answers = measure(predict, labels, protocols, batch_sizes, num_shuffles, seed, on_order=bar.update)
+    values = {condition: mean_metrics(each) for condition, each in answers.items()}
+    # `sorted` has one order alone, so its batches are drawn; for their difference, those of `shuffled` with them.
+    bootstraps: dict[int | None, Bootstrap] = {None: Bootstrap(labels, resamples, seed)}
+    for condition in answers:
+        if condition.protocol == "sorted" and condition.batch_size is not None:
+            (order,) = orders("sorted", labels, num_shuffles, seed)
+            groups = in_batches(order, condition.batch_size)
+            bootstraps[condition.batch_size] = Bootstrap(labels, resamples, seed, groups)
+
+    @cache
+    def resampled(condition: Condition, batches: int | None) -> dict[str, torch.Tensor]:
+        return bootstraps[batches].metrics(answers[condition])
+
+    def estimate(condition: Condition, name: str) -> Estimate:
+        batches = condition.batch_size if condition.protocol == "sorted" else None
+        return interval(
+            name,
+            values[condition][name],
+            resampled(condition, batches)[name],
+            degrees_of_freedom=bootstraps[batches].degrees_of_freedom,
+        )
+
+    def difference(first: Condition, second: Condition, name: str, level: float = LEVEL) -> Estimate:
+        batches = first.batch_size if first.protocol == "sorted" else None
+        return interval(
+            name,
+            values[first][name] - values[second][name],
+            resampled(first, batches)[name] - resampled(second, batches)[name],
+            level,
+            least=-1,
+            degrees_of_freedom=bootstraps[batches].degrees_of_freedom,
+        )
+
+    metrics = {
+        condition: {name: estimate(condition, name) for name in METRICS}
+        for condition in tqdm(answers, desc="Intervals", leave=False, disable=disable)
+    }
+    differences: dict[tuple[Condition, Condition], dict[str, Estimate]] = {}
+    findings = {}
+    for kind, (first_protocol, second_protocol) in DIFFERENCES.items():
+        pairs = [
+            (first, second)
+            for first in answers
+            for second in answers
+            if (first.protocol, second.protocol) == (first_protocol, second_protocol)
+            and second.batch_size in (None, first.batch_size)
+        ]
+        differences |= {pair: {name: difference(*pair, name) for name in METRICS} for pair in pairs}
+        if pairs:
+            # Of several batch sizes the clearest, so the level is that of all together (Bonferroni).
+            pair = max(pairs, key=lambda pair: differences[pair]["accuracy"].clarity)
+            level = 1 - (1 - LEVEL) / len(pairs)
+            accuracy = difference(*pair, "accuracy", level)
+            right, right_before = ((answers[each].classes == labels).double().mean(0) for each in pair)
+            changed = (right - right_before).abs().sum().item()
+            sentence = _say(kind, accuracy, level, changed, pair[0].batch_size, len(pairs))
+            findings[kind] = Finding(sentence, pair[0].batch_size, accuracy, level, changed)
+    return Assessment(labels, answers, metrics, differences, findings)
+
+
+def _say(
+    kind: str, accuracy: Estimate, level: float, changed: float, batch_size: int | None, num_batch_sizes: int
+) -> str:
+    """What a difference of accuracies tells."""
+    value, low, high = (100 * number for number in (accuracy.value, accuracy.low, accuracy.high))
+    amount = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    if batch_size is not None:
+        amount += f" at batch size {batch_size}"
+    if num_batch_sizes > 1:
+        amount += f" (the clearest of {num_batch_sizes} batch sizes, with an interval that allows for the choice)"
+    doubt = None
+    if changed == 0:
+        doubt = "no picture changed between right and wrong"
+    elif accuracy.contains_zero:
+        doubt = "the interval contains 0"
+    elif changed < math.log2(2 / (1 - level)):
+        # Not even if all of them changed to the same side would a sign test tell that from chance.
+        doubt = f"{changed:.1f} pictures changed between right and wrong, too few to tell"
+    if kind == "leak":
+        if doubt:
+            return f"No leak seen: class-ordered batches change the accuracy by {amount}; {doubt}."
+        if accuracy.low > 0:
+            return (
+                f"Class-ordered batches add {amount}: the model reads labels off its neighbours; `sorted` is not its "
+                "accuracy."
+            )
+        return f"No leak, but class-ordered batches cost {amount}: the answers depend on the order of the pictures."
+    neighbours = "random batches" if kind == "shuffled" else "the references"
+    change = f"{neighbours} change the accuracy of each picture alone by {amount}"
+    if doubt:
+        return f"Whether relations help is open: {change}; {doubt}."
+    return f"Relations {'help' if accuracy.low > 0 else 'harm'}: {change}."

@@ -1,0 +1,213 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and figures of an assessment."""
+
+import csv
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from .assessment import Assessment
+from .bootstrap import LEVEL, Estimate
+from .plots import ConfusedPair, plot_batch_sizes, plot_confused_pairs, plot_confusion_matrix, plot_reliability
+from .protocols import BATCH_PROTOCOLS, Answers, Condition
+
+
+PROGRAM = "training.assess"
+RESULTS_FILE = "results.json"
+FILES = (
+    "results.csv",
+    "per_class.csv",
+    "batch_size.png",
+    "confusion_matrix.png",
+    "reliability.png",
+    "confused_pairs.png",
+    RESULTS_FILE,
+)
+METRIC_TITLES = {
+    "accuracy": "accuracy",
+    "top5_accuracy": "top-5",
+    "macro_f1": "macro-F1",
+    "calibration_error": "calibration error",
+}
+_NUM_CONFUSED_PAIRS = 6
+_EXAMPLES = 2
+
+
+def results_table(assessment: Assessment, left_out: Mapping[str, str]) -> Table:
+    """Metrics in % and, below, differences in points, with their intervals."""
+    table = Table(title=f"In %, with {LEVEL:.0%} intervals", caption_justify="left")
+    for title in ("", "batch", *METRIC_TITLES.values()):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for condition, metrics in assessment.metrics.items():
+        table.add_row(condition.protocol, _size(condition), *(_percent(metrics[name]) for name in METRIC_TITLES))
+    table.add_section()
+    for (first, second), metrics in assessment.differences.items():
+        table.add_row(
+            f"{first.protocol} - {second.protocol}",
+            _size(first),
+            *(_percent(metrics[name], "+") for name in METRIC_TITLES),
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    table.caption = "\n".join(
+        f"Left out: {escape(', '.join(names))}, since {escape(reason)}." for reason, names in reasons.items()
+    )
+    return table
+
+
+def _size(condition: Condition) -> str:
+    return "" if condition.batch_size is None else str(condition.batch_size)
+
+
+def _percent(estimate: Estimate, sign: str = "") -> str:
+    # Without the sign of what rounds to 0.
+    value, low, high = (round(100 * number, 1) + 0.0 for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value:{sign}.1f} [{low:.1f}, {high:.1f}]"
+
+
+def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
+    """Writes `results.csv`, a row for each condition, and `per_class.csv`, one for each of its classes."""
+    rows: list[dict[str, Any]] = []
+    for condition, metrics in assessment.metrics.items():
+        row: dict[str, Any] = _columns(condition) | {
+            "pictures": len(assessment.labels),
+            "orders": len(assessment.answers[condition].metrics),
+        }
+        for name, estimate in metrics.items():
+            row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        row["accuracy_std_over_orders"] = _std(assessment.answers[condition])
+        rows.append(row)
+    _write_csv(folder / "results.csv", rows)
+    rows = []
+    for condition, answers in assessment.answers.items():
+        counts = confusion(answers, assessment.labels)
+        pictures, answered, right = counts.sum(1), counts.sum(0), counts.diagonal()
+        for label in ((pictures + answered)[: len(names)] > 0).nonzero().flatten().tolist():
+            rows.append(
+                _columns(condition)
+                | {
+                    "class": names[label],
+                    "pictures": int(pictures[label]),
+                    "answered": float(answered[label]),
+                    "recall": _ratio(right[label], pictures[label]),
+                    "precision": _ratio(right[label], answered[label]),
+                    "f1": _ratio(2 * right[label], pictures[label] + answered[label]),
+                }
+            )
+    _write_csv(folder / "per_class.csv", rows)
+
+
+def confusion(answers: Answers, labels: torch.Tensor) -> torch.Tensor:
+    r"""
+    Pictures by class (row) and answer (column), the mean over the orders, `(num_classes + 1, num_classes + 1)`; the
+    last column is of no answer, the last row empty.
+    """
+    size = answers.num_classes + 1
+    cells = (labels * size + answers.classes).flatten().bincount(minlength=size * size)
+    return cells.view(size, size).double() / len(answers.classes)
+
+
+def confused_pairs(answers: Answers, labels: torch.Tensor, names: Sequence[str], number: int) -> list[ConfusedPair]:
+    """The pairs of classes with most pictures of one answered as the other, the worst first."""
+    counts = confusion(answers, labels)[: len(names), : len(names)]
+    errors = (counts + counts.T).triu(diagonal=1)
+    order = errors.flatten().argsort(descending=True, stable=True)[:number].tolist()
+    answered = answers.classes[0]
+
+    def rows(label: int, answer: int) -> list[int]:
+        # Of the first order; where that has none, of any.
+        found = ((labels == label) & (answered == answer)).nonzero().flatten()
+        if not len(found):
+            found = ((labels == label) & (answers.classes == answer).any(0)).nonzero().flatten()
+        return found[:_EXAMPLES].tolist()
+
+    pairs = []
+    for first, second in (divmod(cell, len(names)) for cell in order):
+        if errors[first, second] > 0:
+            examples = {
+                "first": rows(first, first),
+                "first as second": rows(first, second),
+                "second as first": rows(second, first),
+                "second": rows(second, second),
+            }
+            pairs.append(
+                ConfusedPair(
+                    names[first], names[second], float(counts[first, second]), float(counts[second, first]), examples
+                )
+            )
+    return pairs
+
+
+def draw(folder: Path, assessment: Assessment, names: Sequence[str], load: Callable[[int], Any]):
+    """Draws the figures; that over batch sizes only where there are any. `load` gives the picture of a row."""
+    curves: dict[str, dict[int | None, Estimate]] = {}
+    for condition, metrics in assessment.metrics.items():
+        curves.setdefault(condition.protocol, {})[condition.batch_size] = metrics["accuracy"]
+    if set(curves) & set(BATCH_PROTOCOLS):
+        plot_batch_sizes(folder / "batch_size.png", curves)
+    shown = assessment.most_telling
+    answers, labels = assessment.answers[shown], assessment.labels
+    title = f"{shown}: accuracy {100 * assessment.metrics[shown]['accuracy'].value:.1f} %"
+    counts = confusion(answers, labels)
+    used = ((counts.sum(0) + counts.sum(1)) > 0).nonzero().flatten()
+    all_names = [*names, "(no answer)"]
+    plot_confusion_matrix(
+        folder / "confusion_matrix.png", counts[used][:, used], [all_names[label] for label in used.tolist()], title
+    )
+    largest = {condition.protocol: condition for condition in assessment.answers}  # the last has the largest batches
+    plot_reliability(
+        folder / "reliability.png",
+        {protocol: (str(condition), assessment.answers[condition]) for protocol, condition in largest.items()},
+        labels,
+    )
+    pairs = confused_pairs(answers, labels, names, _NUM_CONFUSED_PAIRS)
+    plot_confused_pairs(folder / "confused_pairs.png", pairs, load, title)
+
+
+def as_json(assessment: Assessment) -> dict[str, Any]:
+    return {
+        "results": [
+            _columns(condition)
+            | {name: asdict(estimate) for name, estimate in metrics.items()}
+            | {
+                "orders": list(assessment.answers[condition].metrics),
+                "accuracy_std_over_orders": _std(assessment.answers[condition]),
+            }
+            for condition, metrics in assessment.metrics.items()
+        ],
+        "differences": [
+            {"difference": f"{first.protocol} - {second.protocol}", "batch_size": first.batch_size}
+            | {name: asdict(estimate) for name, estimate in metrics.items()}
+            for (first, second), metrics in assessment.differences.items()
+        ],
+        "findings": {kind: asdict(finding) for kind, finding in assessment.findings.items()},
+    }
+
+
+def _columns(condition: Condition) -> dict[str, Any]:
+    return dataclasses.asdict(condition)
+
+
+def _std(answers: Answers) -> float | None:
+    """Standard deviation of the accuracy over the orders, where there are several."""
+    accuracies = torch.tensor([metrics["accuracy"] for metrics in answers.metrics], dtype=torch.float64)
+    return accuracies.std().item() if len(accuracies) > 1 else None
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

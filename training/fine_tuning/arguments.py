@@ -1,0 +1,278 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of a fine-tuning run."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
+
+from ..cli import default_output_dir, find_recipes, parse_arguments
+from ..data.reading import DataArguments
+from ..data.transforms import AugmentationArguments
+from ..record import resolved_arguments, without_secrets
+from .models import ModelArguments
+from .optimization import OPTIMIZERS
+
+
+# Where these differ from what `TrainingArguments` has: validation and a checkpoint after each epoch, the best is kept.
+DEFAULTS = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "save_total_limit": 2,
+    "remove_unused_columns": False,
+    "report_to": "none",
+    "hub_strategy": "end",
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+}
+
+
+@dataclass
+class RunArguments:
+    """What to do beside one training."""
+
+    num_folds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cross-validate: train so many models, each validated on another part of the training data."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Build everything and train one step on a few made-up pictures, in the data set's published "
+            "layout; downloads and keeps nothing."
+        },
+    )
+
+    def __post_init__(self):
+        if self.num_folds is not None and self.num_folds < 2:
+            raise ValueError(f"--num_folds must be at least 2, got {self.num_folds}.")
+
+
+@dataclass
+class FineTuningArguments:
+    """Options of the training beside those of `TrainingArguments`."""
+
+    train_relation_scope: str = field(
+        default="batch",
+        metadata={
+            "help": "Whom pictures attend to in training: batch; reference, a bank of the training pictures and those "
+            "of --unlabelled_dir, taken anew each epoch; or self, the control without relations.",
+            "choices": ["batch", "reference", "self"],
+        },
+    )
+    self_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the loss that is that of each picture by itself, with the same features and classifier; "
+            "by default as the model's config has it."
+        },
+    )
+    unlabelled_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of pictures without labels, searched through, which come into training batches as "
+            "neighbours of the others and have no loss."
+        },
+    )
+    unlabelled_per_batch: int = field(
+        default=32, metadata={"help": "Pictures of --unlabelled_dir in a batch of a device, beside the others."}
+    )
+    references_per_class: int | None = field(
+        default=None,
+        metadata={
+            "help": "Give the trained model a reference bank of this many training pictures of each class. Small "
+            "copies of them are saved with it."
+        },
+    )
+    unlabelled_references: int | None = field(
+        default=None,
+        metadata={"help": "Put this many pictures of --unlabelled_dir, drawn at random, into the reference bank."},
+    )
+    relation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures that attend to each other. By default those of a device's batch, or with "
+            "--gather_across_processes of all devices'. Smaller: the batch is split. Larger: a multiple of the batch, "
+            "within the accumulated one; the step then takes two passes, and no more memory than the batch."
+        },
+    )
+    gather_across_processes: bool = field(
+        default=False, metadata={"help": "Whether pictures attend to those of all processes (GPUs)."}
+    )
+    batch_sampler: str = field(
+        default="shuffled",
+        metadata={
+            "help": "shuffled: every picture once an epoch; balanced: every class equally often.",
+            "choices": ["shuffled", "balanced"],
+        },
+    )
+    images_per_class: int = field(
+        default=1,
+        metadata={"help": "With --batch_sampler balanced: pictures of a class in a batch, K of P x K batches."},
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "balanced: the loss weighs classes by one over their number of training pictures.",
+            "choices": ["balanced"],
+        },
+    )
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "radam (the authors') or sgd_nesterov (momentum 0.9), in place of what --optim says.",
+            "choices": sorted(OPTIMIZERS),
+        },
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of RRA and the classifier; --learning_rate is the backbone's."}
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={"help": "Each block of the backbone learns at this many times the rate of the one after it."},
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train RRA and the classifier alone."})
+    freeze_batch_norm: bool = field(
+        default=False,
+        metadata={"help": "Keep the statistics of batch normalisation: for few pictures or small batches."},
+    )
+    batch_norm_momentum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the newest batch in the running statistics of batch normalisation, such as 0.1. "
+            "MobileNet and EfficientNet of transformers have TensorFlow's 0.99, which here keeps the last batch alone."
+        },
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train the backbone through low-rank adapters of this rank (needs peft)."}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Scale of the adapters; by default twice the rank."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and keep a moving average of the weights with this decay, such as 0.999."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better one."}
+    )
+
+    def __post_init__(self):
+        for name in (
+            "relation_batch_size",
+            "images_per_class",
+            "lora_rank",
+            "early_stopping_patience",
+            "unlabelled_per_batch",
+            "references_per_class",
+            "unlabelled_references",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+        for name in ("layer_decay", "ema_decay", "batch_norm_momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"--{name} must be between 0 and 1, got {value}.")
+        if self.self_loss_weight is not None and not 0 <= self.self_loss_weight < 1:
+            raise ValueError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
+        for_relations = ("relation_batch_size", "gather_across_processes", "self_loss_weight", "unlabelled_dir")
+        if self.train_relation_scope == "self" and (
+            chosen := [f"--{name}" for name in for_relations if getattr(self, name)]
+        ):
+            raise ValueError(
+                f"--train_relation_scope self is training without relations: leave {' and '.join(chosen)} out."
+            )
+        if self.train_relation_scope == "reference" and (self.relation_batch_size or self.gather_across_processes):
+            raise ValueError(
+                "--train_relation_scope reference attends to the bank in place of the batch: leave "
+                "--relation_batch_size and --gather_across_processes out."
+            )
+        if self.unlabelled_references is not None and self.unlabelled_dir is None:
+            raise ValueError("--unlabelled_references are pictures of --unlabelled_dir: name it.")
+        if self.unlabelled_dir is not None and self.relation_batch_size is not None:
+            raise ValueError(
+                "--relation_batch_size would part the unlabelled pictures from the others: leave it out beside "
+                "--unlabelled_dir."
+            )
+        if self.lora_rank is not None and self.freeze_backbone:
+            raise ValueError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
+        if self.freeze_batch_norm and self.batch_norm_momentum is not None:
+            raise ValueError("--freeze_batch_norm keeps the statistics: leave --batch_norm_momentum out.")
+        if self.images_per_class > 1 and self.batch_sampler != "balanced":
+            raise ValueError("--images_per_class is for --batch_sampler balanced: add it.")
+        if self.class_weights is not None and self.batch_sampler == "balanced":
+            raise ValueError(
+                "--class_weights balanced and --batch_sampler balanced would balance twice: use one of them."
+            )
+
+
+@dataclass
+class Arguments:
+    """All arguments of a training."""
+
+    model: ModelArguments
+    data: DataArguments
+    augmentation: AugmentationArguments
+    fine_tuning: FineTuningArguments
+    run: RunArguments
+    training: TrainingArguments
+    recipes: list[str]
+    argv: list[str]
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> "Arguments":
+        """See [`parse_arguments`]."""
+        types = (
+            ModelArguments,
+            DataArguments,
+            AugmentationArguments,
+            FineTuningArguments,
+            RunArguments,
+            TrainingArguments,
+        )
+        defaults = DEFAULTS | {"output_dir": default_output_dir(find_recipes(argv))}
+        is_dry_without_gpu = "--dry_run" in argv and not torch.cuda.is_available()
+        on_cpu = ["--bf16", "False", "--fp16", "False", "--use_cpu", "True"] if is_dry_without_gpu else []
+        parsed = (*parse_arguments([*argv, *on_cpu], types, defaults, description=__doc__), list(argv))
+        return cls(*parsed)
+
+    def __post_init__(self):
+        if self.fine_tuning.early_stopping_patience is not None and self.training.eval_strategy == IntervalStrategy.NO:
+            raise ValueError("--early_stopping_patience needs evaluations: set --eval_strategy epoch.")
+        if self.training.push_to_hub and self.training.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"--hub_strategy {self.training.hub_strategy.value} would publish checkpoints, which do not load "
+                "without this package: leave it at end."
+            )
+        if self.training.push_to_hub and self.run.num_folds is not None:
+            raise ValueError(
+                "--num_folds trains several models: publish the one that you want, with training.publish."
+            )
+
+    @property
+    def command(self) -> str:
+        """The command line, to run it again, without tokens."""
+        launcher = ["accelerate", "launch"] if self.training.world_size > 1 else ["python"]
+        return shlex.join([*launcher, "-m", "training.train", *without_secrets(self.argv)])
+
+    @property
+    def resume_command(self) -> str:
+        """The command line that goes on with this run."""
+        is_there = any(argument.startswith("--resume_from_checkpoint") for argument in self.argv)
+        return self.command if is_there else f"{self.command} --resume_from_checkpoint last"
+
+    def resolved(self) -> dict[str, Any]:
+        """For the record."""
+        return resolved_arguments(self.model, self.data, self.augmentation, self.fine_tuning, self.run, self.training)

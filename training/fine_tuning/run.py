@@ -1,0 +1,512 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning RBI on labelled pictures: from arguments to a model and the record of how it came to be."""
+
+import contextlib
+import dataclasses
+import logging
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import IntervalStrategy
+
+from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
+
+from ..data import layouts
+from ..data.checks import load_checked_pictures, load_unlabelled_pictures
+from ..data.mixing import Mixing
+from ..data.pictures import Collator, Pictures, WithUnlabelled
+from ..data.reading import DataArguments, fingerprint, labels_of
+from ..data.splits import stratified_folds
+from ..data.tiny import make_published
+from ..data.transforms import EvalTransform, TrainTransform
+from ..evaluation.metrics import compute_metrics
+from ..files import filled_whole, write_json
+from ..record import RecordCallback, RunRecord, best_so_far, describe_environment, differences, metrics_by_epoch
+from .arguments import Arguments, FineTuningArguments
+from .bank_trainer import BankTrainer
+from .models import load_model
+from .optimization import add_lora, freeze_backbone, freeze_batch_norm, merge_lora, rbi_model, set_batch_norm_momentum
+from .trainer import RBITrainer, last_complete_checkpoint, plan_neighborhoods
+
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "all_results.json"
+
+
+def prepare_output_dir(args: Arguments) -> Path | None:
+    r"""
+    Sees to it that nothing in the output folder is overwritten, before any work is done.
+
+    Returns:
+        The checkpoint to resume from, or `None` to start anew.
+
+    Raises:
+        ValueError: if the folder holds another run, or what to resume is not there or was run otherwise.
+    """
+    folder, resume = Path(args.training.output_dir), args.training.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+    record = RunRecord.read(folder)
+    is_empty = not folder.exists() or not any(folder.iterdir())
+    if resume is None or str(resume).lower() == "false":
+        if is_empty:
+            return None
+        if record is None:
+            raise ValueError(f"--output_dir {folder} is not empty: name another folder.")
+        if record.get("status") == "finished":
+            raise ValueError(f"--output_dir {folder} holds a finished run: name another folder.")
+        raise ValueError(
+            f"--output_dir {folder} holds a run that is not finished: go on with it with --resume_from_checkpoint "
+            "last, or name another folder."
+        )
+    if record is not None and record.get("status") == "finished":
+        raise ValueError(f"The run in {folder} is finished: there is nothing to go on with.")
+    if record is not None and (changed := differences(record.get("arguments", {}), args.resolved())):
+        raise ValueError(
+            f"The run in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or name "
+            "another --output_dir."
+        )
+    if str(resume).lower() in ("true", "last"):
+        if record is None:
+            raise ValueError(f"--output_dir {folder} holds no run to go on with.")
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is None and args.run.num_folds is None:
+            logger.warning(f"The run in {folder} was stopped before its first checkpoint: it starts again.")
+        return checkpoint
+    checkpoint = Path(resume)
+    if not checkpoint.is_dir():
+        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder: name a checkpoint, or `last`.")
+    return checkpoint
+
+
+def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
+    r"""
+    The pictures, checked, those of `--unlabelled_dir` as the split `unlabelled`, and what the record says of them.
+
+    Raises:
+        BadDataError: if they cannot be trained on, or hold files that cannot be; names them.
+        ValueError: if there are fewer unlabelled pictures than are asked for.
+    """
+    pictures, report = load_checked_pictures(args.data, args.training.seed)
+    skipped = [
+        {"kind": finding.kind, "message": finding.message, "pictures": [place.name for place in finding.leave_out]}
+        for finding in report.findings
+        if finding.leave_out
+    ]
+    if args.fine_tuning.unlabelled_dir is not None:
+        pictures["unlabelled"] = _load_unlabelled(args)
+    return pictures, {
+        "fingerprint": fingerprint(pictures),
+        "label_names": pictures["train"].features["label"].names,
+        "cropped_to_boxes": args.data.crop_to_boxes,
+        "skipped": skipped,
+        "notes": [finding.message for finding in report.notes],
+    }
+
+
+def _load_unlabelled(args: Arguments) -> datasets.Dataset:
+    """As many pictures as all processes ask for, at least."""
+    options = args.fine_tuning
+    pictures = load_unlabelled_pictures(str(options.unlabelled_dir), args.data.max_pixels, args.data.skip_bad_images)
+    is_in_batches = options.train_relation_scope == "batch"
+    per_batch = options.unlabelled_per_batch * args.training.world_size if is_in_batches else 0
+    references = options.unlabelled_references or 0
+    for name, number in (("unlabelled_per_batch", per_batch), ("unlabelled_references", references)):
+        if number > len(pictures):
+            raise ValueError(
+                f"--unlabelled_dir {options.unlabelled_dir} has {len(pictures)} pictures, fewer than the {number} "
+                f"that --{name} asks for{' on all processes' if number > getattr(options, name) else ''}: lower it."
+            )
+    return pictures
+
+
+def train(
+    args: Arguments,
+    pictures: datasets.DatasetDict,
+    data_record: dict[str, Any],
+    checkpoint: Path | None = None,
+    console: Console | None = None,
+    prepare_model: Callable[[RBIForImageClassification], RBIForImageClassification] | None = None,
+    trainer_class: Callable[..., RBITrainer] = RBITrainer,
+) -> dict[str, Any]:
+    r"""
+    Trains one model, keeps the best by validation, tests it, and writes all there is to know of it.
+
+    Args:
+        args (`Arguments`):
+            What the user asked for.
+        pictures (`datasets.DatasetDict`):
+            In the canonical form, with `train`, and `validation` unless nothing is to be chosen by it. Those of
+            `unlabelled`, if it is there, are neighbours in training alone.
+        data_record (`dict[str, Any]`):
+            What the record says of the data.
+        checkpoint (`Path`, *optional*):
+            What to go on from.
+        console (`Console`, *optional*):
+            Where to print to.
+        prepare_model (`Callable`, *optional*):
+            Changes the model before it is trained, or gives another one.
+        trainer_class (`Callable`, *optional*):
+            Makes the trainer, as [`RBITrainer`] does.
+
+    Returns:
+        The record of the run.
+    """
+    console = console or Console(quiet=not args.training.should_log)
+    set_seed(args.training.seed)
+    output_dir = Path(args.training.output_dir)
+    if checkpoint is not None:
+        _check_same_run(RunRecord.read(output_dir), data_record, args.training)
+    unlabelled = pictures.get("unlabelled")
+    _check_references(args.fine_tuning, pictures["train"], data_record["label_names"])
+    record = RunRecord(output_dir, args.training.should_save)
+    arguments = args.resolved()  # before the trainer changes them
+    model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
+    if prepare_model is not None:
+        model = prepare_model(model)
+    if args.fine_tuning.freeze_backbone:
+        freeze_backbone(model)
+    if args.fine_tuning.freeze_batch_norm:
+        freeze_batch_norm(model)
+    if args.fine_tuning.batch_norm_momentum is not None:
+        set_batch_norm_momentum(model, args.fine_tuning.batch_norm_momentum)
+    trained: nn.Module = model
+    if args.fine_tuning.lora_rank is not None:
+        trained = add_lora(
+            model, args.fine_tuning.lora_rank, args.fine_tuning.lora_alpha, args.fine_tuning.lora_dropout
+        )
+    if "validation" not in pictures and args.fine_tuning.early_stopping_patience is not None:
+        raise ValueError("--early_stopping_patience needs validation pictures: raise --train_val_split.")
+    if "validation" not in pictures:
+        args.training.eval_strategy = IntervalStrategy.NO
+        args.training.load_best_model_at_end = False
+    make = partial(Pictures, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
+    parts = {
+        name: make(split, EvalTransform(image_processor)) for name, split in pictures.items() if name != "unlabelled"
+    }
+    transform = TrainTransform(image_processor, args.augmentation)
+    labelled = make(pictures["train"], transform, augment=True)
+    train_set: Pictures | WithUnlabelled = labelled
+    if args.fine_tuning.train_relation_scope == "reference":
+        trainer_class = partial(BankTrainer, unlabelled=unlabelled)
+    elif unlabelled is not None:
+        others = Pictures(unlabelled, transform, augment=True, max_pixels=args.data.max_pixels)
+        train_set = WithUnlabelled(labelled, others)
+    callbacks: list[transformers.TrainerCallback] = [RecordCallback(record)]
+    if args.fine_tuning.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.fine_tuning.early_stopping_patience))
+    trainer = trainer_class(
+        trained,
+        args.training,
+        fine_tuning=args.fine_tuning,
+        train_dataset=train_set,
+        eval_dataset=parts.get("validation"),
+        data_collator=Collator(Mixing(args.augmentation, model.num_labels) if args.augmentation.mixes else None),
+        processing_class=image_processor,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    record.update(
+        status="running",
+        command=args.command,
+        recipes=args.recipes,
+        arguments=arguments,
+        seed=args.training.seed,
+        environment=describe_environment(args.training),
+        data=data_record,
+        model={
+            "backbone": _place_or_name(args.model.model_name_or_path) or args.model.backbone_fields,
+            "preset": args.model.preset,
+            "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+            "trainable_parameters": sum(
+                parameter.numel() for parameter in trained.parameters() if parameter.requires_grad
+            ),
+        },
+        next={"resume": args.resume_command},
+    )
+    console.print(
+        f"{_sizes(pictures)} of {len(data_record['label_names'])} classes; "
+        f"{record.content['model']['trainable_parameters']:,} parameters to train. Output: {output_dir.resolve()}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    try:
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trained is not model:
+            merge_lora(trained)
+            trainer.model = trainer.model_wrapped = model
+        trainer.average_batch_statistics()  # the bank's features are those of the backbone that is saved
+        if isinstance(trainer, BankTrainer):
+            trainer.take_references(is_stale=True)  # the best epoch's backbone may be another
+        _set_references(model, parts["train"], unlabelled, image_processor, args)
+        # Its mean loss is of the steps since a resume; that of each epoch is in the record.
+        speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
+        results = {"train": speed} | _evaluate(trainer, parts, args)
+        _save(trainer, output_dir, results)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # on a full disk the record stays as it was
+            record.update(
+                status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+                error=f"{type(error).__name__}: {error}",
+                best=best_so_far(trainer.state),
+            )
+        raise
+    record.content.pop("error", None)
+    if model.config.references is not None:
+        record.content["model"]["references"] = model.describe_references()
+    record.update(
+        status="finished",
+        metrics_by_epoch=metrics_by_epoch(trainer.state.log_history),
+        best=best_so_far(trainer.state),
+        results=results,
+        next={"use": f'AutoModelForImageClassification.from_pretrained("{output_dir}", trust_remote_code=True)'},
+    )
+    if trainer.args.push_to_hub:
+        _push(trainer, args)
+    return record.content
+
+
+def _check_references(options: FineTuningArguments, train_set: datasets.Dataset, label_names: list[str]):
+    r"""
+    Raises:
+        ValueError: if the trained model could not be given the bank that is asked for.
+    """
+    size = options.unlabelled_references or 0
+    if options.references_per_class is not None:
+        counts = labels_of(train_set).bincount(minlength=len(label_names))
+        if absent := [label_names[label] for label in (counts == 0).nonzero().flatten().tolist()]:
+            raise ValueError(
+                f"--references_per_class takes pictures of each class, and {', '.join(absent[:10])} has none to train "
+                "on: add some, or leave the option out."
+            )
+        size += int(counts.clamp(max=options.references_per_class).sum())
+    if size > MAX_REFERENCES:
+        raise ValueError(
+            f"The reference bank would have {size} pictures, more than a model carries ({MAX_REFERENCES}): lower "
+            "--references_per_class or --unlabelled_references."
+        )
+
+
+def _set_references(
+    model: RBIForImageClassification,
+    train_set: Pictures,
+    unlabelled: datasets.Dataset | None,
+    image_processor: BaseImageProcessor,
+    args: Arguments,
+):
+    """Gives the trained model its bank, if one is asked for: of training pictures, of unlabelled ones, or of both."""
+    options, seed = args.fine_tuning, args.training.seed
+    model.eval()
+    if options.references_per_class is not None:
+        model.set_references(train_set, per_class=options.references_per_class, seed=seed)
+    if options.unlabelled_references is not None and unlabelled is not None:
+        put = model.set_references if options.references_per_class is None else model.add_references
+        pictures = Pictures(unlabelled, EvalTransform(image_processor), max_pixels=args.data.max_pixels)
+        put(pictures, num_references=options.unlabelled_references, strategy="random", seed=seed)
+
+
+def _save(trainer: RBITrainer, output_dir: Path, results: dict[str, Any]):
+    """Writes the model, its image processor and code, and the results; and publishes them if asked to."""
+    is_writer = trainer.args.should_save
+    place = filled_whole(output_dir, last="config.json") if is_writer else contextlib.nullcontext(output_dir)
+    with place as draft:
+        trainer.save_model(str(draft), _internal_call=True)  # all processes take part where weights are sharded
+        if is_writer:
+            write_json(draft / RESULTS_FILE, results)
+
+
+def _push(trainer: RBITrainer, args: Arguments):
+    """
+    Sends model and record to the Hub, as `Trainer.push_to_hub` does.
+
+    Raises:
+        ConnectionError: if that fails; the model is saved all the same.
+    """
+    about = {
+        "tasks": "image-classification",
+        "tags": ["rbi"],
+        "dataset": args.data.dataset_name or args.data.dataset_format,
+    }
+    backbone = args.model.model_name_or_path
+    if backbone and not backbone.startswith("packaged/") and not Path(backbone).exists():
+        about["finetuned_from"] = backbone
+    try:
+        trainer.push_to_hub(**{name: value for name, value in about.items() if value})
+    # Whatever the client raises, of which there is much: the training is done, and none of it ends that.
+    except Exception as error:
+        raise ConnectionError(
+            f"the model is trained and saved, but publishing it failed ({error}). Publish it with `python -m "
+            f"training.publish --model {args.training.output_dir} --repo_id {trainer.hub_model_id}`."
+        ) from error
+
+
+def _place_or_name(name: str | None) -> str | None:
+    """An absolute path for a model in a folder, which nobody takes for a name on the Hub; else its name."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
+def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], training: TrainingArguments):
+    """A resumed run must draw the batches that it would have drawn."""
+    if before is None:
+        return
+    if before["data"]["fingerprint"] != data_record["fingerprint"]:
+        raise ValueError(
+            "The data are not those that the run was started with (other pictures, labels or file sizes): give those "
+            "back, or start another run."
+        )
+    was, now = before["environment"]["hardware"], describe_environment(training)["hardware"]
+    for name in ("processes", "distributed", "mixed_precision"):
+        if was[name] != now[name]:
+            raise ValueError(
+                f"The run was started with {name.replace('_', ' ')} {was[name]}, not {now[name]}: go on as it was."
+            )
+
+
+def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) -> dict[str, dict[str, float]]:
+    """
+    Metrics of the validation and test pictures, each alone, and with the model's references if it has any; of the test
+    pictures in shuffled batches, too.
+    """
+    results = {}
+    config = rbi_model(trainer.model).config
+    usual_scope = config.relation_scope
+    for part, alone in (("validation", "validation"), ("test", "test_single")):
+        if part not in parts:
+            continue
+        config.relation_scope = "self"
+        results[alone] = _plain(trainer.evaluate(parts[part], metric_key_prefix=alone))
+        config.relation_scope = usual_scope
+        if config.references is not None:
+            name = f"{part}_reference"
+            config.relation_scope = "reference"
+            results[name] = _plain(trainer.evaluate(parts[part], metric_key_prefix=name))
+            config.relation_scope = usual_scope
+    if "test" in parts and len(parts["test"]) >= args.training.world_size:
+        metrics = trainer.evaluate_shuffled(parts["test"], metric_key_prefix="test_shuffled")
+        results["test_shuffled"] = _plain(metrics)
+    return results
+
+
+def cross_validate(
+    args: Arguments, num_folds: int, pictures: datasets.DatasetDict, data_record: dict[str, Any]
+) -> dict[str, Any]:
+    r"""
+    Trains a model for each fold, each in its own folder, and gives mean and spread of their validation metrics. Folds
+    that are finished are not trained again.
+    """
+    console = Console(quiet=not args.training.should_log)
+    whole = datasets.concatenate_datasets([pictures[name] for name in ("train", "validation") if name in pictures])
+    folds = stratified_folds(labels_of(whole), num_folds, args.training.seed)
+    output_dir = Path(args.training.output_dir)
+    _check_same_run(RunRecord.read(output_dir), data_record, args.training)
+    root = RunRecord(output_dir, args.training.should_save)
+    root.update(
+        status="running",
+        command=args.command,
+        recipes=args.recipes,
+        arguments=args.resolved(),
+        environment=describe_environment(args.training),
+        data=data_record,
+        next={"resume": args.resume_command},
+    )
+    records = []
+    for number, (train_rows, validation_rows) in enumerate(folds, start=1):
+        folder = output_dir / f"fold-{number}"
+        record = RunRecord.read(folder)
+        if record is None or record.get("status") != "finished":
+            console.rule(f"Fold {number} of {len(folds)}")
+            parts = {"train": whole.select(train_rows), "validation": whole.select(validation_rows)}
+            parts |= {name: pictures[name] for name in ("test", "unlabelled") if name in pictures}
+            one = dataclasses.replace(args, training=dataclasses.replace(args.training, output_dir=str(folder)))
+            split = datasets.DatasetDict(parts)
+            record = train(
+                one,
+                split,
+                data_record | {"fingerprint": fingerprint(split)},
+                last_complete_checkpoint(folder),
+                console,
+            )
+        records.append(record)
+    summary = {
+        part: {
+            name: {
+                "mean": statistics.mean(values := [record["results"][part][name] for record in records]),
+                "std": statistics.stdev(values),
+            }
+            for name in metrics
+        }
+        for part, metrics in records[0]["results"].items()
+        if part != "train"
+    }
+    root.update(status="finished", folds=[f"fold-{number}" for number in range(1, num_folds + 1)], results=summary)
+    return root.content
+
+
+def dry_run(args: Arguments) -> dict[str, Any]:
+    """Trains one step on made-up pictures, in the data set's published layout if it has one; keeps nothing."""
+    plan_neighborhoods(args.training, args.fine_tuning)
+    # It would say that the made-up data set is smaller than the published one.
+    logging.getLogger(layouts.__name__).setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="rbi-dry-run-") as name:
+        layout = args.data.dataset_format if args.data.dataset_format in layouts.LAYOUTS else "tiny_imagenet"
+        made = make_published(str(layout), Path(name) / "data")
+        data = DataArguments(
+            dataset_format=layout,
+            dataset_dir=str(made),
+            train_val_split=args.data.train_val_split,
+            crop_to_boxes=args.data.crop_to_boxes and layout == args.data.dataset_format,
+        )
+        training = dataclasses.replace(
+            args.training,
+            output_dir=str(Path(name) / "output"),
+            max_steps=1,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=4,
+            dataloader_num_workers=0,
+            dataloader_persistent_workers=False,
+            report_to="none",
+            push_to_hub=False,
+        )
+        fine_tuning = dataclasses.replace(
+            args.fine_tuning,
+            relation_batch_size=None,
+            images_per_class=min(args.fine_tuning.images_per_class, 2),
+            unlabelled_per_batch=2,
+        )
+        if args.fine_tuning.unlabelled_dir is not None:
+            fine_tuning.unlabelled_dir = str(make_published("tiny_imagenet", Path(name) / "unlabelled"))
+        for option in ("references_per_class", "unlabelled_references"):
+            if getattr(fine_tuning, option) is not None:
+                setattr(fine_tuning, option, 1)
+        small = dataclasses.replace(args, data=data, training=training, fine_tuning=fine_tuning)
+        pictures, data_record = load_data(small)
+        return train(small, pictures, data_record, console=Console(quiet=True))
+
+
+def _sizes(pictures: datasets.DatasetDict) -> str:
+    return ", ".join(f"{len(split)} {name}" for name, split in pictures.items()) + " pictures"
+
+
+def _plain(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without the prefix that `Trainer` gives them."""
+    prefixes = ("test_single_", "test_reference_", "test_shuffled_", "validation_reference_", "validation_", "train_")
+    plain = {}
+    for name, value in metrics.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        plain[name.removeprefix(prefix)] = value
+    return plain

@@ -1,0 +1,438 @@
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""`Trainer` of transformers for RBI.
+
+A plain `Trainer` trains an RBI model as well. What [`RBITrainer`] adds: batches as neighbourhoods (equal sizes, the
+same on any number of processes), neighbourhoods larger or smaller than the device's batch, mixed pictures, learning
+rates by depth, class weights, and a moving average of the weights.
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
+
+from modeling_rbi import RBIImageClassifierOutput
+
+from ..data.pictures import Collator, Pictures, WithUnlabelled
+from ..data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
+from ..files import write_json
+from .arguments import FineTuningArguments
+from .loss import backward_in_two_passes, count_targets, training_loss
+from .optimization import OPTIMIZERS, MovingAverage, parameter_groups, rbi_model
+
+
+logger = logging.getLogger(__name__)
+
+MOVING_AVERAGE_FILE = "moving_average.safetensors"
+RUNNING_LOSS_FILE = "running_loss.json"
+
+
+def plan_neighborhoods(args: TrainingArguments, fine_tuning: FineTuningArguments) -> tuple[int, int | None]:
+    r"""
+    Batches of a device that one neighbourhood takes, and the size that a device's batch is split to, if it is.
+
+    Raises:
+        ValueError: if the neighbourhood, the batch and its accumulation do not fit each other.
+    """
+    size, gather = fine_tuning.relation_batch_size, fine_tuning.gather_across_processes
+    batch_size = args.per_device_train_batch_size
+    unit = batch_size * args.world_size if gather else batch_size
+    if size is None or size == unit:
+        return 1, None
+    whose = f"all {args.world_size} processes" if gather else "a device"
+    if size < unit:
+        if gather:
+            raise ValueError(
+                f"--relation_batch_size {size} is smaller than the batches of {whose} together ({unit}): turn "
+                "--gather_across_processes off."
+            )
+        return 1, size
+    if size % unit or args.gradient_accumulation_steps % (size // unit):
+        raise ValueError(
+            f"--relation_batch_size {size} must be a multiple of the batch of {whose} ({unit}), and that multiple "
+            f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighbourhood is "
+            "made of whole batches of one optimizer step."
+        )
+    return size // unit, None
+
+
+class RBITrainer(Trainer):
+    r"""
+    `Trainer` that makes the batch a neighbourhood.
+
+    Args:
+        model (`RBIForImageClassification` or a `PeftModel` of one):
+            The model.
+        args (`TrainingArguments`):
+            As for `Trainer`. Without `dataloader_drop_last` the pictures of an epoch are spread over batches of equal
+            size, give or take one, so that no neighbourhood is smaller than the others.
+        fine_tuning (`FineTuningArguments`, *optional*):
+            What RBI adds.
+        train_dataset (`Pictures` or `WithUnlabelled`):
+            Training pictures.
+        data_collator (`Collator`, *optional*):
+            With its `mixing` for mixup and cutmix.
+        kwargs:
+            As for `Trainer`.
+
+    Raises:
+        ValueError: if the batch sizes do not fit each other, or an option does not go with FSDP or DeepSpeed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        fine_tuning: FineTuningArguments | None = None,
+        train_dataset: Pictures | WithUnlabelled | None = None,
+        data_collator: Collator | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        self.fine_tuning = fine_tuning or FineTuningArguments()
+        config = rbi_model(model).config
+        config.gather_across_processes = self.fine_tuning.gather_across_processes
+        if self.fine_tuning.self_loss_weight is not None:
+            config.self_loss_weight = self.fine_tuning.self_loss_weight
+        self.self_loss_weight = config.self_loss_weight
+        self.num_micro_batches, self.split_size = plan_neighborhoods(args, self.fine_tuning)
+        args = copy.copy(args)
+        # One batch of the loader is a neighbourhood, so that much of the accumulation happens within it.
+        args.gradient_accumulation_steps //= self.num_micro_batches
+        # Of the training's pictures alone: `Trainer` itself would leave out those of the validation and the test, too.
+        self._drops_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        if args.auto_find_batch_size:
+            raise ValueError("--auto_find_batch_size would change the neighbourhood: choose the batch size.")
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would split the neighbourhood
+            logger.warning("Training on one GPU of several: `accelerate launch -m training.train` takes all of them.")
+        self.class_weights = None
+        if self.fine_tuning.class_weights == "balanced" and train_dataset is not None:
+            self.class_weights = balanced_class_weights(train_dataset.labels, rbi_model(model).num_labels)
+        self.optimizer: Any = None
+        self._moving_average: MovingAverage | None = None
+        self._resumed_from: Path | None = None
+        self._train_sampler: NeighborhoodSampler | None = None
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            data_collator=data_collator or Collator(),
+            callbacks=[*(callbacks or []), _RBICallback(self)],
+            **kwargs,
+        )
+        # The loss of the training smooths by itself; that of the validation stays plain.
+        self.label_smoother = None
+        self._refuse_what_cannot_be_sharded()
+
+    def _refuse_what_cannot_be_sharded(self):
+        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return
+        options = {
+            "--relation_batch_size larger than a batch": self.num_micro_batches > 1,
+            "--ema_decay": self.fine_tuning.ema_decay is not None,
+            "--references_per_class": self.fine_tuning.references_per_class is not None,
+            "--unlabelled_references": self.fine_tuning.unlabelled_references is not None,
+        }
+        if chosen := [name for name, is_on in options.items() if is_on]:
+            raise ValueError(
+                f"{' and '.join(chosen)} cannot be used with {self.accelerator.distributed_type.value}, which shards "
+                "the weights: leave it out, or train with DDP (training/accelerate/multi_gpu.yaml)."
+            )
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Batches of this process, each its share of a neighbourhood. They are sharded here, not by Accelerate."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`.")
+        args = self.args
+        common = {"batch_size": self._global_batch_size()} | self._process_options()
+        if isinstance(self.train_dataset, WithUnlabelled):
+            common |= {
+                "num_unlabelled": len(self.train_dataset.unlabelled),
+                "unlabelled_per_batch": self._num_unlabelled_per_batch(),
+            }
+        if self.fine_tuning.batch_sampler == "balanced":
+            self._train_sampler = BalancedSampler(
+                self.train_dataset.labels, images_per_class=self.fine_tuning.images_per_class, **common
+            )
+        else:
+            self._train_sampler = ShuffledSampler(len(self.train_dataset.labels), drop_last=self._drops_last, **common)
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=self._train_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _global_batch_size(self) -> int:
+        return self.args.per_device_train_batch_size * self.num_micro_batches * self.args.world_size
+
+    def _num_unlabelled_per_batch(self) -> int:
+        has_unlabelled = isinstance(self.train_dataset, WithUnlabelled)
+        return self.fine_tuning.unlabelled_per_batch * self.args.world_size if has_unlabelled else 0
+
+    def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
+        """As `Trainer.num_examples`, of the pictures with labels: of the others, an epoch draws some."""
+        sampler = dataloader.batch_sampler
+        return sampler.num_rows if isinstance(sampler, NeighborhoodSampler) else super().num_examples(dataloader)
+
+    def _process_options(self) -> dict[str, Any]:
+        return {
+            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "num_processes": self.args.world_size,
+            "process_index": self.args.process_index,
+        }
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with the learning rates of the head and of each depth."""
+        if self.optimizer is None:
+            args, options = self.args, self.fine_tuning
+            groups = parameter_groups(
+                self.model if model is None else model,
+                args.learning_rate,
+                args.weight_decay,
+                options.head_learning_rate,
+                options.layer_decay,
+            )
+            if options.optimizer is not None:
+                optimizer_class, kwargs = OPTIMIZERS[options.optimizer]
+                if options.optimizer == "radam":
+                    kwargs = kwargs | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            else:
+                optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer = optimizer_class(groups, **{"lr": args.learning_rate} | kwargs)
+        return self.optimizer
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor]:
+        """As `Trainer.get_batch_samples`; the number of items is that of all processes, weighted by class."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = [count_targets(batch, self.class_weights) for batch in batches]
+        count = torch.stack(counts).sum() if counts else torch.zeros(())
+        return batches, self.accelerator.gather(count.to(self.args.device)).sum()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One neighbourhood, forward and backward; in two passes where it is larger than a device's batch."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        num_items = count_targets(inputs, self.class_weights) if num_items_in_batch is None else num_items_in_batch
+
+        def loss_of(outputs: RBIImageClassifierOutput) -> torch.Tensor:
+            options = (self.self_loss_weight, self.class_weights, self.args.label_smoothing_factor)
+            # DDP and FSDP average the gradients over the processes, and num_items counts the targets of all.
+            return training_loss(outputs, inputs, num_items, *options) * self.accelerator.num_processes
+
+        if self.num_micro_batches > 1:
+            return self._training_step_in_two_passes(model, inputs, loss_of)
+        with self.compute_loss_context_manager():
+            outputs = model(
+                pixel_values=inputs["pixel_values"],
+                relation_mask=inputs["relation_mask"],
+                relation_scope=self.fine_tuning.train_relation_scope,
+                relation_batch_size=self.split_size,
+            )
+            loss = loss_of(outputs)
+        kwargs = {}
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            kwargs["scale_wrt_gas"] = False  # num_items counts those of all accumulated batches
+        self.accelerator.backward(loss, **kwargs)
+        return loss.detach()
+
+    def _training_step_in_two_passes(self, model: nn.Module, inputs: dict[str, torch.Tensor], loss_of) -> torch.Tensor:
+        no_sync: Callable = getattr(model, "no_sync", contextlib.nullcontext)
+        with no_sync(), self.accelerator.autocast():
+            loss = backward_in_two_passes(
+                rbi_model(self.accelerator.unwrap_model(model, keep_torch_compile=False)),
+                inputs["pixel_values"],
+                inputs["relation_mask"],
+                self.args.per_device_train_batch_size,
+                loss_of,
+                self.accelerator.backward,
+            )
+        # The wrapper of DDP, which averages gradients in its one backward, is passed by: so they are averaged here.
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            flat /= self.accelerator.num_processes
+            for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        return loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`."""
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            self._resumed_from = Path(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        As `Trainer.evaluation_loop`, of the moving average if there is one. The loss is that of the pictures alone:
+        `Trainer` counts those twice that fill the last batch up on several processes.
+        """
+        self.average_batch_statistics()
+        average: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self._moving_average is not None:
+            average = self._moving_average.swapped_in(self.model)
+        with average:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if output.predictions is not None and output.label_ids is not None:
+            scores = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+            loss = nn.functional.cross_entropy(torch.tensor(scores).float(), torch.tensor(output.label_ids))
+            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output
+
+    def evaluate_shuffled(self, pictures: Pictures, metric_key_prefix: str = "eval") -> dict[str, float]:
+        r"""
+        Metrics of pictures that attend to each other in random neighbourhoods of the training's size, its unlabelled
+        pictures counted, the last included, on any number of processes; whatever `config.relation_scope` is.
+
+        Args:
+            pictures (`Pictures`):
+                The pictures.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                What the metrics' names begin with.
+        """
+        size = self._global_batch_size() + self._num_unlabelled_per_batch()
+        if self.split_size is not None:
+            size = self.split_size * self.args.world_size
+        sampler = ShuffledSampler(len(pictures), size, **self._process_options())
+        loader = torch.utils.data.DataLoader(
+            pictures, batch_sampler=sampler, collate_fn=Collator(), num_workers=self.args.dataloader_num_workers
+        )
+        config = rbi_model(self.accelerator.unwrap_model(self.model)).config
+        scope, config.relation_scope = config.relation_scope, "batch"
+        try:
+            output = self.evaluation_loop(loader, "Evaluation in batches", metric_key_prefix=metric_key_prefix)
+        finally:
+            config.relation_scope = scope
+        return output.metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As `Trainer.save_model`."""
+        self.average_batch_statistics()
+        super().save_model(output_dir, _internal_call)
+
+    def average_batch_statistics(self):
+        """Each process has seen other batches: what is validated and saved is the mean of their running statistics."""
+        if self.accelerator.num_processes == 1:
+            return
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                for statistic in (module.running_mean, module.running_var):
+                    torch.distributed.all_reduce(statistic)
+                    statistic /= self.accelerator.num_processes
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        super()._save(output_dir, state_dict)
+        # The mean over the processes, as in the logs.
+        running_loss = self.accelerator.gather(self._tr_loss).mean().item() if self.is_in_train else None
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # A pickle of the arguments, which nothing needs: the run's record has them, and pickles are not passed on.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self._moving_average is not None:  # in training, so this is a checkpoint
+            save_file(self._moving_average.state_dict(), folder / MOVING_AVERAGE_FILE)
+        if running_loss is not None:
+            loss = {"sum": running_loss, "last_logged": self._globalstep_last_logged}
+            write_json(folder / RUNNING_LOSS_FILE, loss)
+
+
+class _RBICallback(TrainerCallback):
+    """Tells the sampler the epoch, and takes up what a checkpoint keeps beside what `Trainer` does."""
+
+    def __init__(self, trainer: RBITrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        trainer, checkpoint = self.trainer, self.trainer._resumed_from
+        if trainer.fine_tuning.ema_decay is not None:
+            trainer._moving_average = MovingAverage(trainer.model, trainer.fine_tuning.ema_decay)
+            if checkpoint is not None:
+                kept = load_file(checkpoint / MOVING_AVERAGE_FILE, device=str(args.device))
+                trainer._moving_average.load_state_dict(kept)
+        if checkpoint is not None and (checkpoint / RUNNING_LOSS_FILE).exists():
+            # `Trainer` itself starts the mean that it logs next anew.
+            loss = json.loads((checkpoint / RUNNING_LOSS_FILE).read_text(encoding="utf-8"))
+            trainer._tr_loss += loss["sum"]
+            trainer._globalstep_last_logged = loss["last_logged"]
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.trainer._train_sampler is not None:
+            self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.trainer._moving_average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer._moving_average.update(self.trainer.model)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        average = self.trainer._moving_average
+        if average is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            average.load_state_dict(
+                load_file(Path(state.best_model_checkpoint) / MOVING_AVERAGE_FILE, device=str(args.device))
+            )
+        average.swap(self.trainer.model)
+        self.trainer._moving_average = None
+
+
+def balanced_class_weights(labels: list[int], num_labels: int) -> torch.Tensor:
+    r"""
+    Weight of each class for the loss, one over its number of pictures, scaled so that the mean over pictures is 1.
+
+    Args:
+        labels (`list[int]`):
+            Class of each training picture.
+        num_labels (`int`):
+            Number of classes.
+    """
+    counts = torch.bincount(torch.tensor(labels), minlength=num_labels).float()
+    return len(labels) / (num_labels * counts.clamp(min=1))
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; one that a kill or a full disk cut off is not."""
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return next((path for path in reversed(checkpoints) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:  # the state is what `Trainer` writes last
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # One of these is the optimizer's: of DDP, FSDP, DeepSpeed.
+    return any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.*", "optimizer_*", "global_step*"))
