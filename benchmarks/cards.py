@@ -19,7 +19,7 @@ import yaml
 from model_cards.card import TEMPLATE
 from training import assess, publish, references, train
 from training.data.decode import decode_image
-from training.data.reading import DataArguments, load_pictures
+from training.data.reading import DataArguments, load_images
 
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ class CardModel:
         options (`tuple[str, ...]`):
             For the training, beside the recipe.
         has_references (`bool`):
-            Whether its training pictures become its references.
+            Whether its training images become its references.
     """
 
     name: str
@@ -67,7 +67,7 @@ class CardModel:
             model = trained
         words = ["--model", model, "--config", data, "--output_dir", assessment, *seed, *device]
         steps.append((assess, words, f"{assessment}/results.json"))
-        facts = ["--config", str(TEMPLATE.with_name(f"{self.name}.yaml")), "--share_pictures"]
+        facts = ["--config", str(TEMPLATE.with_name(f"{self.name}.yaml")), "--share_images"]
         words = [*facts, "--model", model, "--assessment", assessment, "--examples", str(folder / "examples")]
         words += ["--repo_id", self.repo_id, "--dry_run", "--output_dir", str(folder / "published")]
         steps.append((publish, words, f"{folder}/published/README.md"))
@@ -81,10 +81,10 @@ MODELS = (
 
 
 def write_examples(name: str, folder: Path):
-    """Some test pictures of different classes."""
+    """Some test images of different classes."""
     recipe = yaml.safe_load((ROOT / "training" / "recipes" / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
     names = ("dataset_format", "dataset_config_name")
-    test = load_pictures(DataArguments(**{name: recipe[name] for name in names}), SEED)["test"]
+    test = load_images(DataArguments(**{name: recipe[name] for name in names}), SEED)["test"]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for row in range(0, len(test), -(-len(test) // _NUM_EXAMPLES)):

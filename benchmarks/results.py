@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, HfArgumentParser
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
+from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
 from training.ablation.arguments import AblationArguments
 from training.ablation.arms import ARMS
 from training.ablation.heads import Budget, TrainedHead, train_plain
 from training.ablation.report import paired_difference
 from training.ablation.run import Cached, ablate, cache_features, draw_data
 from training.data.packaged.emoji import EMOJI_STYLES
-from training.evaluation.features import CachedPictures
+from training.evaluation.features import CachedImages
 from training.evaluation.metrics import compute_metrics
 from training.evaluation.reference_settings import candidates_for, fit_references
 from training.files import write_json
@@ -100,8 +100,8 @@ STUDIES = [
     *(
         Study(f"orl-{shots}-shot", "orl_faces", (*FROZEN, "--dataset_config_name", f"{shots}-shot", *more), arms)
         for shots, more, arms in (
-            (1, ("--num_unlabelled", "140"), MOST_ARMS),
-            (2, ("--num_unlabelled", "140"), ALL_ARMS),
+            (1, ("--num_unlabeled", "140"), MOST_ARMS),
+            (2, ("--num_unlabeled", "140"), ALL_ARMS),
             (5, (), FEWEST_ARMS),
         )
     ),
@@ -109,7 +109,7 @@ STUDIES = [
         Study(
             f"fashion-mnist-{labels}",
             "fashion_mnist",
-            (*FROZEN, "--dataset_config_name", f"{labels}-per-class", "--num_unlabelled", "1000", *FEW),
+            (*FROZEN, "--dataset_config_name", f"{labels}-per-class", "--num_unlabeled", "1000", *FEW),
             arms,
         )
         for labels, arms in ((5, ALL_ARMS), (20, FEWEST_ARMS))
@@ -121,7 +121,7 @@ STUDIES = [
         "orl-2-shot-balanced",
         "orl_faces",
         (
-            *(*FROZEN, "--dataset_config_name", "2-shot", "--num_unlabelled", "140"),
+            *(*FROZEN, "--dataset_config_name", "2-shot", "--num_unlabeled", "140"),
             *("--batch_sampler", "balanced", "--images_per_class", "2", "--per_device_train_batch_size", "40"),
         ),
         ("self", "rbi", "self-kernel", "rbi-kernel"),
@@ -178,7 +178,7 @@ def own_protocol(arm: str) -> str:
 
 
 def accuracy_table(sets: Mapping[str, Sequence[dict[str, Any]]], metric: str = "accuracy") -> str:
-    """Each arm with each picture alone and, where it has relations, with them: mean and standard deviation."""
+    """Each arm with each image alone and, where it has relations, with them: mean and standard deviation."""
     rows = []
     for arm in ARMS:
         for protocol in dict.fromkeys(("single", own_protocol(arm))):
@@ -248,16 +248,16 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 # --- References without training ------------------------------------------------------------------------------------
 
-# Name, recipe, arguments, metrics; the bank is the training pictures and the unlabelled ones.
+# Name, recipe, arguments, metrics; the bank is the training images and the unlabeled ones.
 REFERENCE_SETS = {
     **{
         f"ORL, {shots} a person": ("orl_faces", ("--dataset_config_name", f"{shots}-shot", *more))
-        for shots, more in ((1, ("--num_unlabelled", "140")), (2, ("--num_unlabelled", "140")), (5, ()))
+        for shots, more in ((1, ("--num_unlabeled", "140")), (2, ("--num_unlabeled", "140")), (5, ()))
     },
     **{
         f"Fashion-MNIST, {labels} a class": (
             "fashion_mnist",
-            ("--dataset_config_name", f"{labels}-per-class", "--num_unlabelled", "1000", "--max_test_samples", "2000"),
+            ("--dataset_config_name", f"{labels}-per-class", "--num_unlabeled", "1000", "--max_test_samples", "2000"),
         )
         for labels in (5, 20)
     },
@@ -278,8 +278,8 @@ def _draws(recipe: str, arguments: tuple[str, ...], folder: Path, num_draws: int
 
 
 def _plain(cached: Cached, config: RBIConfig, seed: int, rows: torch.Tensor, labels: torch.Tensor) -> TrainedHead:
-    pictures = CachedPictures(cached.pictures.pixel_values, cached.pictures.features, labels)
-    return train_plain(pictures, rows, config.num_labels, _STEPS, seed)
+    images = CachedImages(cached.images.pixel_values, cached.images.features, labels)
+    return train_plain(images, rows, config.num_labels, _STEPS, seed)
 
 
 def _kernel_model(config: RBIConfig, **fields: Any) -> RBIForImageClassification:
@@ -290,10 +290,10 @@ def _kernel_model(config: RBIConfig, **fields: Any) -> RBIForImageClassification
 
 @torch.no_grad()
 def _scores(model: RBIForImageClassification, cached: Cached, rows: torch.Tensor, scope: str) -> torch.Tensor:
-    pictures = cached.pictures
+    images = cached.images
     parts = [
         model(
-            pixel_values=pictures.pixel_values[part], image_features=pictures.features[part], relation_scope=scope
+            pixel_values=images.pixel_values[part], image_features=images.features[part], relation_scope=scope
         ).logits
         for part in rows.split(256)
     ]
@@ -308,29 +308,29 @@ def _metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 def measure_references(name: str, folder: Path) -> list[dict[str, Any]]:
     """
     One data set: a plain classifier, made RBI with the kernel preset and a bank, each draw. `default`: the preset's
-    settings; `votes`: and the labels have half of the say; `fitted`: settings chosen on the validation pictures, none
-    among them; `train`, `unlabelled`: default settings with that part of the bank alone.
+    settings; `votes`: and the labels have half of the say; `fitted`: settings chosen on the validation images, none
+    among them; `train`, `unlabeled`: default settings with that part of the bank alone.
     """
     recipe, arguments = REFERENCE_SETS[name]
     num_draws = 2 if recipe == "emoji" else NUM_DRAWS
     config, draws = _draws(recipe, arguments, folder, num_draws)
     results = []
     for seed, cached in draws:
-        rows, pictures = cached.rows, cached.pictures
-        plain = _plain(cached, config, seed, rows["train"], pictures.labels)
+        rows, images = cached.rows, cached.images
+        plain = _plain(cached, config, seed, rows["train"], images.labels)
         model = _kernel_model(config, num_labels=config.num_labels)
         model.classifier.load_state_dict(plain.model.state_dict())
-        test, labels = rows["test"], pictures.labels[rows["test"]]
+        test, labels = rows["test"], images.labels[rows["test"]]
         result: dict[str, Any] = {"seed": seed, "single": _metrics(_scores(model, cached, test, "self"), labels)}
-        banks = {part: rows[part] for part in ("train", "unlabelled") if part in rows} | {"all": cached.bank}
+        banks = {part: rows[part] for part in ("train", "unlabeled") if part in rows} | {"all": cached.bank}
         for part, bank in banks.items():
-            model.set_reference_features(pictures.features[bank], pictures.pixel_values[bank], pictures.labels[bank])
+            model.set_reference_features(images.features[bank], images.pixel_values[bank], images.labels[bank])
             result[part] = _metrics(_scores(model, cached, test, "reference"), labels)
         result["default"] = result.pop("all")
         model.config.reference_vote_weight = 0.5
         result["votes"] = _metrics(_scores(model, cached, test, "reference"), labels)
         model.config.reference_vote_weight = 0.0
-        held_out = CachedPictures(*(values[rows["validation"]] for values in _columns(pictures)))
+        held_out = CachedImages(*(values[rows["validation"]] for values in _columns(images)))
         best = min(fit_references(model, held_out, candidates_for(model)), key=lambda each: each.loss)
         best.settings.apply(model)
         result["fitted"] = _metrics(_scores(model, cached, test, best.scope), labels)
@@ -339,14 +339,14 @@ def measure_references(name: str, folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _columns(pictures: CachedPictures):
-    return pictures.pixel_values, pictures.features, pictures.labels
+def _columns(images: CachedImages):
+    return images.pixel_values, images.features, images.labels
 
 
 def references_table(by_set: dict[str, list[dict[str, Any]]], metric: str) -> str:
     """Each data set's `single`, and what the banks add to it."""
-    ways = ("default", "votes", "fitted", "train", "unlabelled")
-    titles = ["default", "with votes", "fitted", "training pictures alone", "unlabelled alone"]
+    ways = ("default", "votes", "fitted", "train", "unlabeled")
+    titles = ["default", "with votes", "fitted", "training images alone", "unlabeled alone"]
     rows = []
     for name, draws in _with_emoji_pooled(by_set).items():
         single = [draw["single"][metric] for draw in draws]
@@ -396,7 +396,7 @@ NEW_CLASS_SETS = {
 
 def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
     """
-    One data set, each draw: a classifier of the old classes; the others come with a few pictures. `rbi`: as
+    One data set, each draw: a classifier of the old classes; the others come with a few images. `rbi`: as
     `add_classes` has it; `nearest mean`: the class whose references' mean is nearest, by the cosine of features off
     the mean of the bank; `retrained`: a linear classifier trained on all that the bank has.
     """
@@ -405,13 +405,13 @@ def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
     config, draws = _draws(recipe, arguments, folder, num_draws)
     results = []
     for seed, cached in draws:
-        pictures, rows = cached.pictures, cached.rows
+        images, rows = cached.images, cached.rows
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(config.num_labels, generator=generator)
         # The new classes come last.
         number_of = torch.empty_like(order)
         number_of[order] = torch.arange(len(order))
-        labels, num_old = number_of[pictures.labels], len(order) - num_new
+        labels, num_old = number_of[images.labels], len(order) - num_new
         train = rows["train"]
         old = train[labels[train] < num_old]
         new = [
@@ -419,7 +419,7 @@ def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
             for own in (train[labels[train] == label] for label in range(num_old, len(order)))
         ]
         bank = torch.cat([old, *new])
-        of_old = CachedPictures(pictures.pixel_values, pictures.features, labels)
+        of_old = CachedImages(images.pixel_values, images.features, labels)
         plain = train_plain(of_old, old, num_old, _STEPS, seed)
         model = _kernel_model(config, num_labels=len(order), num_added_classes=num_new)
         with torch.no_grad():
@@ -427,9 +427,9 @@ def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
             model.classifier.bias.fill_(-1e4)
             for name, parameter in model.classifier.named_parameters():
                 parameter[:num_old] = plain.model.get_parameter(name)
-        model.set_reference_features(pictures.features[bank], pictures.pixel_values[bank], labels[bank])
+        model.set_reference_features(images.features[bank], images.pixel_values[bank], labels[bank])
         test = rows["test"]
-        features, mean = pictures.features, pictures.features[bank].mean(0)
+        features, mean = images.features, images.features[bank].mean(0)
         means = torch.stack([features[bank][labels[bank] == label].mean(0) for label in range(len(order))])
         nearest = torch.nn.functional.cosine_similarity((features[test] - mean)[:, None], (means - mean)[None], dim=-1)
         retrained = train_plain(of_old, bank, len(order), _STEPS, seed).model
@@ -488,12 +488,12 @@ def replace_tables(text: str, tables: dict[str, str]) -> str:
     The text with other tables between its markers.
 
     Raises:
-        ValueError: if a marker is missing.
+        UserError: if a marker is missing.
     """
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"There is no place for the table {name}: put <!-- {name} --> and <!-- /{name} -->.")
+            raise UserError(f"There is no place for the table {name}: put <!-- {name} --> and <!-- /{name} -->.")
         escaped = table.replace("\\", r"\\")
         text = pattern.sub(rf"\g<1>{escaped}\n\g<2>", text)
     return text
@@ -516,7 +516,7 @@ class ResultsArguments:
     def __post_init__(self):
         for name in self.studies or []:
             if name not in {*BY_NAME, "references", "new-classes"}:
-                raise ValueError(f"There is no study {name}: see --help.")
+                raise UserError(f"There is no study {name}: see --help.")
 
 
 def _measured(name: str, sets: Iterable[str], measure: Callable, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What RBI costs in training on top of its backbone: pictures a second of RBI, both presets, and of the plain
+"""What RBI costs in training on top of its backbone: images a second of RBI, both presets, and of the plain
 classifier, in turns in one run.
 
     python -m benchmarks.training_throughput --bf16 --batch_size 128 --csv benchmarks/training_throughput_h200.csv
@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageClassification, HfArgumentParser
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
+from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
 from training.record import processor_name
 
 
@@ -33,8 +33,8 @@ class BenchmarkArguments:
     """Options of the benchmark."""
 
     backbone_config: str = field(default=CONVNEXT_BASE, metadata={"help": "Config of the backbone, as JSON."})
-    batch_size: int = field(default=128, metadata={"help": "Pictures of a batch."})
-    image_size: int = field(default=224, metadata={"help": "Height and width of the pictures, in pixels."})
+    batch_size: int = field(default=128, metadata={"help": "Images of a batch."})
+    image_size: int = field(default=224, metadata={"help": "Height and width of the images, in pixels."})
     num_labels: int = field(default=200, metadata={"help": "Classes."})
     num_rounds: int = field(default=5, metadata={"help": "Turns of each model, at least 2."})
     steps_per_round: int = field(default=10, metadata={"help": "Training steps of a turn."})
@@ -43,7 +43,7 @@ class BenchmarkArguments:
 
     def __post_init__(self):
         if self.num_rounds < 2:
-            raise ValueError(f"--num_rounds must be at least 2, got {self.num_rounds}.")
+            raise UserError(f"--num_rounds must be at least 2, got {self.num_rounds}.")
 
 
 def build_models(args: BenchmarkArguments) -> dict[str, nn.Module]:
@@ -83,7 +83,7 @@ def _synchronize(device: torch.device):
 
 
 def measure(args: BenchmarkArguments, device: torch.device) -> dict[str, list[float]]:
-    """Pictures a second of each model, turn by turn; one turn before that warms it up."""
+    """Images a second of each model, turn by turn; one turn before that warms it up."""
     trained = {}
     for name, model in build_models(args).items():
         model.to(device).train()

@@ -15,6 +15,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from modeling_rbi import UserError
+from modeling_rbi.errors_rbi import listed
+
 
 TEMPLATE = Path(__file__).with_name("template.md")
 EXAMPLES_DIR, ASSESSMENT_DIR = "examples", "assessment"
@@ -47,7 +50,7 @@ _RECIPE = (
     "self_loss_weight",
     "batch_sampler",
     "images_per_class",
-    "unlabelled_per_batch",
+    "unlabeled_per_batch",
     "optimizer",
     "learning_rate",
     "head_learning_rate",
@@ -89,7 +92,7 @@ class CardArguments:
     """What the card says that neither the model nor its records know."""
 
     license: str | None = field(
-        default=None, metadata={"help": "Licence of the weights, by its identifier on the Hub, such as apache-2.0."}
+        default=None, metadata={"help": "License of the weights, by its identifier on the Hub, such as apache-2.0."}
     )
     license_name: str | None = field(default=None, metadata={"help": "With --license other: its name."})
     license_link: str | None = field(default=None, metadata={"help": "With --license other: where it stands."})
@@ -107,10 +110,10 @@ class CardArguments:
     )
     dataset_title: str | None = field(default=None, metadata={"help": "What the data set is called in a sentence."})
     data_license: str | None = field(
-        default=None, metadata={"help": "Licence of the training pictures, and what it asks for."}
+        default=None, metadata={"help": "License of the training images, and what it asks for."}
     )
     data_bias: str | None = field(
-        default=None, metadata={"help": "Whom and what the pictures show too much, too little or not at all."}
+        default=None, metadata={"help": "Whom and what the images show too much, too little or not at all."}
     )
     training_procedure: str | None = field(
         default=None, metadata={"help": "How the model was trained, where there is no run.json beside it."}
@@ -121,9 +124,9 @@ class CardArguments:
         for name in ("description", "dataset_title", "data_license", "data_bias", "training_procedure"):
             value = getattr(self, name)
             if value is not None and not re.search(r"[^\W\d_]{2}", value):
-                raise ValueError(f"--{name} is a text, got {value!r}.")
+                raise UserError(f"--{name} is a text, got {value!r}.")
         if (self.license == "other") != (self.license_name is not None and self.license_link is not None):
-            raise ValueError("--license_name and --license_link go with --license other, and it with both of them.")
+            raise UserError("--license_name and --license_link go with --license other, and it with both of them.")
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class CardSources:
         figures (`Sequence[str]`):
             Names of the assessment's figures that are published.
         examples (`Sequence[str]`):
-            Names of the example pictures.
+            Names of the example images.
         has_examples (`bool`):
             `False` if it was decided that there are none; they are missing no more then.
         emissions (`dict[str, str]`, *optional*):
@@ -186,7 +189,7 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         The card, and the facts that are missing in it, each with the mend.
 
     Raises:
-        ValueError: if two sources contradict each other; names both.
+        UserError: if two sources contradict each other; names both.
     """
     check_facts(sources, given)
     missing: list[str] = []
@@ -210,9 +213,9 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
             "--base_model names it on the Hub, or says none if it is not there (a folder is no name of it)",
         )
     if given.license is None:
-        fact(None, "the licence of the weights", "--license")
+        fact(None, "the license of the weights", "--license")
     if not sources.examples and sources.has_examples:
-        fact(None, "example pictures", "--examples, or --examples none")
+        fact(None, "example images", "--examples, or --examples none")
     name = sources.repo_id.split("/")[-1]
     card_data = ModelCardData(
         library_name="transformers",
@@ -233,7 +236,7 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         or None,
         co2_eq_emissions=_co2(sources.emissions),
     )
-    pictures = [
+    images = [
         f'hf_hub_download("{sources.repo_id}", "{EXAMPLES_DIR}/{example}")' for example in sources.examples[:3]
     ] or ['"a.jpg"', '"b.jpg"']
     card = ModelCard.from_template(
@@ -245,8 +248,8 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         what_it_is=_what_it_is(sources, backbone),
         requirements=_requirements(sources.requirements),
         is_cast=str(config.dtype or "float32").removeprefix("torch.") != "float32",
-        picture=pictures[0],
-        pictures=pictures if len(pictures) > 1 else pictures * 2,
+        image=images[0],
+        images=images if len(images) > 1 else images * 2,
         references=sources.references,
         references_text=_references_text(sources),
         classes=_classes(config),
@@ -269,10 +272,10 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         recipe=_recipe(run),
         batch_limit=_batch_limit(config),
         relation_scope=config.relation_scope,
-        data_bias=fact(given.data_bias, "whom and what the pictures show too much or too little", "--data_bias"),
-        data_license=fact(given.data_license, "the licence of the training pictures", "--data_license"),
+        data_bias=fact(given.data_bias, "whom and what the images show too much or too little", "--data_bias"),
+        data_license=fact(given.data_license, "the license of the training images", "--data_license"),
         boxes=_boxes(run),
-        pictures_limit=_pictures_limit(sources.references),
+        images_limit=_images_limit(sources.references),
         environmental_cost=_environmental_cost(run, sources.emissions),
     )
     return card, missing
@@ -281,27 +284,27 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
 def check_facts(sources: CardSources, given: CardArguments):
     r"""
     Raises:
-        ValueError: if what the user says, a record or the assessment contradicts the model.
+        UserError: if what the user says, a record or the assessment contradicts the model.
     """
     config, run, assessment = sources.config, sources.run, sources.assessment
     names = [config.id2label[number] for number in sorted(config.id2label)]
     if run is not None:
         if absent := {"status", "arguments", "environment", "data", "model"} - run.keys():
-            raise ValueError(
+            raise UserError(
                 f"run.json beside the model lacks {', '.join(sorted(absent))}: it is no record of training.train, so "
                 "move it away."
             )
         if run["status"] != "finished":
             mend = f": finish it (`{run['next']['resume']}`)." if "resume" in run.get("next", {}) else "."
-            raise ValueError(f"The training is {run['status']}, by its record{mend}")
+            raise UserError(f"The training is {run['status']}, by its record{mend}")
         trained = run["data"]["label_names"]
         if names[: len(trained)] != trained:
-            raise ValueError(
-                f"The record of the training names {len(trained)} classes ({_listed(trained)}), the model's config "
-                f"{len(names)} ({_listed(names)}): the record is of another model, or `id2label` was changed."
+            raise UserError(
+                f"The record of the training names {len(trained)} classes ({listed(trained)}), the model's config "
+                f"{len(names)} ({listed(names)}): the record is of another model, or `id2label` was changed."
             )
         if (number := run["model"].get("parameters")) not in (None, sources.num_parameters):
-            raise ValueError(
+            raise UserError(
                 f"The record of the training is of a model of {number:,} parameters, this one has "
                 f"{sources.num_parameters:,}: it is the record of another model."
             )
@@ -309,16 +312,16 @@ def check_facts(sources: CardSources, given: CardArguments):
         is_local = isinstance(backbone, str) and Path(backbone).is_absolute()
         if given.base_model and not is_local and given.base_model != recorded:
             made_from = "no pretrained weights" if _is_from_scratch(run) else backbone
-            raise ValueError(
+            raise UserError(
                 f"--base_model {given.base_model}: by the record of its training the model was made from {made_from}."
             )
         named = _dataset_ids(run["arguments"])
         if given.datasets and run["arguments"].get("dataset_name") and given.datasets != named:
-            raise ValueError(
+            raise UserError(
                 f"--datasets {' '.join(given.datasets)}: by its record the model was trained on {', '.join(named)}."
             )
     if assessment is not None and assessment["model"]["classes"] != config.num_labels:
-        raise ValueError(
+        raise UserError(
             f"The assessment is of a model of {assessment['model']['classes']} classes, the model has "
             f"{config.num_labels}: assess this one."
         )
@@ -340,7 +343,7 @@ def eval_results(
                     task_type="image-classification",
                     task_name="Image Classification",
                     dataset_type=dataset_ids[0] if dataset_ids else "imagefolder",
-                    dataset_name=dataset_title or "pictures in a folder",
+                    dataset_name=dataset_title or "images in a folder",
                     dataset_config=arguments.get("dataset_config_name"),
                     dataset_split=assessment["data"]["split"],
                     dataset_revision=arguments.get("dataset_revision"),
@@ -363,7 +366,7 @@ def read_emissions(folder: Path) -> dict[str, str] | None:
     The last row of CodeCarbon's `emissions.csv` in a folder, if there is one.
 
     Raises:
-        ValueError: if it is another file of that name.
+        UserError: if it is another file of that name.
     """
     path = folder / "emissions.csv"
     if not path.exists():
@@ -375,7 +378,7 @@ def read_emissions(folder: Path) -> dict[str, str] | None:
             "country_name": rows[-1].get("country_name") or "unknown"
         }
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is none of CodeCarbon's, without {' and '.join(_EMISSIONS)}: move it away."
         ) from error
 
@@ -385,7 +388,7 @@ def _condition(row: Mapping[str, Any]) -> str:
 
 
 def _dataset_ids(arguments: Mapping[str, Any]) -> list[str]:
-    """Of the Hub; pictures in a folder have none."""
+    """Of the Hub; images in a folder have none."""
     name = arguments.get("dataset_name")
     return [name] if name and _HUB_ID.fullmatch(name) else []
 
@@ -423,7 +426,7 @@ def _what_it_is(sources: CardSources, backbone: str | None) -> str:
     before = f" ({backbone})" if backbone else " (**Missing: what it was before.**)"
     return (
         f"{kind}: a {config.backbone_config.model_type} backbone{before}, and between it and the classifier a head of "
-        f"RBI, Relationship Batch Integration, with {form} attention. RBI lets pictures attend to other pictures: "
+        f"RBI, Relationship Batch Integration, with {form} attention. RBI lets images attend to other images: "
         "those of the batch, or references that the model carries, by the likeness of their features and of their "
         "pixels (PSNR)."
     )
@@ -453,16 +456,16 @@ def _results_text(assessment: Mapping[str, Any] | None, dataset_title: str | Non
         return None
     data = assessment["data"]
     text = (
-        f"On the {data['pictures']:,} {data['split']} pictures"
+        f"On the {data['images']:,} {data['split']} images"
         + (f" of {dataset_title}" if dataset_title else "")
         + f", {data['classes']} classes."
     )
     if data["split"] != "test":
-        text += " **These are no test pictures**: where they chose the best epoch, the figures are optimistic."
+        text += " **These are no test images**: where they chose the best epoch, the figures are optimistic."
     if data["left_out"]:
-        text += f" {data['left_out']} pictures that could not be read were left out."
-    if assessment["pictures_in_bank"]:
-        text += f" {assessment['pictures_in_bank']:,} of them are among the model's references."
+        text += f" {data['left_out']} images that could not be read were left out."
+    if assessment["images_in_bank"]:
+        text += f" {assessment['images_in_bank']:,} of them are among the model's references."
     return text
 
 
@@ -482,17 +485,17 @@ def _data_text(run: Mapping[str, Any] | None, dataset_title: str | None) -> str 
     if run is None:
         return f"{dataset_title}." if dataset_title else None
     splits = run["data"]["fingerprint"]["splits"]
-    parts = [f"{split['pictures']:,} {name}" for name, split in splits.items()]
+    parts = [f"{split['images']:,} {name}" for name, split in splits.items()]
     arguments = run["arguments"]
-    title = dataset_title or "pictures in folders"
+    title = dataset_title or "images in folders"
     if arguments.get("dataset_config_name"):
         title += f" (`{arguments['dataset_config_name']}`)"
-    text = f"{title}; {', '.join(parts)} pictures."
+    text = f"{title}; {', '.join(parts)} images."
     train = splits["train"]
     low, high = train["min_per_class"], train["max_per_class"]
-    text += f" {low} training pictures a class." if low == high else f" {low} to {high} training pictures a class."
+    text += f" {low} training images a class." if low == high else f" {low} to {high} training images a class."
     if skipped := len(run["data"]["skipped"]):
-        text += f" {skipped} pictures were left out as unreadable or contradictory."
+        text += f" {skipped} images were left out as unreadable or contradictory."
     return text
 
 
@@ -511,7 +514,7 @@ def _training_text(run: Mapping[str, Any] | None) -> str | None:
         text += f" Recipe: {', '.join(f'`{Path(recipe).name}`' for recipe in recipes)}."
     best = run.get("best")
     if best:
-        text += f" The epoch that was best on the validation pictures is kept ({100 * best['metric']:.1f} %)."
+        text += f" The epoch that was best on the validation images is kept ({100 * best['metric']:.1f} %)."
     return text
 
 
@@ -541,7 +544,7 @@ def _recipe(run: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
         for name in _RECIPE
         if name in arguments
         and (name == "seed" or arguments[name] is True or arguments[name] not in unset)
-        and (name != "unlabelled_per_batch" or arguments.get("unlabelled_dir"))
+        and (name != "unlabeled_per_batch" or arguments.get("unlabeled_dir"))
     ]
 
 
@@ -550,7 +553,7 @@ def _references_text(sources: CardSources) -> str:
     if not references:
         return ""
     text = (
-        f"{references['num_references']:,} pictures, {references['num_labelled']:,} of them labelled, "
+        f"{references['num_references']:,} images, {references['num_labeled']:,} of them labeled, "
         f"{references['num_bytes'] / 2**20:.1f} MiB; share {sources.config.reference_share}, the nearest "
         f"{sources.config.num_reference_neighbors}, temperature {sources.config.reference_temperature}, gain "
         f"{sources.config.reference_gain}, weight of their labels' votes {sources.config.reference_vote_weight}."
@@ -558,18 +561,18 @@ def _references_text(sources: CardSources) -> str:
     if record and "gains" in record:
         gain = record["gains"]["accuracy"]  # in points
         text += (
-            " On the {number} held-out pictures they changed the accuracy by {value:+.1f} points [{low:+.1f}, "
+            " On the {number} held-out images they changed the accuracy by {value:+.1f} points [{low:+.1f}, "
             "{high:+.1f}]."
-        ).format(number=record["held_out_pictures"], **gain)
+        ).format(number=record["held_out_images"], **gain)
         if record["fitted"]:
-            text += " These pictures chose the settings, too, so that is somewhat optimistic."
+            text += " These images chose the settings, too, so that is somewhat optimistic."
     return text
 
 
 def _batch_limit(config: PreTrainedConfig) -> str:
-    text = 'With `relation_scope="batch"` an answer depends on which pictures are in the batch'
+    text = 'With `relation_scope="batch"` an answer depends on which images are in the batch'
     if config.relation_scope == "batch":
-        return text + ", and that is the default of this model: a picture can get other answers in other batches."
+        return text + ", and that is the default of this model: an image can get other answers in other batches."
     text += ", so that it can't be had again without them; the default does not."
     if config.relation_scope == "reference":
         text += " It depends on the references instead, and changes when they are changed."
@@ -578,21 +581,21 @@ def _batch_limit(config: PreTrainedConfig) -> str:
 
 def _boxes(run: Mapping[str, Any] | None) -> str:
     if run is None:
-        return "Whether the pictures were cut to published boxes is not recorded."
+        return "Whether the images were cut to published boxes is not recorded."
     if run["data"]["cropped_to_boxes"]:
         return (
-            "All pictures, those of the test too, were cut to their published boxes: figures are not to be compared "
-            "with those of whole pictures, and pictures should be cut likewise in use."
+            "All images, those of the test too, were cut to their published boxes: figures are not to be compared "
+            "with those of whole images, and images should be cut likewise in use."
         )
-    return "The pictures were not cut to boxes; what lies around the object is part of what the model sees."
+    return "The images were not cut to boxes; what lies around the object is part of what the model sees."
 
 
-def _pictures_limit(references: Mapping[str, Any] | None) -> str:
-    if not references or not references["has_pictures"]:
-        return "The model carries features of its reference pictures, from which something of them may be recovered."
+def _images_limit(references: Mapping[str, Any] | None) -> str:
+    if not references or not references["has_images"]:
+        return "The model carries features of its reference images, from which something of them may be recovered."
     size = " x ".join(map(str, references["image_shape"][1:]))
     return (
-        f"The model carries copies of its {references['num_references']:,} reference pictures at {size} pixels: "
+        f"The model carries copies of its {references['num_references']:,} reference images at {size} pixels: "
         "whoever has the model has these."
     )
 
@@ -619,7 +622,3 @@ def _co2(emissions: Mapping[str, str] | None) -> dict[str, Any] | None:
         "source": "CodeCarbon",
         "training_type": "fine-tuning",
     }
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

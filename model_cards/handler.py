@@ -6,11 +6,11 @@ Answers the requests of a Hugging Face Inference Endpoint, from the model reposi
 It takes what the Hub's image-classification task sends, `{"inputs": ..., "parameters": {...}}`, and gives what the
 task answers, `[{"label": ..., "score": ...}]`. Environment variables of the endpoint:
 
-- `RBI_MAX_BATCH_SIZE` (16): largest number of pictures that go through the model at once.
-- `RBI_MAX_PENDING` (128): largest number of pictures in work or waiting; those above it are refused.
-- `RBI_MAX_PIXELS` (100 million): largest picture, by its header, before it is decoded. Pillow has a limit of its own,
+- `RBI_MAX_BATCH_SIZE` (16): largest number of images that go through the model at once.
+- `RBI_MAX_PENDING` (128): largest number of images in work or waiting; those above it are refused.
+- `RBI_MAX_PIXELS` (100 million): largest image, by its header, before it is decoded. Pillow has a limit of its own,
   178,956,970.
-- `RBI_URL_HOSTS` (empty: none): hosts, `example.org` or `example.org:8000`, separated by commas, that pictures may be
+- `RBI_URL_HOSTS` (empty: none): hosts, `example.org` or `example.org:8000`, separated by commas, that images may be
   fetched from where `inputs` is an address. What is listed is trusted, even if it is in a private network.
 """
 
@@ -38,12 +38,12 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
-# Seconds that a batch waits, at most, for pictures that are being decoded. A request on its own waits for none.
+# Seconds that a batch waits, at most, for images that are being decoded. A request on its own waits for none.
 _MAX_WAIT = 0.01
 _MAX_DOWNLOAD_BYTES = 20_000_000
 _DOWNLOAD_SECONDS = 10
 
-# Resized until its shorter side fits the model, a picture of few pixels and of extreme shape can fill the memory.
+# Resized until its shorter side fits the model, an image of few pixels and of extreme shape can fill the memory.
 _MAX_ASPECT_RATIO = 100
 
 _DEFAULT_TOP_K = 5
@@ -63,7 +63,7 @@ _TRANSPOSES = {
 
 class OverloadedError(RuntimeError):
     """
-    Too many pictures wait. `status_code` is the HTTP status to answer: 429, not 503, which some clients repeat at once
+    Too many images wait. `status_code` is the HTTP status to answer: 429, not 503, which some clients repeat at once
     and without end.
     """
 
@@ -71,8 +71,8 @@ class OverloadedError(RuntimeError):
 
 
 @dataclass
-class _Picture:
-    """A picture on its way through the model."""
+class _Image:
+    """An image on its way through the model."""
 
     pixel_values: torch.Tensor  # (1, channels, height, width)
     logits: Future[torch.Tensor] = field(default_factory=Future)  # (num_labels,), on the CPU
@@ -82,7 +82,7 @@ class EndpointHandler:
     r"""
     A model that answers requests, from any number of threads.
 
-    Requests that come at the same time go through the model in one batch. Each picture is still answered by itself:
+    Requests that come at the same time go through the model in one batch. Each image is still answered by itself:
     the relation scope is `"self"` or `"reference"`, as the model's config says. A config that says `"batch"`, by which
     an answer would depend on whose requests came at the same time, is read as `"reference"` if the model has a
     reference bank and as `"self"` if not.
@@ -116,11 +116,11 @@ class EndpointHandler:
         if self.relation_scope == "batch":
             self.relation_scope = "self" if config.references is None else "reference"
 
-        # More threads than cores would decode no faster, and hold more pictures in memory.
+        # More threads than cores would decode no faster, and hold more images in memory.
         self._decoders = threading.BoundedSemaphore(os.cpu_count() or 1)
         # It guards what follows.
         self._condition = threading.Condition()
-        self._waiting: deque[_Picture] = deque()
+        self._waiting: deque[_Image] = deque()
         self._num_pending = 0
         self._num_decoding = 0
         # The model runs in one thread: each thread that ran it would keep a pool of its own for the cores.
@@ -130,29 +130,29 @@ class EndpointHandler:
         r"""
         Args:
             data (`dict`):
-                `inputs`: the bytes of a picture's file, the same as base64 text or `data:` URI, its address (see
+                `inputs`: the bytes of an image's file, the same as base64 text or `data:` URI, its address (see
                 `RBI_URL_HOSTS`), a `PIL.Image.Image`, or a list of these. `parameters`, optional: `top_k`, the number
                 of labels to answer (5), and `function_to_apply`, which makes scores of the logits: `"softmax"`,
                 `"sigmoid"` or `"none"` (by default what the `image-classification` pipeline takes for the model).
 
         Returns:
-            `list[dict]`: label and score of the best labels, best first; a list of such lists for a list of pictures.
+            `list[dict]`: label and score of the best labels, best first; a list of such lists for a list of images.
 
         Raises:
-            ValueError: if the request, or one of its pictures, can't be answered; the message says what to change. One
-                bad picture refuses the list that it is in, and no other request.
-            OverloadedError: if more than `RBI_MAX_PENDING` pictures would be in work or waiting.
+            ValueError: if the request, or one of its images, can't be answered; the message says what to change. One
+                bad image refuses the list that it is in, and no other request.
+            OverloadedError: if more than `RBI_MAX_PENDING` images would be in work or waiting.
         """
         inputs, top_k, function = self._read_request(data)
         is_list = isinstance(inputs, (list, tuple))
-        pictures = self._logits(list(inputs) if is_list else [inputs], "inputs[{}]" if is_list else "inputs")
-        answers = [self._answer(logits, top_k, function) for logits in pictures]
+        images = self._logits(list(inputs) if is_list else [inputs], "inputs[{}]" if is_list else "inputs")
+        answers = [self._answer(logits, top_k, function) for logits in images]
         return answers if is_list else answers[0]
 
     def _read_request(self, data: Any) -> tuple[Any, int, str]:
         if not isinstance(data, dict) or data.get("inputs") is None:
             raise ValueError(
-                'The request has no `inputs`: send {"inputs": a picture as base64 text, "parameters": {}}.'
+                'The request has no `inputs`: send {"inputs": an image as base64 text, "parameters": {}}.'
             )
         # `options`, which some clients send as well, are for the Hub's own servers.
         _check_names(data.keys() - {"options"}, {"inputs", "parameters"}, "The request")
@@ -178,7 +178,7 @@ class EndpointHandler:
         inputs = data["inputs"]
         if isinstance(inputs, (list, tuple)) and not 1 <= len(inputs) <= self.max_pending:
             raise ValueError(
-                f"A request takes 1 to {self.max_pending} pictures, `inputs` has {len(inputs)}"
+                f"A request takes 1 to {self.max_pending} images, `inputs` has {len(inputs)}"
                 + (": send them in several requests." if inputs else ".")
             )
         return inputs, top_k, function
@@ -197,23 +197,23 @@ class EndpointHandler:
         return [{"label": self.model.config.id2label[index], "score": scores[index]} for index in best]
 
     def _logits(self, inputs: list[Any], name: str) -> list[torch.Tensor]:
-        """The logits of each picture, (num_labels,) on the CPU. `name` has a place for its number in a list."""
+        """The logits of each image, (num_labels,) on the CPU. `name` has a place for its number in a list."""
         with self._pending(len(inputs)):
             with self._decoding(len(inputs)):
-                pictures = [_Picture(self._read(each, name.format(number))) for number, each in enumerate(inputs)]
+                images = [_Image(self._read(each, name.format(number))) for number, each in enumerate(inputs)]
                 with self._condition:
-                    self._waiting.extend(pictures)
-            # As many turns as pictures are enough, since each takes one at least. Those that find none do nothing.
-            for _ in pictures:
+                    self._waiting.extend(images)
+            # As many turns as images are enough, since each takes one at least. Those that find none do nothing.
+            for _ in images:
                 self._worker.submit(self._run_batch)
-            return [picture.logits.result() for picture in pictures]
+            return [image.logits.result() for image in images]
 
     @contextmanager
     def _pending(self, number: int) -> Iterator[None]:
         with self._condition:
             if self._num_pending + number > self.max_pending:
                 raise OverloadedError(
-                    f"The endpoint is overloaded: {self._num_pending} pictures are waiting, of at most "
+                    f"The endpoint is overloaded: {self._num_pending} images are waiting, of at most "
                     f"{self.max_pending}. Try again later."
                 )
             self._num_pending += number
@@ -235,15 +235,15 @@ class EndpointHandler:
                 self._condition.notify_all()
 
     def _read(self, source: Any, name: str) -> torch.Tensor:
-        """The pixels of a picture as the model takes them, (1, channels, height, width)."""
+        """The pixels of an image as the model takes them, (1, channels, height, width)."""
         if isinstance(source, str):
             source = self._read_text(source, name)
         with self._decoders:
-            picture = _decode(source, name, self.max_pixels).convert(self.mode)
+            image = _decode(source, name, self.max_pixels).convert(self.mode)
             try:
-                return self.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+                return self.image_processor(images=image, return_tensors="pt")["pixel_values"]
             except ValueError as error:
-                width, height = picture.size
+                width, height = image.size
                 raise ValueError(f"`{name}`, {width} x {height} pixels, can't be prepared: {error}") from error
 
     def _read_text(self, text: str, name: str) -> bytes:
@@ -259,7 +259,7 @@ class EndpointHandler:
             return base64.b64decode("".join(encoded.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError(
-                f"`{name}` is no picture: a text must be the picture's file in base64, but {_short(text)} is not. "
+                f"`{name}` is no image: a text must be the image's file in base64, but {_short(text)} is not. "
                 "Paths are not read."
             ) from error
 
@@ -272,7 +272,7 @@ class EndpointHandler:
         is_default = port is None or port == {"http": 80, "https": 443}[scheme]
         if (host if is_default else f"{host}:{port}") not in self.url_hosts:
             raise ValueError(
-                f"`{name}` is an address of {host}, which this endpoint does not fetch from: send the picture itself, "
+                f"`{name}` is an address of {host}, which this endpoint does not fetch from: send the image itself, "
                 "in base64, or have the host added to the endpoint's environment variable RBI_URL_HOSTS."
             )
         # A bare connection goes nowhere but to the host that was checked: it follows neither redirects nor proxies.
@@ -291,7 +291,7 @@ class EndpointHandler:
             connection.close()
 
     def _run_batch(self) -> None:
-        """Answers those that wait the longest. Pictures of one size go through the model together."""
+        """Answers those that wait the longest. Images of one size go through the model together."""
         with self._condition:
             if not self._waiting:
                 return
@@ -299,30 +299,30 @@ class EndpointHandler:
                 lambda: not self._num_decoding or len(self._waiting) >= self.max_batch_size, _MAX_WAIT
             )
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch_size))]
-        groups: dict[torch.Size, list[_Picture]] = {}
-        for picture in batch:
-            groups.setdefault(picture.pixel_values.shape, []).append(picture)
+        groups: dict[torch.Size, list[_Image]] = {}
+        for image in batch:
+            groups.setdefault(image.pixel_values.shape, []).append(image)
         for group in groups.values():
             try:
                 self._forward(group)
             except Exception:
-                # What is wrong with one picture, or too much for the memory at once, must not fail the others.
-                for picture in group:
+                # What is wrong with one image, or too much for the memory at once, must not fail the others.
+                for image in group:
                     try:
-                        self._forward([picture])
+                        self._forward([image])
                     except Exception as error:
-                        picture.logits.set_exception(error)
+                        image.logits.set_exception(error)
 
-    def _forward(self, pictures: list[_Picture]) -> None:
-        pixel_values = torch.cat([picture.pixel_values for picture in pictures])
+    def _forward(self, images: list[_Image]) -> None:
+        pixel_values = torch.cat([image.pixel_values for image in images])
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         with torch.inference_mode():
             logits = self.model(pixel_values=pixel_values, relation_scope=self.relation_scope).logits.float().cpu()
-        for picture, row in zip(pictures, logits, strict=True):
+        for image, row in zip(images, logits, strict=True):
             if row.isfinite().all():
-                picture.logits.set_result(row)
+                image.logits.set_result(row)
             else:
-                picture.logits.set_exception(RuntimeError("The model's logits of the picture are not finite."))
+                image.logits.set_exception(RuntimeError("The model's logits of the image are not finite."))
 
 
 def _positive_setting(name: str, default: int) -> int:
@@ -359,64 +359,64 @@ def _read_whole(response: http.client.HTTPResponse) -> bytes:
 
 def _decode(source: Any, name: str, max_pixels: int) -> Image.Image:
     """
-    A picture, upright and RGB: EXIF's orientation is applied, transparency is laid on white, 16 bits are scaled to 8,
+    An image, upright and RGB: EXIF's orientation is applied, transparency is laid on white, 16 bits are scaled to 8,
     and of an animation the first frame counts.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
-            raise ValueError(f"`{name}` is empty: send the picture's file.")
+            raise ValueError(f"`{name}` is empty: send the image's file.")
         # Pillow's decoders raise errors of many kinds for files that are broken.
         try:
             # EPS is a program, which Ghostscript would be started to run.
             Image.init()
-            picture: Image.Image = Image.open(io.BytesIO(source), formats=[each for each in Image.ID if each != "EPS"])
+            image: Image.Image = Image.open(io.BytesIO(source), formats=[each for each in Image.ID if each != "EPS"])
         except Image.UnidentifiedImageError as error:
-            raise ValueError(f"`{name}` is not a picture of a known format: send a PNG or JPEG file.") from error
+            raise ValueError(f"`{name}` is not an image of a known format: send a PNG or JPEG file.") from error
         except Image.DecompressionBombError as error:
-            raise ValueError(f"`{name}` is too large: {error} Send a smaller picture.") from error
+            raise ValueError(f"`{name}` is too large: {error} Send a smaller image.") from error
         except MemoryError:
             raise
         except Exception as error:
-            raise ValueError(f"`{name}` can't be opened as a picture: {error}") from error
+            raise ValueError(f"`{name}` can't be opened as an image: {error}") from error
     elif isinstance(source, Image.Image):
-        picture = source
+        image = source
     else:
-        raise ValueError(f"`{name}` must be a picture's file as bytes or base64 text, got {type(source).__name__}.")
-    width, height = picture.size
+        raise ValueError(f"`{name}` must be an image's file as bytes or base64 text, got {type(source).__name__}.")
+    width, height = image.size
     if width * height > max_pixels:
         raise ValueError(
-            f"`{name}` has {width} x {height} pixels, more than the limit of {max_pixels}: send a smaller picture."
+            f"`{name}` has {width} x {height} pixels, more than the limit of {max_pixels}: send a smaller image."
         )
     if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
             f"`{name}` has {width} x {height} pixels, one side more than {_MAX_ASPECT_RATIO} times the other: crop it."
         )
     try:
-        picture.load()
+        image.load()
     except MemoryError:
         raise
     except Exception as error:
         raise ValueError(f"`{name}` is broken or cut off: {error}. Send the whole file.") from error
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         orientation = 1
-    picture = _to_rgb(picture, name)
-    return picture.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else picture
+    image = _to_rgb(image, name)
+    return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        values = np.asarray(picture, dtype=np.float64)
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError(f"`{name}` has pixels that are not finite.")
-        if picture.mode != "F":
+        if image.mode != "F":
             values = values / 257
         elif values.max() <= 1:
             values = values * 255
-        picture = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
-    elif "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
+    elif "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         # Pillow converts La to nothing but LA.
-        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

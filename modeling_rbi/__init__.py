@@ -15,8 +15,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from .bank_rbi import MAX_REFERENCES, ReferenceBank
+from .bank_rbi import MAX_REFERENCES, NO_LABEL, ReferenceBank
 from .configuration_rbi import RBIConfig
+from .errors_rbi import MissingPackageError, UserError
 from .image_processing_rbi import load_image_processor, pixel_statistics
 from .modeling_rbi import (
     RBIForImageClassification,
@@ -40,6 +41,8 @@ RBIForImageClassification.register_for_auto_class("AutoModelForImageClassificati
 
 __all__ = [
     "MAX_REFERENCES",
+    "NO_LABEL",
+    "MissingPackageError",
     "Neighborhood",
     "RBIConfig",
     "RBIForImageClassification",
@@ -50,6 +53,7 @@ __all__ = [
     "ReferenceBank",
     "RelationshipPositionEncoding",
     "ResidualRelationshipAttention",
+    "UserError",
     "choose_references",
     "load_image_processor",
     "pixel_statistics",

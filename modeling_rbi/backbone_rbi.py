@@ -25,6 +25,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedM
 from transformers.utils import ModelOutput
 
 from .configuration_rbi import RBIConfig
+from .errors_rbi import UserError
 
 
 # What a family's own image classifier reads, where that is not the pooler or the mean.
@@ -63,12 +64,12 @@ def _backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
     if isinstance(model_class, tuple):
         model_class = model_class[0]
     if backbone_config.model_type in _UNUSABLE_BACKBONES:
-        raise ValueError(
+        raise UserError(
             f"`backbone_config` is a {type(backbone_config).__name__}, whose model cannot be a backbone: "
             f"{_UNUSABLE_BACKBONES[backbone_config.model_type]}."
         )
     if model_class is None or model_class.main_input_name != "pixel_values":
-        raise ValueError(
+        raise UserError(
             f"`backbone_config` is a {type(backbone_config).__name__}, which is not that of a vision model: RBI needs "
             "a backbone that takes `pixel_values`, such as ConvNextConfig, ViTConfig or TimmWrapperConfig."
         )
@@ -82,7 +83,7 @@ def _load_whole(model_class: type[PreTrainedModel], name_or_path: str, **kwargs)
     except SafetensorError as error:
         raise _unreadable_weights(name_or_path, error) from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"{name_or_path} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: it is "
             "the checkpoint of another kind of model. (If these are a pooler's, another `pooling` does without them.)"
         )
@@ -133,9 +134,9 @@ def _measure_feature_size(config: RBIConfig) -> int:
         try:
             outputs = backbone(pixel_values, return_dict=True)
         except Exception as error:  # a model that is made for other inputs fails in any way
-            raise ValueError(
-                f"The features of {type(backbone).__name__} for a picture of {image_size[0]} x {image_size[1]} pixels "
-                f"could not be measured ({error}): if it is a vision model that takes such pictures, set "
+            raise UserError(
+                f"The features of {type(backbone).__name__} for an image of {image_size[0]} x {image_size[1]} pixels "
+                f"could not be measured ({error}): if it is a vision model that takes such images, set "
                 "`feature_size` in RBIConfig."
             ) from error
         return _pool(outputs, config, image_size).shape[-1]
@@ -148,9 +149,9 @@ def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) 
     pooling: str = config.pooling
     if backbone_name == "timm_wrapper":
         if pooling not in ("auto", "pooler"):
-            raise ValueError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
+            raise UserError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
         if pooler_output is None or pooler_output.ndim != 2:
-            raise ValueError(
+            raise UserError(
                 "The TimmWrapperConfig turns the pooling of its model off: leave its `do_pooling`, and `features_only` "
                 "and `global_pool` of its `model_args`, at their defaults."
             )
@@ -159,21 +160,19 @@ def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) 
         pooling = _AUTO_POOLING.get(backbone_name, "mean" if pooler_output is None else "pooler")
     if pooling == "pooler":
         if pooler_output is None:
-            raise ValueError(
-                f'`pooling="pooler"`, but {backbone_name} gives no `pooler_output`: use "mean" or "auto".'
-            )
+            raise UserError(f'`pooling="pooler"`, but {backbone_name} gives no `pooler_output`: use "mean" or "auto".')
         return pooler_output.flatten(1)
 
     hidden_state = getattr(outputs, "last_hidden_state", None)
     if hidden_state is None:
-        raise ValueError(f"{backbone_name} gives no `last_hidden_state` to pool: RBI needs another backbone.")
+        raise UserError(f"{backbone_name} gives no `last_hidden_state` to pool: RBI needs another backbone.")
     if hidden_state.ndim == 4:  # (N, C, H, W)
         tokens, num_prefix_tokens = hidden_state.flatten(2).transpose(1, 2), 0
     else:  # (N, L, C)
         tokens = hidden_state
         num_prefix_tokens = _count_prefix_tokens(config.backbone_config, tokens.shape[1], image_size)
     if pooling != "mean" and num_prefix_tokens == 0:
-        raise ValueError(f'`pooling="{pooling}"`, but {backbone_name} has no class token: use "mean" or "auto".')
+        raise UserError(f'`pooling="{pooling}"`, but {backbone_name} has no class token: use "mean" or "auto".')
     mean = tokens[:, num_prefix_tokens:].mean(1)
     if pooling == "mean":
         return mean
@@ -192,32 +191,32 @@ def _count_prefix_tokens(backbone_config: PreTrainedConfig, num_tokens: int, ima
 def _check_images(pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, config: RBIConfig):
     if image_features is not None:
         if image_features.ndim != 2 or image_features.shape[1] != config.feature_size or image_features.shape[0] == 0:
-            raise ValueError(
+            raise UserError(
                 f"`image_features` must have the shape (batch_size, {config.feature_size}) with a batch size of at "
                 f"least 1, got {tuple(image_features.shape)}."
             )
         if pixel_values is not None and pixel_values.shape[0] != image_features.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"`pixel_values` hold {pixel_values.shape[0]} images, but `image_features` {image_features.shape[0]}."
             )
     elif pixel_values is None:
-        raise ValueError("You have to specify pixel_values")
+        raise UserError("You have to specify pixel_values")
     if pixel_values is None:
         return
     if pixel_values.ndim != 4:
-        raise ValueError(
+        raise UserError(
             "`pixel_values` must have the shape (batch_size, num_channels, height, width), got "
             f"{tuple(pixel_values.shape)}; a single image needs a batch axis, `pixel_values[None]`."
         )
     if pixel_values.shape[0] == 0:
-        raise ValueError("`pixel_values` are an empty batch: pass at least one image.")
+        raise UserError("`pixel_values` are an empty batch: pass at least one image.")
     if pixel_values.shape[1] != len(config.image_mean):
-        raise ValueError(
+        raise UserError(
             f"`pixel_values` have {pixel_values.shape[1]} channels, but the model takes {len(config.image_mean)}: "
             "convert the images (`image.convert('RGB')`), and put the channels second."
         )
     if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"`pixel_values` are {pixel_values.dtype}, but must be float and normalised: pass the images through the "
+        raise UserError(
+            f"`pixel_values` are {pixel_values.dtype}, but must be float and normalized: pass the images through the "
             "model's image processor (`AutoImageProcessor.from_pretrained`)."
         )

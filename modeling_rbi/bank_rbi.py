@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .configuration_rbi import RBIConfig
+from .errors_rbi import UserError
 
 
 NO_LABEL = -100
@@ -28,7 +29,7 @@ MAX_REFERENCES = 16_384
 
 class ReferenceBank(nn.Module):
     r"""
-    Features, small pictures and labels of the references, and what attention reads of them: their mean, keys and
+    Features, small images and labels of the references, and what attention reads of them: their mean, keys and
     values, which are computed once for a model in evaluation.
 
     Args:
@@ -66,9 +67,9 @@ class ReferenceBank(nn.Module):
         return self.features.shape[0]
 
     def unit_range_images(self) -> torch.Tensor:
-        """The small pictures, (N, C * height * width) in float32, pixels in [0, 1]."""
+        """The small images, (N, C * height * width) in float32, pixels in [0, 1]."""
         if self.images is None:
-            raise ValueError("The bank keeps no pictures.")
+            raise UserError("The bank keeps no images.")
         return self.images.flatten(1).float() / 255
 
 
@@ -80,10 +81,10 @@ def quantized(images: torch.Tensor) -> torch.Tensor:
 def check_size(num_references: int):
     r"""
     Raises:
-        ValueError: if a bank would be larger than `MAX_REFERENCES`.
+        UserError: if a bank would be larger than `MAX_REFERENCES`.
     """
     if num_references > MAX_REFERENCES:
-        raise ValueError(
+        raise UserError(
             f"{num_references} references are more than a model carries ({MAX_REFERENCES}): choose fewer by "
             "`num_references` or `per_class`."
         )

@@ -22,6 +22,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import auto_docstring
 
+from .errors_rbi import UserError
+
 
 # What transformers itself may write into a `config.json`, or set on a config, beside the fields of the config class.
 _COMMON_CONFIG_KEYS = {
@@ -71,10 +73,10 @@ class RBIConfig(PreTrainedConfig):
         Attention heads of the head. Must divide `feature_size`.
     attention_type (`str`, *optional*, defaults to `"dot_product"`):
         `"dot_product"`: queries times keys over sqrt(d / heads); `"cosine"`: their cosine over a learned temperature
-        for each head, of features from which the mean over the neighbours is taken: without that, pooled features of
-        one network are all alike (on ORL faces, 2 training pictures each, 6 draws, batches of 128: the untrained
+        for each head, of features from which the mean over the neighbors is taken: without that, pooled features of
+        one network are all alike (on ORL faces, 2 training images each, 6 draws, batches of 128: the untrained
         kernel loses 9 points instead of gaining 0.4). In a batch of n, it puts the cosines of different images around
-        -1/(n-1): pictures by twos or threes stay by themselves.
+        -1/(n-1): images by twos or threes stay by themselves.
     attention_temperature (`float`, *optional*, defaults to 0.2):
         Temperature that `attention_type="cosine"` starts from. At least 0.01.
     attention_dropout (`float`, *optional*, defaults to 0.0):
@@ -91,16 +93,16 @@ class RBIConfig(PreTrainedConfig):
     relation_gain (`float`, *optional*, defaults to 0.5):
         Gain, per dB, that `relation_position_encoding="bias"` starts from.
     psnr_max (`float`, *optional*, defaults to 50.0):
-        PSNR, in dB, above which two images count as the same: p = min(PSNR, psnr_max) / psnr_max. One grey level of
+        PSNR, in dB, above which two images count as the same: p = min(PSNR, psnr_max) / psnr_max. One gray level of
         256 everywhere is 48.1 dB.
     psnr_image_size (`int`, *optional*, defaults to 32):
         Images are averaged down to this height and width, in pixels, for PSNR; `None` keeps the full size, as in the
-        paper. Spearman's rank correlation with full size (224 px), measured over all pairs of 400 pictures: at 32 px
+        paper. Spearman's rank correlation with full size (224 px), measured over all pairs of 400 images: at 32 px
         0.997 on ORL faces and 0.997 on ELPV solar cells, at 16 px 0.990 and 0.987.
     self_relation (`str`, *optional*, defaults to `"one"`):
         The relation p_ii of an image to itself. `"one"`: 1, as PSNR has it; `"nearest"`: that to its nearest
-        neighbour, without which a sharp attention would look at nothing but the image itself. An image without
-        neighbours has 1 either way.
+        neighbor, without which a sharp attention would look at nothing but the image itself. An image without
+        neighbors has 1 either way.
     head_initialization (`str`, *optional*, defaults to `"standard"`):
         `"standard"`: uniform in +-1/sqrt(fan_in), biases zero; `"identity"`: the four projections are identities and
         the relation and the gate start at zero, so that an image on its own keeps its features.
@@ -111,11 +113,11 @@ class RBIConfig(PreTrainedConfig):
         both. [`~RBIPreTrainedModel.set_references`] sets it to `"reference"`.
     references (`dict`, *optional*):
         What the model's reference bank holds, written by [`~RBIPreTrainedModel.set_references`]: `num_references`,
-        `num_labelled`, `image_shape` (channels, height, width; `None` where no pictures are kept), `mean_similarity`,
+        `num_labeled`, `image_shape` (channels, height, width; `None` where no images are kept), `mean_similarity`,
         and how they were chosen. `None`: the model has no bank.
     reference_share (`float`, *optional*):
         How much of an image's attention goes to the references, the rest staying with itself, in (0, 1]. `None`: as
-        much as it is drawn to, as in a batch, where the image stands among its neighbours. The fixed share is what
+        much as it is drawn to, as in a batch, where the image stands among its neighbors. The fixed share is what
         keeps a large bank from drowning the image.
     num_reference_neighbors (`int`, *optional*):
         Of the references, how many an image attends to: those that it is drawn to most. `None`: all.
@@ -130,7 +132,7 @@ class RBIConfig(PreTrainedConfig):
         How many of the last classes the classifier was not trained on, see [`~RBIForImageClassification.add_classes`].
     self_loss_weight (`float`, *optional*, defaults to 0.0):
         In training, the share of the loss that is that of each image by itself (`relation_scope="self"`), with the
-        same features and classifier, so that answers with and without neighbours are both good. In [0, 1).
+        same features and classifier, so that answers with and without neighbors are both good. In [0, 1).
     gather_across_processes (`bool`, *optional*, defaults to `False`):
         Whether, in a distributed run, `"batch"` means the images of all processes: features and the images for PSNR
         are gathered, with gradient. All processes must then call the model together. Not saved.
@@ -140,7 +142,7 @@ class RBIConfig(PreTrainedConfig):
         Standard deviation that the image processor divides pixels in [0, 1] by, undone before PSNR.
 
     Raises:
-        ValueError: for a field that is unknown, or a `backbone_config` of no known class; the message names it.
+        UserError: for a field that is unknown, or a `backbone_config` of no known class; the message names it.
         StrictDataclassError: for a field of the wrong type, out of its range, or at odds with another one (see
             `huggingface_hub.errors`); the message names it.
 
@@ -204,7 +206,7 @@ class RBIConfig(PreTrainedConfig):
                 continue
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
             hint = f"did you mean `{close[0]}`?" if close else f"its own fields are {', '.join(self.own_fields())}."
-            raise ValueError(
+            raise UserError(
                 f"RBIConfig has no field `{name}`: {hint} If this config was written by a newer version, upgrade with "
                 "`pip install -U modeling-rbi transformers`."
             )
@@ -214,7 +216,7 @@ class RBIConfig(PreTrainedConfig):
         """As `PreTrainedConfig.from_dict`, and it refuses the config of another kind of model."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ValueError(
+            raise UserError(
                 f'This config is of a "{model_type}" model, not of RBI: put a head on it with '
                 "`RBIForImageClassification.from_backbone_pretrained`, or, if it is a fine-tuned classifier, with "
                 "`RBIForImageClassification.from_image_classifier`."
@@ -247,12 +249,12 @@ class RBIConfig(PreTrainedConfig):
     def _backbone_config_from_dict(backbone_config: dict[str, Any]) -> PreTrainedConfig:
         model_type = backbone_config.get("model_type")
         if model_type is None:
-            raise ValueError(
+            raise UserError(
                 '`backbone_config` is a dict without "model_type", so its class is unknown: add it, for instance '
                 '{"model_type": "convnext"}, or pass a config object.'
             )
         if model_type not in CONFIG_MAPPING:
-            raise ValueError(
+            raise UserError(
                 f'`backbone_config` has model_type "{model_type}", which this version of transformers does not know: '
                 "upgrade transformers, or register the class with `AutoConfig.register`."
             )
@@ -261,54 +263,54 @@ class RBIConfig(PreTrainedConfig):
     def validate_backbone(self):
         """Part of `@strict`-powered validation: the backbone is one tower of images."""
         if hasattr(self.backbone_config, "vision_config"):
-            raise ValueError(
+            raise UserError(
                 f"`backbone_config` is a {type(self.backbone_config).__name__}, of a model with several towers: pass "
                 "its vision tower's, `backbone_config.vision_config`."
             )
         if self.backbone_config.model_type == self.model_type:
-            raise ValueError("`backbone_config` is an RBIConfig itself: pass the config of the backbone alone.")
+            raise UserError("`backbone_config` is an RBIConfig itself: pass the config of the backbone alone.")
         model_args = getattr(self.backbone_config, "model_args", None) or {}  # those of timm
         num_channels = getattr(self.backbone_config, "num_channels", None) or model_args.get("in_chans")
         num_channels = num_channels or len(self.image_mean)
         for name in ("image_mean", "image_std"):
             if not all(math.isfinite(value) for value in getattr(self, name)):
-                raise ValueError(f"`{name}` must be finite in every channel, got {getattr(self, name)}.")
+                raise UserError(f"`{name}` must be finite in every channel, got {getattr(self, name)}.")
             if len(getattr(self, name)) != num_channels:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` has {len(getattr(self, name))} values, but the backbone takes {num_channels} channels: "
                     f"`image_mean` and `image_std` need one value for each channel."
                 )
         if not all(value > 0 for value in self.image_std):
-            raise ValueError(f"`image_std` must be above 0 in every channel, got {self.image_std}.")
+            raise UserError(f"`image_std` must be above 0 in every channel, got {self.image_std}.")
 
     def validate_relations(self):
         """Part of `@strict`-powered validation: the ranges of the head's fields, and what excludes each other."""
         for name in ("num_attention_heads", "feature_size", "psnr_image_size", "num_reference_neighbors"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+                raise UserError(f"`{name}` must be at least 1, got {value}.")
         for name in ("attention_dropout", "classifier_dropout", "self_loss_weight", "reference_vote_weight"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+                raise UserError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         for name in ("attention_temperature", "psnr_max", "relation_gain", "reference_temperature", "reference_gain"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"`{name}` must be finite, got {value}.")
+                raise UserError(f"`{name}` must be finite, got {value}.")
         for name in ("attention_temperature", "reference_temperature"):
             value = getattr(self, name)
             if value is not None and value < 0.01:
-                raise ValueError(f"`{name}` must be at least 0.01, got {value}.")
+                raise UserError(f"`{name}` must be at least 0.01, got {value}.")
         if self.reference_share is not None and not 0 < self.reference_share <= 1:
-            raise ValueError(f"`reference_share` must be above 0 and at most 1, got {self.reference_share}.")
+            raise UserError(f"`reference_share` must be above 0 and at most 1, got {self.reference_share}.")
         if self.psnr_max <= 0:
-            raise ValueError(f"`psnr_max` is in dB and must be above 0, got {self.psnr_max}.")
+            raise UserError(f"`psnr_max` is in dB and must be above 0, got {self.psnr_max}.")
         if self.feature_size is not None and self.feature_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must divide the backbone's feature size "
                 f"({self.feature_size})."
             )
         if self.head_initialization == "identity" and self.residual_gate == "sum":
-            raise ValueError(
+            raise UserError(
                 '`head_initialization="identity"` and `residual_gate="sum"` exclude each other: the sum would double '
                 'an image\'s features instead of keeping them. Use `residual_gate="learned"` or `"none"`.'
             )
@@ -319,18 +321,18 @@ class RBIConfig(PreTrainedConfig):
             None,
             "single_label_classification",
         ):
-            raise ValueError(
-                "`reference_vote_weight` and `num_added_classes` are for pictures with one label each, not for "
+            raise UserError(
+                "`reference_vote_weight` and `num_added_classes` are for images with one label each, not for "
                 f'`problem_type="{self.problem_type}"`.'
             )
         if not 0 <= self.num_added_classes < max(self.num_labels, 1):
-            raise ValueError(
+            raise UserError(
                 f"`num_added_classes` must be at least 0 and below the number of classes ({self.num_labels}), got "
                 f"{self.num_added_classes}."
             )
         if self.references is None:
             if self.relation_scope == "reference":
-                raise ValueError(
+                raise UserError(
                     '`relation_scope="reference"`, but the model has no reference bank: make one with '
                     "`model.set_references(...)`, which sets the scope, too, or load a model without its bank by "
                     '`references=None, relation_scope="self"`.'
@@ -338,7 +340,7 @@ class RBIConfig(PreTrainedConfig):
             return
         missing = {"num_references", "image_shape", "mean_similarity"} - self.references.keys()
         if missing or self.references["num_references"] < 1:
-            raise ValueError(
+            raise UserError(
                 f"`references` is written by `model.set_references(...)`, and lacks {', '.join(sorted(missing))}."
                 if missing
                 else "`references` must have a `num_references` of at least 1."
@@ -351,14 +353,14 @@ class RBIConfig(PreTrainedConfig):
 
         | | `paper` | `kernel` |
         |---|---|---|
-        | attention | dot product | cosine of centred features, learned temperature from 0.2 |
+        | attention | dot product | cosine of centered features, learned temperature from 0.2 |
         | relation | p w on keys and values, p in [0, 1] | PSNR in dB times a learned gain from 0.5, on the logits |
         | PSNR at | full size | 16 px |
-        | relation to itself | 1 | that to the nearest neighbour |
+        | relation to itself | 1 | that to the nearest neighbor |
         | residual | learned gate | none: the image takes part in its own message |
         | start | uniform +-1/sqrt(fan_in) | identities |
         | references | as a batch | a quarter of the attention, to the nearest 8, at temperature 0.3 and gain 1 |
-        | without training | unusable | a similarity kernel over the pictures |
+        | without training | unusable | a similarity kernel over the images |
         """
         preset = {
             "attention_type": "dot_product",
@@ -373,7 +375,7 @@ class RBIConfig(PreTrainedConfig):
     @classmethod
     def kernel(cls, **kwargs) -> "RBIConfig":
         r"""
-        The kernel form: the head starts as a similarity kernel over the pictures and is useful without training. See
+        The kernel form: the head starts as a similarity kernel over the images and is useful without training. See
         the table of [`RBIConfig.paper`]. Any field can be overridden. There is no gate because one that starts at 1/2
         halves what relations do before training.
         """

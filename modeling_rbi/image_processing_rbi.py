@@ -22,6 +22,8 @@ from transformers.image_utils import PILImageResampling
 # From `transformers` itself, version 5.17 gives it only where there is torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .errors_rbi import UserError
+
 
 _TIMM_RESAMPLE = {
     "bicubic": PILImageResampling.BICUBIC,
@@ -33,9 +35,9 @@ _TIMM_RESAMPLE = {
 def load_image_processor(name_or_path: str, **kwargs) -> BaseImageProcessor:
     r"""
     Loads the image processor of a backbone or of an RBI model. For a timm checkpoint, whose own wrapper cannot be
-    saved, it is a `CLIPImageProcessor` that does the same as timm's evaluation transform: resize, centre crop,
-    normalisation. With `backend="pil"` its pixels are timm's own; the default, torchvision, resizes slightly otherwise
-    (by a grey level or so). Where an odd number of pixels is cropped away, the crop can lie one pixel off timm's.
+    saved, it is a `CLIPImageProcessor` that does the same as timm's evaluation transform: resize, center crop,
+    normalization. With `backend="pil"` its pixels are timm's own; the default, torchvision, resizes slightly otherwise
+    (by a gray level or so). Where an odd number of pixels is cropped away, the crop can lie one pixel off timm's.
 
     Args:
         name_or_path (`str`):
@@ -44,7 +46,7 @@ def load_image_processor(name_or_path: str, **kwargs) -> BaseImageProcessor:
             Passed to `AutoImageProcessor.from_pretrained`.
 
     Raises:
-        ValueError: where timm's transform is one that cannot be written as such a processor.
+        UserError: where timm's transform is one that cannot be written as such a processor.
     """
     processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
     timm_config = getattr(processor, "data_config", None)
@@ -63,9 +65,9 @@ def _from_timm_data_config(data_config: dict, backend: str | None) -> BaseImageP
     else:
         size = None
     if size is None or interpolation not in _TIMM_RESAMPLE:
-        raise ValueError(
+        raise UserError(
             f"timm's evaluation transform has crop_mode={crop_mode!r}, interpolation={interpolation!r} and input size "
-            f"{height} x {width}; only a square centre crop, or a squashed one, with {sorted(_TIMM_RESAMPLE)} can be "
+            f"{height} x {width}; only a square center crop, or a squashed one, with {sorted(_TIMM_RESAMPLE)} can be "
             "saved as an image processor: build one that suits the model and save it beside it."
         )
     # Imported where it is needed: without torchvision, which timm needs, the import itself warns.
@@ -84,21 +86,21 @@ def _from_timm_data_config(data_config: dict, backend: str | None) -> BaseImageP
 def pixel_statistics(image_processor: BaseImageProcessor, num_channels: int = 3) -> tuple[list[float], list[float]]:
     r"""
     Gives mean and std, of each channel, such that `pixel_values * std + mean` is the image in [0, 1] again. They are
-    measured on a black and a white picture, since processors differ in what they do beside `image_mean` and
-    `image_std` (rescaling by other factors, offsets, normalising twice).
+    measured on a black and a white image, since processors differ in what they do beside `image_mean` and
+    `image_std` (rescaling by other factors, offsets, normalizing twice).
 
     Args:
         image_processor (`BaseImageProcessor`):
-            The processor that the model's pictures go through.
+            The processor that the model's images go through.
         num_channels (`int`, *optional*, defaults to 3):
-            Channels that the model takes: 3, or 1 for grey pictures.
+            Channels that the model takes: 3, or 1 for gray images.
 
     Returns:
         `tuple[list[float], list[float]]`: `image_mean` and `image_std` for [`RBIConfig`].
     """
     mode = "L" if num_channels == 1 else "RGB"
-    pictures = [Image.new(mode, (64, 64), colour) for colour in ("black", "white")]
-    pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"].double()
+    images = [Image.new(mode, (64, 64), color) for color in ("black", "white")]
+    pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].double()
     black, white = pixel_values.flatten(2).mean(-1)
     std = 1.0 / (white - black)
     mean = -black * std

@@ -46,6 +46,7 @@ from .backbone_rbi import (
 )
 from .bank_rbi import NO_LABEL, ReferenceBank, check_size
 from .configuration_rbi import RBIConfig
+from .errors_rbi import UserError
 from .pretrained_rbi import (
     _find_backbone,
     _find_classifier,
@@ -71,7 +72,7 @@ logger = logging.get_logger(__name__)
 _PROBE_TOLERANCE = 0.1
 # Logit of a class that is never answered, finite in half precision.
 _NEVER = -1e4
-# The mean relation of a bank's pictures is taken over the pairs of this many of them at most.
+# The mean relation of a bank's images is taken over the pairs of this many of them at most.
 _NUM_MEAN_REFERENCES = 1024
 
 
@@ -153,7 +154,7 @@ class RBIPreTrainedModel(PreTrainedModel):
 
     def _activation_checkpointing_enable(self, *args, **kwargs):
         if not self.supports_gradient_checkpointing:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.base_model.backbone).__name__}, the backbone, does not support activation (gradient) "
                 "checkpointing: leave it off, or choose another backbone."
             )
@@ -203,7 +204,7 @@ class RBIPreTrainedModel(PreTrainedModel):
         config's backbone, which would otherwise start at random with a mere warning.
 
         Raises:
-            ValueError: if weights of the backbone are missing.
+            UserError: if weights of the backbone are missing.
             RuntimeError: if weights have other shapes than the config describes, unless `ignore_mismatched_sizes`.
             OSError: if a weights file is truncated or is no safetensors file.
         """
@@ -221,14 +222,14 @@ class RBIPreTrainedModel(PreTrainedModel):
             raise _unreadable_weights(pretrained_model_name_or_path, error) from error
         is_from_file = pretrained_model_name_or_path is not None
         if is_from_file and any("references." in name for name in info["missing_keys"]):
-            raise ValueError(
+            raise UserError(
                 f"The config of {pretrained_model_name_or_path} names {model.config.references['num_references']} "
                 "references, but its weights hold none: save the model again, or load it without, with "
                 '`references=None, relation_scope="self"`.'
             )
         missing = sorted(name for name in info["missing_keys"] if "backbone." in f".{name}")
         if missing and is_from_file:
-            raise ValueError(
+            raise UserError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the "
                 f"{model.config.backbone_config.model_type} backbone that its config describes, for instance "
                 f"`{missing[0]}`: the checkpoint is of another backbone, or it is a bare backbone, which "
@@ -246,7 +247,7 @@ class RBIPreTrainedModel(PreTrainedModel):
             )
         model.base_model._prepare_references()
         if is_from_file and not model.base_model._has_own_references():
-            raise ValueError(
+            raise UserError(
                 f"The references of {pretrained_model_name_or_path} are of another backbone than its own, or of this one "
                 "before it was trained on: make them anew, with `set_references`, on the model without them, loaded with "
                 '`references=None, relation_scope="self"`.'
@@ -298,7 +299,7 @@ class RBIPreTrainedModel(PreTrainedModel):
     # trf-ignore: TRF033
     def set_references(
         self,
-        pictures: Dataset | Iterable,
+        images: Dataset | Iterable,
         *,
         per_class: int | None = None,
         num_references: int | None = None,
@@ -309,56 +310,56 @@ class RBIPreTrainedModel(PreTrainedModel):
         batch_size: int = 64,
     ):
         r"""
-        Gives the model a reference bank: pictures that it keeps, as features and small copies, for each image to attend
+        Gives the model a reference bank: images that it keeps, as features and small copies, for each image to attend
         to. From then on that is what it does in evaluation (`relation_scope="reference"`), so that an answer uses
         relations and yet depends on nothing else in the batch. References need no labels: they may be training
-        pictures, pictures of the place where the model works, or both (see `add_references`).
+        images, images of the place where the model works, or both (see `add_references`).
 
-        The bank is saved with the model. **Who gets the model gets small copies of these pictures**
+        The bank is saved with the model. **Who gets the model gets small copies of these images**
         (`psnr_image_size` squared pixels, 8 bits; 32 x 32 where PSNR is that of full size), and features: choose
-        pictures that may be passed on, or leave the copies out by `keep_images=False`.
+        images that may be passed on, or leave the copies out by `keep_images=False`.
 
-        A reference takes `4 * feature_size` bytes and those of its picture, and an image costs `2 * feature_size`
-        multiply-adds and the picture's pixels more for each, beside its own three projections: 1,000 references of
+        A reference takes `4 * feature_size` bytes and those of its image, and an image costs `2 * feature_size`
+        multiply-adds and the image's pixels more for each, beside its own three projections: 1,000 references of
         1,280 features are 5.9 MB, and 8 million multiply-adds beside the 300 million of MobileNetV2. `MAX_REFERENCES` (16,384) is the limit. Set the bank again after the backbone
         has been trained.
 
         Args:
-            pictures (`Dataset` or `Iterable`):
+            images (`Dataset` or `Iterable`):
                 A data set of dicts with `pixel_values` (C, H, W), as the image processor gives them, or with a PIL
                 `image`, and `labels` or `label` where they are known (-100: not known). Or a loader of batches,
                 `pixel_values` (B, C, H, W).
             per_class (`int`, *optional*):
                 References of each class.
             num_references (`int`, *optional*):
-                References in all, in place of `per_class`. With neither, all pictures are taken.
+                References in all, in place of `per_class`. With neither, all images are taken.
             strategy (`str`, *optional*):
                 `"balanced"`, `"herding"` or `"random"`, see [`choose_references`]. By default `"balanced"` where all
-                pictures have labels, else `"random"`.
+                images have labels, else `"random"`.
             seed (`int`, *optional*, defaults to 0):
                 Of the choice.
             image_processor (`BaseImageProcessor`, *optional*):
-                For PIL pictures.
+                For PIL images.
             keep_images (`bool`, *optional*, defaults to `True`):
-                Whether the bank keeps small pictures. Without them nothing is known of an image's PSNR to a reference:
+                Whether the bank keeps small images. Without them nothing is known of an image's PSNR to a reference:
                 all relations are then the mean one, so that attention goes by features alone.
             batch_size (`int`, *optional*, defaults to 64):
-                Pictures at a time.
+                Images at a time.
 
         Raises:
-            ValueError: if the pictures or labels are not of these forms, a class of the model has no picture (unless
+            UserError: if the images or labels are not of these forms, a class of the model has no image (unless
                 chosen at random), or there are more references than `MAX_REFERENCES`. The model is then as it was.
         """
-        features, images, labels, strategy = self._choose_references(
-            pictures, per_class, num_references, strategy, seed, image_processor, batch_size
+        features, thumbnails, labels, strategy = self._choose_references(
+            images, per_class, num_references, strategy, seed, image_processor, batch_size
         )
         facts = {"strategy": strategy, "per_class": per_class, "seed": seed}
-        facts["mean_similarity"] = self.base_model._mean_similarity(images)
-        self.base_model._set_bank(features, images if keep_images else None, labels, facts)
+        facts["mean_similarity"] = self.base_model._mean_similarity(thumbnails)
+        self.base_model._set_bank(features, thumbnails if keep_images else None, labels, facts)
 
     def add_references(
         self,
-        pictures: Dataset | Iterable,
+        images: Dataset | Iterable,
         *,
         per_class: int | None = None,
         num_references: int | None = None,
@@ -368,24 +369,24 @@ class RBIPreTrainedModel(PreTrainedModel):
         batch_size: int = 64,
     ):
         r"""
-        Adds pictures to the reference bank, chosen as [`~RBIPreTrainedModel.set_references`] chooses them. The bank
-        keeps small copies of all its pictures or of none.
+        Adds images to the reference bank, chosen as [`~RBIPreTrainedModel.set_references`] chooses them. The bank
+        keeps small copies of all its images or of none.
 
         Raises:
-            ValueError: as `set_references`, and if the model has no bank, or one of another backbone's features.
+            UserError: as `set_references`, and if the model has no bank, or one of another backbone's features.
         """
         self.base_model._require_own_references("add to")
-        features, images, labels, _ = self._choose_references(
-            pictures, per_class, num_references, strategy, seed, image_processor, batch_size
+        features, thumbnails, labels, _ = self._choose_references(
+            images, per_class, num_references, strategy, seed, image_processor, batch_size
         )
-        self._append_references(features, images, labels)
+        self._append_references(features, thumbnails, labels)
 
     def _append_references(self, features: torch.Tensor, images: torch.Tensor, labels: torch.Tensor):
         bank = self.base_model.references
         if bank.images is not None and bank.images.shape[1:] != images.shape[1:]:
-            raise ValueError(
-                f"The bank's pictures are of {tuple(bank.images.shape[1:])}, those to be added of "
-                f"{tuple(images.shape[1:])}: give pictures of the size that the model takes."
+            raise UserError(
+                f"The bank's images are of {tuple(bank.images.shape[1:])}, those to be added of "
+                f"{tuple(images.shape[1:])}: give images of the size that the model takes."
             )
         facts = {
             name: self.config.references.get(name) for name in ("strategy", "per_class", "seed", "mean_similarity")
@@ -416,29 +417,29 @@ class RBIPreTrainedModel(PreTrainedModel):
                 Features of the references.
             pixel_values (`torch.FloatTensor` of shape `(N, num_channels, height, width)`, *optional*):
                 Their images, as the image processor gives them, or averaged down to `psnr_image_size` already. `None`:
-                the bank keeps no pictures.
+                the bank keeps no images.
             labels (`torch.LongTensor` of shape `(N,)`, *optional*):
                 Their classes, -100 where not known.
 
         Raises:
-            ValueError: if the shapes do not fit, features are not finite, or there are more references than
+            UserError: if the shapes do not fit, features are not finite, or there are more references than
                 `MAX_REFERENCES`.
         """
         size = self.config.feature_size
         if features.ndim != 2 or features.shape[1] != size or not len(features):
-            raise ValueError(
+            raise UserError(
                 f"`features` of references must have the shape (N, {size}), N at least 1, got {tuple(features.shape)}: "
                 "they must come from the model's own backbone."
             )
         if not (is_finite := features.isfinite().all(-1)).all():
-            raise ValueError(
+            raise UserError(
                 f"The features of reference {int((~is_finite).nonzero()[0])} are not finite: leave it out."
             )
         labels = torch.full((len(features),), NO_LABEL) if labels is None else labels.cpu()
         if pixel_values is not None:
             _check_images(pixel_values, features, self.config)
         if labels.shape != features.shape[:1]:
-            raise ValueError(f"`labels` are for {len(labels)} references, but `features` hold {len(features)}.")
+            raise UserError(f"`labels` are for {len(labels)} references, but `features` hold {len(features)}.")
         choose_references(labels, self.config.id2label, strategy="random")  # checks them
         images = None if pixel_values is None else self.base_model.rpe.small_images(pixel_values)
         facts = {"mean_similarity": 1.0 if images is None else self.base_model._mean_similarity(images)}
@@ -460,17 +461,17 @@ class RBIPreTrainedModel(PreTrainedModel):
         Returns:
             `dict[str, Any]`: `config.references`; `references_per_class`, by name, of those with labels; `num_bytes`,
             what the bank adds to the model's file; `multiply_adds_per_image`, what it adds to an answer; and
-            `has_pictures`.
+            `has_images`.
 
         Raises:
-            ValueError: if the model has no bank.
+            UserError: if the model has no bank.
         """
         bank = self.base_model._require_references("describe")
         known = bank.labels[bank.labels != NO_LABEL].tolist()
         saved = [buffer for buffer in (bank.features, bank.labels, bank.images, bank.probe) if buffer is not None]
         pixels = 0 if bank.images is None else bank.images[0].numel()
         return self.config.references | {
-            "has_pictures": bank.images is not None,
+            "has_images": bank.images is not None,
             "references_per_class": {self.config.id2label[label]: known.count(label) for label in sorted(set(known))},
             "num_bytes": sum(buffer.numel() * buffer.element_size() for buffer in saved),
             # The image's own query, key and value; then scores, messages and PSNR with each reference.
@@ -480,7 +481,7 @@ class RBIPreTrainedModel(PreTrainedModel):
 
     def _choose_references(
         self,
-        pictures: Dataset | Iterable,
+        images: Dataset | Iterable,
         per_class: int | None,
         num_references: int | None,
         strategy: str | None,
@@ -489,54 +490,54 @@ class RBIPreTrainedModel(PreTrainedModel):
         batch_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
         """
-        Features, small pictures and labels of those chosen, and the strategy; the others are not read where that can
+        Features, small images and labels of those chosen, and the strategy; the others are not read where that can
         be.
         """
         check_choice(per_class, num_references, strategy)
         options = (self.config.id2label, per_class, num_references)
-        labels = None if strategy == "herding" else labels_before_reading(pictures)
+        labels = None if strategy == "herding" else labels_before_reading(images)
         if labels is not None:
             strategy = strategy or default_strategy(labels)
             rows = choose_references(labels, *options, strategy, seed)
-            return *self._read_pictures(pictures, rows, image_processor, batch_size), strategy
-        features, images, labels = self._read_pictures(pictures, None, image_processor, batch_size)
+            return *self._read_images(images, rows, image_processor, batch_size), strategy
+        features, thumbnails, labels = self._read_images(images, None, image_processor, batch_size)
         strategy = strategy or default_strategy(labels)
         rows = choose_references(labels, *options, strategy, seed, features)
-        return features[rows], images[rows], labels[rows], strategy
+        return features[rows], thumbnails[rows], labels[rows], strategy
 
     @torch.no_grad()
-    def _read_pictures(
-        self, pictures, rows: torch.Tensor | None, image_processor, batch_size: int
+    def _read_images(
+        self, images, rows: torch.Tensor | None, image_processor, batch_size: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features, small pictures and labels of all pictures, in evaluation mode."""
+        """Features, small images and labels of all images, in evaluation mode."""
         model = self.base_model
         parameter = next(model.backbone.parameters())
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
         total = len(rows) if rows is not None else None
         with (
             _in_evaluation(model.backbone),
-            logging.tqdm(total=total, desc="References", unit=" pictures", leave=False) as bar,
+            logging.tqdm(total=total, desc="References", unit=" images", leave=False) as bar,
         ):
             for pixel_values, labels in read_batches(
-                pictures, None if rows is None else rows.tolist(), image_processor, batch_size
+                images, None if rows is None else rows.tolist(), image_processor, batch_size
             ):
                 pixel_values = pixel_values.to(parameter.device)
                 _check_images(pixel_values, None, self.config)
                 features, _ = model.extract_features(pixel_values.to(parameter.dtype))
                 if not features.isfinite().all():
                     row = sum(map(len, parts[2])) + int((~features.isfinite().all(-1)).nonzero()[0])
-                    raise ValueError(f"Picture {row} has features that are not finite: leave it out.")
+                    raise UserError(f"Image {row} has features that are not finite: leave it out.")
                 for part, values in zip(
                     parts, (features.cpu(), model.rpe.small_images(pixel_values).cpu(), labels), strict=True
                 ):
                     part.append(values)
                 bar.update(len(labels))
         if not parts[0]:
-            raise ValueError("There are no pictures to make references of.")
-        if len({images.shape[1:] for images in parts[1]}) > 1:
-            raise ValueError("The pictures are of several sizes: pass them through the model's image processor.")
-        features, images, labels = (torch.cat(part) for part in parts)
-        return features, images, labels
+            raise UserError("There are no images to make references of.")
+        if len({thumbnails.shape[1:] for thumbnails in parts[1]}) > 1:
+            raise UserError("The images are of several sizes: pass them through the model's image processor.")
+        features, thumbnails, labels = (torch.cat(part) for part in parts)
+        return features, thumbnails, labels
 
     @classmethod
     def from_backbone_pretrained(
@@ -564,7 +565,7 @@ class RBIPreTrainedModel(PreTrainedModel):
                 (`revision`, `token`, `dtype`, ...) to the backbone's `from_pretrained`.
 
         Raises:
-            ValueError: if it is no vision model, or lacks weights of the backbone, or a field of the config is wrong.
+            UserError: if it is no vision model, or lacks weights of the backbone, or a field of the config is wrong.
             OSError: if a weights file is truncated or is no safetensors file.
         """
         config_kwargs, model_kwargs = _split_config_kwargs(kwargs)
@@ -591,7 +592,7 @@ class RBIPreTrainedModel(PreTrainedModel):
         model = cls(config).to(device=backbone.device, dtype=backbone.dtype)
         missing, _ = model.base_model.backbone.load_state_dict(backbone.state_dict(), strict=False)
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"The given {type(backbone).__name__} lacks weights of the backbone, for instance `{missing[0]}`."
             )
         config.dtype = backbone.dtype
@@ -632,7 +633,7 @@ class RBIModel(RBIPreTrainedModel):
         outputs = self.backbone(pixel_values, return_dict=True, **self._select_backbone_kwargs(kwargs))
         features = _pool(outputs, self.config, pixel_values.shape[-2:])
         if features.shape[1] != self.config.feature_size:
-            raise ValueError(
+            raise UserError(
                 f"`feature_size` is {self.config.feature_size}, but the backbone gives {features.shape[1]} features: "
                 "leave it `None` in a new config, and it is measured."
             )
@@ -657,13 +658,13 @@ class RBIModel(RBIPreTrainedModel):
 
     def _require_references(self, purpose: str) -> ReferenceBank:
         if self.references is None:
-            raise ValueError(f"The model has no reference bank to {purpose}: make one with `set_references`.")
+            raise UserError(f"The model has no reference bank to {purpose}: make one with `set_references`.")
         return self.references
 
     def _require_own_references(self, purpose: str) -> ReferenceBank:
         bank = self._require_references(purpose)
         if not self._has_own_references():
-            raise ValueError(
+            raise UserError(
                 "The backbone has been trained since the references were set, so they do not fit it any more: set them "
                 "again, with `set_references`."
             )
@@ -675,12 +676,12 @@ class RBIModel(RBIPreTrainedModel):
         """Puts a bank in the place of the one that is there, if there is one; images are small ones."""
         check_size(len(features))
         if self.config.num_added_classes and len(set(labels.tolist()) - {NO_LABEL}) < self.config.num_labels:
-            raise ValueError(
-                "The model has added classes, which its references tell apart: each class needs labelled references."
+            raise UserError(
+                "The model has added classes, which its references tell apart: each class needs labeled references."
             )
         references = facts | {
             "num_references": len(features),
-            "num_labelled": int((labels != NO_LABEL).sum()),
+            "num_labeled": int((labels != NO_LABEL).sum()),
             "image_shape": None if images is None else list(images.shape[1:]),
         }
         config = copy.deepcopy(self.config)
@@ -699,7 +700,7 @@ class RBIModel(RBIPreTrainedModel):
         self._prepare_references()
 
     def _mean_similarity(self, images: torch.Tensor) -> float:
-        """Mean relation of different pictures of a bank, which are small ones, or 1 of a single one."""
+        """Mean relation of different images of a bank, which are small ones, or 1 of a single one."""
         rows = torch.linspace(0, len(images) - 1, min(len(images), _NUM_MEAN_REFERENCES)).long()
         if len(rows) < 2:
             return 1.0
@@ -753,15 +754,15 @@ class RBIModel(RBIPreTrainedModel):
     ) -> RBIModelOutput:
         r"""
         relation_mask (`torch.BoolTensor` of shape `(batch_size,)` or `(batch_size, batch_size)`, *optional*):
-            `False` (or 0) for images that take no part as neighbours of the others, such as padding. They get an
+            `False` (or 0) for images that take no part as neighbors of the others, such as padding. They get an
             answer themselves. With two axes it says of each pair whether the first image may attend to the second;
-            its diagonal then says whether an image is a neighbour of other processes' images.
+            its diagonal then says whether an image is a neighbor of other processes' images.
         relation_scope (`str`, *optional*):
             `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone; `"reference"`: to
             itself and the model's references. By default `"batch"` in training and `config.relation_scope` in
             evaluation.
         relation_batch_size (`int`, *optional*):
-            The batch is split, in its order, into equal neighbourhoods of at most this many images.
+            The batch is split, in its order, into equal neighborhoods of at most this many images.
         reference_mask (`torch.BoolTensor` of shape `(batch_size, num_references)`, *optional*):
             `False` where an image does not attend to a reference: in training, to itself.
         image_features (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*):
@@ -809,9 +810,9 @@ class RBIModel(RBIPreTrainedModel):
         if relation_batch_size is None:
             return [slice(0, batch_size)]
         if relation_batch_size < 1:
-            raise ValueError(f"`relation_batch_size` must be at least 1, got {relation_batch_size}.")
+            raise UserError(f"`relation_batch_size` must be at least 1, got {relation_batch_size}.")
         if self.config.gather_across_processes:
-            raise ValueError(
+            raise UserError(
                 "`relation_batch_size` splits the batch of one process, and `config.gather_across_processes` joins "
                 "those of all: use one of them."
             )
@@ -835,7 +836,7 @@ class RBIModel(RBIPreTrainedModel):
         if reference_mask is not None:
             reference_mask = torch.as_tensor(reference_mask, device=image_features.device).bool()
             if reference_mask.shape != (batch_size, size):
-                raise ValueError(
+                raise UserError(
                     f"`reference_mask` must have the shape ({batch_size}, {size}), one value for each image and "
                     f"reference, got {tuple(reference_mask.shape)}."
                 )
@@ -843,9 +844,7 @@ class RBIModel(RBIPreTrainedModel):
         similarities = None
         if self.config.relation_position_encoding != "none":
             if pixel_values is None and self.references.images is not None:
-                raise ValueError(
-                    '`pixel_values` are needed for PSNR with `relation_scope="reference"`: pass them too.'
-                )
+                raise UserError('`pixel_values` are needed for PSNR with `relation_scope="reference"`: pass them too.')
             similarities, has_finite_pixels = self.rpe.relate_to_references(
                 pixel_values, self.references, batch_size, reference_mask
             )
@@ -856,13 +855,13 @@ class RBIModel(RBIPreTrainedModel):
         return features, attention, similarities, self._count_votes(votes)
 
     def _count_votes(self, votes: torch.Tensor) -> torch.Tensor:
-        """The mean attention to the references of each class, normalised, (B, heads, N) -> (B, num_labels)."""
+        """The mean attention to the references of each class, normalized, (B, heads, N) -> (B, num_labels)."""
         labels, num_labels = self.references.labels, self.config.num_labels
-        is_labelled = labels != NO_LABEL
-        rows = labels.where(is_labelled, 0)
-        numbers = votes.new_zeros(num_labels).index_add(0, rows, is_labelled.to(votes.dtype))
+        is_labeled = labels != NO_LABEL
+        rows = labels.where(is_labeled, 0)
+        numbers = votes.new_zeros(num_labels).index_add(0, rows, is_labeled.to(votes.dtype))
         # Classes are compared with each other: references without a label have no say.
-        votes = votes.masked_fill(~is_labelled, -math.inf)
+        votes = votes.masked_fill(~is_labeled, -math.inf)
         votes = (votes - votes.amax(-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).min)).exp()
         votes = votes.new_zeros(*votes.shape[:2], num_labels).index_add(-1, rows, votes) / numbers.clamp(min=1)
         return (votes / votes.sum(-1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)).mean(1)
@@ -870,7 +869,7 @@ class RBIModel(RBIPreTrainedModel):
     def _integrate_batch(
         self, image_features: torch.Tensor, pixel_values: torch.Tensor | None, relation_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Integrated features, (B, d), attention, (B, heads, N), and relations, (B, N), with N neighbours."""
+        """Integrated features, (B, d), attention, (B, heads, N), and relations, (B, N), with N neighbors."""
         neighborhood = Neighborhood(
             image_features.shape[0], image_features.device, self.config.gather_across_processes
         )
@@ -889,7 +888,7 @@ class RBIModel(RBIPreTrainedModel):
         similarities = None
         if self.config.relation_position_encoding != "none":
             if pixel_values is None:
-                raise ValueError('`pixel_values` are needed for PSNR with `relation_scope="batch"`: pass them too.')
+                raise UserError('`pixel_values` are needed for PSNR with `relation_scope="batch"`: pass them too.')
             similarities, has_finite_pixels = self.rpe(pixel_values, is_neighbor, neighborhood)
             is_finite, is_neighbor = is_finite & has_finite_pixels, is_neighbor & has_finite_pixels
         # A row that is not finite must not reach the others' answers or gradients, not even times 0.
@@ -904,7 +903,7 @@ class RBIModel(RBIPreTrainedModel):
         attentions: list[torch.Tensor],
         similarities: list[torch.Tensor | None],
     ):
-        """Relations of the whole batch; images of different neighbourhoods have none."""
+        """Relations of the whole batch; images of different neighborhoods have none."""
         batch_size = outputs.pooler_output.shape[0]
         has_relations = self.config.relation_position_encoding != "none"
         if not attentions:
@@ -924,7 +923,7 @@ class RBIModel(RBIPreTrainedModel):
         if relation_scope is None:
             relation_scope = "batch" if self.training else self.config.relation_scope
         if relation_scope not in ("batch", "self", "reference"):
-            raise ValueError(f'`relation_scope` must be "batch", "self" or "reference", got {relation_scope!r}.')
+            raise UserError(f'`relation_scope` must be "batch", "self" or "reference", got {relation_scope!r}.')
         if relation_scope == "reference":
             self._require_references("attend to")
         return relation_scope
@@ -966,15 +965,15 @@ class RBIForImageClassification(RBIPreTrainedModel):
             Labels for computing the classification loss, in `[0, ..., config.num_labels - 1]`, or -100 for images
             that the loss leaves out. If `config.num_labels == 1` a regression loss is computed (mean square loss).
         relation_mask (`torch.BoolTensor` of shape `(batch_size,)` or `(batch_size, batch_size)`, *optional*):
-            `False` (or 0) for images that take no part as neighbours of the others, such as padding. They get an
+            `False` (or 0) for images that take no part as neighbors of the others, such as padding. They get an
             answer themselves. With two axes it says of each pair whether the first image may attend to the second;
-            its diagonal then says whether an image is a neighbour of other processes' images.
+            its diagonal then says whether an image is a neighbor of other processes' images.
         relation_scope (`str`, *optional*):
             `"batch"`: each image attends to every image of the batch; `"self"`: to itself alone; `"reference"`: to
             itself and the model's references. By default `"batch"` in training and `config.relation_scope` in
             evaluation.
         relation_batch_size (`int`, *optional*):
-            The batch is split, in its order, into equal neighbourhoods of at most this many images.
+            The batch is split, in its order, into equal neighborhoods of at most this many images.
         reference_mask (`torch.BoolTensor` of shape `(batch_size, num_references)`, *optional*):
             `False` where an image does not attend to a reference: in training, to itself.
         image_features (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*):
@@ -1033,7 +1032,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
         if not num_added:
             return torch.lerp(known.softmax(-1), votes, weight).clamp(min=tiny).log()
         order = (known - known.amax(-1, keepdim=True)) / 2
-        # Where nothing votes, as with all labelled references masked, the classifier is left with what it knows.
+        # Where nothing votes, as with all labeled references masked, the classifier is left with what it knows.
         has_votes = votes.sum(-1, keepdim=True) > 0
         order = torch.cat([order, torch.where(has_votes, 0.0, _NEVER).expand(-1, num_added)], dim=-1)
         return (votes.clamp(min=tiny).log() + order).log_softmax(-1)
@@ -1041,14 +1040,14 @@ class RBIForImageClassification(RBIPreTrainedModel):
     def add_classes(
         self,
         names: Sequence[str],
-        pictures: Dataset | Iterable,
+        images: Dataset | Iterable,
         *,
         image_processor: BaseImageProcessor | None = None,
         batch_size: int = 64,
     ):
         r"""
-        Adds classes that the classifier was not trained on, by labelled pictures of them, without training. They are
-        added to the reference bank, which must hold labelled pictures of the other classes, too, and
+        Adds classes that the classifier was not trained on, by labeled images of them, without training. They are
+        added to the reference bank, which must hold labeled images of the other classes, too, and
         `relation_scope="reference"` tells all classes apart by the votes v of the bank (`reference_votes` of
         [`RBIModelOutput`]): p_c ~ v_c for the new classes, and p_c ~ v_c sqrt(q_c / max q) for those that the
         classifier knows, q being its own probabilities. In the other scopes the new classes are never answered.
@@ -1056,30 +1055,30 @@ class RBIForImageClassification(RBIPreTrainedModel):
         Args:
             names (`Sequence[str]`):
                 Names of the new classes.
-            pictures (`Dataset` or `Iterable`):
-                As in [`~RBIPreTrainedModel.set_references`], labelled: the first new class is 0, the next 1.
+            images (`Dataset` or `Iterable`):
+                As in [`~RBIPreTrainedModel.set_references`], labeled: the first new class is 0, the next 1.
             image_processor (`BaseImageProcessor`, *optional*):
-                For PIL pictures.
+                For PIL images.
             batch_size (`int`, *optional*, defaults to 64):
-                Pictures at a time.
+                Images at a time.
 
         Raises:
-            ValueError: if a name is there already, a class has no picture, or a picture no label, and if the bank
-                lacks labelled pictures of a class. The model is then as it was.
+            UserError: if a name is there already, a class has no image, or an image no label, and if the bank
+                lacks labeled images of a class. The model is then as it was.
         """
         bank, before = self.rbi._require_own_references("add classes to"), self.config.id2label
         names = list(names)
         if not names or len({*names, *before.values()}) != len(names) + len(before):
-            raise ValueError(f"The names of new classes must be new and differ from each other, got {names}.")
+            raise UserError(f"The names of new classes must be new and differ from each other, got {names}.")
         if absent := sorted(set(before) - set(bank.labels.tolist())):
-            raise ValueError(
-                f"Classes are told apart by labelled references, and {len(absent)} classes have none in the bank, for "
+            raise UserError(
+                f"Classes are told apart by labeled references, and {len(absent)} classes have none in the bank, for "
                 f"instance {before[absent[0]]!r}: add some with `add_references`."
             )
         new = dict(enumerate(names))
-        features, images, labels = self._read_pictures(pictures, None, image_processor, batch_size)
+        features, thumbnails, labels = self._read_images(images, None, image_processor, batch_size)
         choose_references(labels, new, strategy="balanced")  # checks them
-        self._append_references(features, images, labels + len(before))
+        self._append_references(features, thumbnails, labels + len(before))
         self.config.id2label = before | {len(before) + label: name for label, name in new.items()}
         self.config.label2id = {name: label for label, name in self.config.id2label.items()}
         self.config.num_added_classes += len(names)
@@ -1125,13 +1124,13 @@ class RBIForImageClassification(RBIPreTrainedModel):
                 `from_pretrained`.
 
         Raises:
-            ValueError: if the classifier is not a linear layer on features that one of the poolings of [`RBIConfig`]
-                gives (a normalisation between them, as in PoolFormer, or two classifiers, as in distilled DeiT).
+            UserError: if the classifier is not a linear layer on features that one of the poolings of [`RBIConfig`]
+                gives (a normalization between them, as in PoolFormer, or two classifiers, as in distilled DeiT).
         """
         config_kwargs, model_kwargs = _split_config_kwargs(kwargs)
         if isinstance(model_or_path, PreTrainedModel):
             if model_kwargs:
-                raise ValueError(
+                raise UserError(
                     f"{', '.join(sorted(model_kwargs))} can only be passed beside the path of a classifier, and are no "
                     "fields of RBIConfig."
                 )
@@ -1141,10 +1140,10 @@ class RBIForImageClassification(RBIPreTrainedModel):
             classifier = _load_whole(AutoModelForImageClassification, model_or_path, **model_kwargs).eval()
             name_or_path = model_or_path
         if isinstance(classifier, RBIPreTrainedModel):
-            raise ValueError(f"{name_or_path or 'The given model'} is an RBI model already: use it as it is.")
+            raise UserError(f"{name_or_path or 'The given model'} is an RBI model already: use it as it is.")
         for name in ("pooling", "feature_size"):
             if name in config_kwargs:
-                raise ValueError(f"`{name}` is the classifier's own and is found out from it: leave it out.")
+                raise UserError(f"`{name}` is the classifier's own and is found out from it: leave it out.")
 
         linear, probe, features = _find_classifier(classifier)
         backbone_config = getattr(classifier.config, "vision_config", classifier.config)
@@ -1155,7 +1154,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
             config_kwargs.setdefault(name, getattr(classifier.config, name))
         num_labels = config_kwargs.get("num_labels", len(config_kwargs["id2label"]))
         if {num_labels, len(config_kwargs["id2label"])} != {linear.out_features}:
-            raise ValueError(
+            raise UserError(
                 f"The classifier has {linear.out_features} classes, so `num_labels` and `id2label` cannot be of another "
                 "number: fine-tune `from_backbone_pretrained` for other classes."
             )
@@ -1174,7 +1173,7 @@ def _check_relation_mask(relation_mask: torch.Tensor | None, image_features: tor
     batch_size = image_features.shape[0]
     relation_mask = torch.as_tensor(relation_mask, device=image_features.device)
     if tuple(relation_mask.shape) not in ((batch_size,), (batch_size, batch_size)):
-        raise ValueError(
+        raise UserError(
             f"`relation_mask` must have the shape ({batch_size},), one value for each image, or ({batch_size}, "
             f"{batch_size}), one for each pair, got {tuple(relation_mask.shape)}."
         )
@@ -1183,13 +1182,13 @@ def _check_relation_mask(relation_mask: torch.Tensor | None, image_features: tor
 
 def _check_labels(labels: torch.Tensor, logits: torch.Tensor, config: RBIConfig):
     if labels.shape[0] != logits.shape[0]:
-        raise ValueError(f"`labels` are for {labels.shape[0]} images, but the batch holds {logits.shape[0]}.")
+        raise UserError(f"`labels` are for {labels.shape[0]} images, but the batch holds {logits.shape[0]}.")
     is_single_label = config.problem_type in (None, "single_label_classification") and config.num_labels > 1
     if not is_single_label or labels.is_floating_point() or torch.compiler.is_compiling():
         return
     out_of_range = labels[((labels < 0) & (labels != -100)) | (labels >= config.num_labels)]
     if out_of_range.numel():
-        raise ValueError(
+        raise UserError(
             f"`labels` hold {out_of_range[0].item()}, but must be in 0..{config.num_labels - 1} (or -100, to leave an "
             "image out of the loss): set `num_labels` to the number of classes."
         )

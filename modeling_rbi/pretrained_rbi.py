@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .backbone_rbi import _backbone_class, _expected_image_size, _num_channels, _pool
 from .configuration_rbi import RBIConfig
+from .errors_rbi import UserError
 from .image_processing_rbi import load_image_processor, pixel_statistics
 
 
@@ -31,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 def _preset_config(preset: str, **kwargs) -> RBIConfig:
     if preset not in ("paper", "kernel"):
-        raise ValueError(f'`preset` must be "paper" or "kernel", got {preset!r}.')
+        raise UserError(f'`preset` must be "paper" or "kernel", got {preset!r}.')
     return getattr(RBIConfig, preset)(**kwargs)
 
 
@@ -68,7 +69,7 @@ def _resolve_pixel_statistics(
     if image_processor is None:
         logger.warning(
             f"No image processor was found beside {name_or_path or 'the given model'}. PSNR takes the pixels for "
-            "normalised with ImageNet's mean and std: pass `image_processor`, or `image_mean` and `image_std`, if they "
+            "normalized with ImageNet's mean and std: pass `image_processor`, or `image_mean` and `image_std`, if they "
             "are not."
         )
         return {}
@@ -97,7 +98,7 @@ def _find_classifier(classifier: PreTrainedModel) -> tuple[nn.Linear, torch.Tens
     for module, features, output in reversed(calls):
         if logits is not None and output.shape == logits.shape and torch.equal(output, logits):
             return module, probe, features
-    raise ValueError(
+    raise UserError(
         f"The logits of {type(classifier).__name__} are not the output of one linear layer on pooled features, so RBI "
         "cannot be plugged in before it: take its backbone with `from_backbone_pretrained` and train a new classifier."
     )
@@ -125,8 +126,8 @@ def _find_backbone(
             continue
         if pooled.shape == features.shape and torch.allclose(pooled, features, rtol=1e-4, atol=1e-5):
             return backbone, pooling
-    raise ValueError(
+    raise UserError(
         f"{type(classifier).__name__} does more than pooling between its backbone and its linear classifier (a layer "
-        "of its own, such as a normalisation), which RBI's backbone would lack: take the backbone with "
+        "of its own, such as a normalization), which RBI's backbone would lack: take the backbone with "
         "`from_backbone_pretrained` and train a new classifier."
     )

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .bank_rbi import NO_LABEL, check_size
+from .errors_rbi import UserError
 
 
 logger = logging.get_logger(__name__)
@@ -40,17 +41,17 @@ def choose_references(
     features: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Chooses the pictures of a bank.
+    Chooses the images of a bank.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
-            Class of each picture, -100 where it is not known.
+            Class of each image, -100 where it is not known.
         class_names (`Mapping[int, str]`):
             Of the model's classes.
         per_class (`int`, *optional*):
-            Pictures of each class, or all where a class has fewer.
+            Images of each class, or all where a class has fewer.
         num_references (`int`, *optional*):
-            Pictures in all, in place of `per_class`. With neither, all are taken.
+            Images in all, in place of `per_class`. With neither, all are taken.
         strategy (`str`, *optional*):
             `"balanced"`: of each class at random, and of all classes as equally many as can be; `"herding"`: the same
             numbers, and of each class those whose mean comes closest to the class's (Welling, 2009, as iCaRL has it);
@@ -59,42 +60,42 @@ def choose_references(
         seed (`int`, *optional*, defaults to 0):
             Of what is drawn at random.
         features (`torch.FloatTensor` of shape `(n, feature_size)`, *optional*):
-            Features of the pictures, for `"herding"`.
+            Features of the images, for `"herding"`.
 
     Returns:
         `torch.LongTensor`: row numbers, in ascending order.
 
     Raises:
-        ValueError: if the arguments do not fit each other or the labels, or there would be too many references.
+        UserError: if the arguments do not fit each other or the labels, or there would be too many references.
     """
-    is_labelled = labels != NO_LABEL
+    is_labeled = labels != NO_LABEL
     strategy = strategy or default_strategy(labels)
     check_choice(per_class, num_references, strategy)
     if not len(labels):
-        raise ValueError("There are no pictures to make references of.")
-    known = labels[is_labelled]
+        raise UserError("There are no images to make references of.")
+    known = labels[is_labeled]
     if len(known) and (known.min() < 0 or known.max() >= len(class_names)):
         wrong = int(known.max() if known.max() >= len(class_names) else known.min())
-        raise ValueError(
-            f"A picture has the label {wrong}, but the model's classes are 0..{len(class_names) - 1} (-100: no label)."
+        raise UserError(
+            f"An image has the label {wrong}, but the model's classes are 0..{len(class_names) - 1} (-100: no label)."
         )
     if strategy != "random" and 0 < len(known) < len(labels):
-        raise ValueError(
-            f'`strategy="{strategy}"` needs a label for each picture, but {len(labels) - len(known)} have none: add '
+        raise UserError(
+            f'`strategy="{strategy}"` needs a label for each image, but {len(labels) - len(known)} have none: add '
             "those in a second call, `add_references`."
         )
     if strategy == "balanced" and not len(known):
-        raise ValueError('`strategy="balanced"` needs labels, and no picture has one: use "random" or "herding".')
+        raise UserError('`strategy="balanced"` needs labels, and no image has one: use "random" or "herding".')
     if strategy != "random" and len(known):
         counts = known.bincount(minlength=len(class_names))
         if (counts == 0).any():
             empty = [class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
-            raise ValueError(
-                f"{len(empty)} of the model's classes have no picture, for instance {empty[0]!r}: add pictures of "
+            raise UserError(
+                f"{len(empty)} of the model's classes have no image, for instance {empty[0]!r}: add images of "
                 'them, or take `strategy="random"`.'
             )
         if per_class is not None and (short := int((counts < per_class).sum())):
-            logger.warning(f"{short} classes have fewer than {per_class} pictures: all that they have are taken.")
+            logger.warning(f"{short} classes have fewer than {per_class} images: all that they have are taken.")
 
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
@@ -103,9 +104,9 @@ def choose_references(
     else:
         if strategy == "herding":
             if features is None:
-                raise ValueError('`strategy="herding"` needs `features`.')
+                raise UserError('`strategy="herding"` needs `features`.')
             order = torch.cat([rows[_herd(features[rows])] for rows in _rows_of_each(labels)])
-        # Turn by turn, each class puts its next picture in.
+        # Turn by turn, each class puts its next image in.
         turns = torch.empty_like(order)
         for rows in _rows_of_each(labels[order]):
             turns[rows] = torch.arange(len(rows))
@@ -125,17 +126,17 @@ def check_choice(per_class: int | None, num_references: int | None, strategy: st
     What can be said of the arguments of `choose_references` before there are labels.
 
     Raises:
-        ValueError: if they are out of range, or exclude each other.
+        UserError: if they are out of range, or exclude each other.
     """
     if strategy is not None and strategy not in STRATEGIES:
-        raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
+        raise UserError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
     if per_class is not None and num_references is not None:
-        raise ValueError("Give `per_class` or `num_references`, not both.")
+        raise UserError("Give `per_class` or `num_references`, not both.")
     for name, value in (("per_class", per_class), ("num_references", num_references)):
         if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            raise UserError(f"`{name}` must be at least 1, got {value}.")
     if strategy == "random" and per_class is not None:
-        raise ValueError(
+        raise UserError(
             '`per_class` goes with labels and `strategy="balanced"` or `"herding"`: give `num_references` instead.'
         )
 
@@ -145,7 +146,7 @@ def _rows_of_each(labels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _herd(features: torch.Tensor) -> torch.Tensor:
-    """Order of the pictures of a class: each next one brings the mean of those so far closest to the mean of all."""
+    """Order of the images of a class: each next one brings the mean of those so far closest to the mean of all."""
     features = nn.functional.normalize(features.float(), dim=-1)
     mean, total = features.mean(0), torch.zeros_like(features[0])
     order: list[int] = []
@@ -158,22 +159,22 @@ def _herd(features: torch.Tensor) -> torch.Tensor:
     return torch.tensor(order)
 
 
-def labels_before_reading(pictures: Any) -> torch.Tensor | None:
-    """Labels of a data set that gives them without its pictures: `labels` of ours, a column of `datasets`."""
-    if not (isinstance(pictures, Sized) and hasattr(pictures, "__getitem__")):
+def labels_before_reading(images: Any) -> torch.Tensor | None:
+    """Labels of a data set that gives them without its images: `labels` of ours, a column of `datasets`."""
+    if not (isinstance(images, Sized) and hasattr(images, "__getitem__")):
         return None
-    labels = getattr(pictures, "labels", None)
+    labels = getattr(images, "labels", None)
     for name in ("labels", "label"):
-        if labels is None and name in (getattr(pictures, "column_names", None) or ()):
-            # Else a transform of the data set's is run, on all pictures.
-            labels = pictures.with_format(None)[name][:]  # type: ignore[attr-defined]
-    if labels is None or len(labels) != len(pictures):
+        if labels is None and name in (getattr(images, "column_names", None) or ()):
+            # Else a transform of the data set's is run, on all images.
+            labels = images.with_format(None)[name][:]  # type: ignore[attr-defined]
+    if labels is None or len(labels) != len(images):
         return None
-    return _labels(labels, torch.Size([len(pictures)]))
+    return _labels(labels, torch.Size([len(images)]))
 
 
 def read_batches(
-    pictures: Dataset | Iterable,
+    images: Dataset | Iterable,
     rows: Sequence[int] | None,
     image_processor: Callable | None,
     batch_size: int,
@@ -182,27 +183,27 @@ def read_batches(
     Pixels, (B, C, H, W), and labels, (B,), of a data set or loader.
 
     Args:
-        pictures (`Dataset` or `Iterable`):
-            Of dicts: one picture each, `pixel_values` (C, H, W) or a PIL `image`, or a batch, `pixel_values`
+        images (`Dataset` or `Iterable`):
+            Of dicts: one image each, `pixel_values` (C, H, W) or a PIL `image`, or a batch, `pixel_values`
             (B, C, H, W); with `labels` or `label` where they are known.
         rows (`Sequence[int]`, *optional*):
-            Which pictures of a data set to read, by their numbers; all if it is `None`.
+            Which images of a data set to read, by their numbers; all if it is `None`.
         image_processor (`Callable`, *optional*):
-            For PIL pictures.
+            For PIL images.
         batch_size (`int`):
-            Pictures at a time, where they come one by one.
+            Images at a time, where they come one by one.
 
     Raises:
-        ValueError: if an item is of another form.
+        UserError: if an item is of another form.
     """
-    if isinstance(pictures, Mapping):
-        raise ValueError(
-            f"The pictures for references are a {type(pictures).__name__} with the keys "
-            f"{', '.join(map(str, pictures))}: pass one of its data sets, or, if it is a batch, a list of it."
+    if isinstance(images, Mapping):
+        raise UserError(
+            f"The images for references are a {type(images).__name__} with the keys "
+            f"{', '.join(map(str, images))}: pass one of its data sets, or, if it is a batch, a list of it."
         )
-    if rows is None and isinstance(pictures, Sized) and hasattr(pictures, "__getitem__"):
-        rows = range(len(pictures))
-    items = iter(pictures) if rows is None else (pictures[int(row)] for row in rows)  # type: ignore[index]
+    if rows is None and isinstance(images, Sized) and hasattr(images, "__getitem__"):
+        rows = range(len(images))
+    items = iter(images) if rows is None else (images[int(row)] for row in rows)  # type: ignore[index]
     waiting: list[tuple[torch.Tensor, int]] = []
     for item in items:
         pixel_values, labels = _pixels_and_labels(item, image_processor)
@@ -217,27 +218,25 @@ def read_batches(
         yield _stacked(waiting)
 
 
-def _stacked(pictures: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    if len({pixel_values.shape for pixel_values, _ in pictures}) > 1:
-        raise ValueError("The pictures are of several sizes: pass them through the model's image processor.")
-    return torch.stack([pixel_values for pixel_values, _ in pictures]), torch.tensor([label for _, label in pictures])
+def _stacked(images: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    if len({pixel_values.shape for pixel_values, _ in images}) > 1:
+        raise UserError("The images are of several sizes: pass them through the model's image processor.")
+    return torch.stack([pixel_values for pixel_values, _ in images]), torch.tensor([label for _, label in images])
 
 
 def _pixels_and_labels(item: Any, image_processor: Callable | None) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(item, Mapping) or not ("pixel_values" in item or "image" in item):
         keys = f"the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
-        raise ValueError(
-            f"The pictures for references must be dicts with `pixel_values` (or a PIL `image`), got {keys}."
-        )
+        raise UserError(f"The images for references must be dicts with `pixel_values` (or a PIL `image`), got {keys}.")
     if "pixel_values" in item:
         pixel_values = torch.as_tensor(item["pixel_values"])
     elif image_processor is None:
-        raise ValueError("The data set holds pictures, no `pixel_values`: pass the model's `image_processor`, too.")
+        raise UserError("The data set holds images, no `pixel_values`: pass the model's `image_processor`, too.")
     else:
         pixel_values = image_processor(item["image"], return_tensors="pt")["pixel_values"][0]
     if pixel_values.ndim not in (3, 4):
-        raise ValueError(
-            "`pixel_values` of a picture must be (C, H, W), and of a batch (B, C, H, W), got "
+        raise UserError(
+            "`pixel_values` of an image must be (C, H, W), and of a batch (B, C, H, W), got "
             f"{tuple(pixel_values.shape)}."
         )
     shape = pixel_values.shape[:1] if pixel_values.ndim == 4 else ()
@@ -254,7 +253,7 @@ def _labels(labels: Any, shape: torch.Size) -> torch.Tensor:
         if labels.shape == shape and not labels.is_floating_point():
             return labels.long()
     given = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else f"{labels!r:.100}"
-    raise ValueError(f"Labels must be one whole number for each picture, got {given}.")
+    raise UserError(f"Labels must be one whole number for each image, got {given}.")
 
 
 __all__ = ["choose_references"]

@@ -25,7 +25,7 @@ from .bank_rbi import ReferenceBank, quantized
 from .configuration_rbi import RBIConfig
 
 
-# Height and width of a reference's picture where PSNR is that of full-size images, whose ranks it keeps (0.997).
+# Height and width of a reference's image where PSNR is that of full-size images, whose ranks it keeps (0.997).
 _FULL_SIZE_REFERENCES = 32
 # The largest scale of cosine attention, 1 / temperature, as in SwinV2.
 _MAX_LOGIT_SCALE = 100.0
@@ -52,7 +52,7 @@ class _AllGather(torch.autograd.Function):
 class Neighborhood:
     r"""
     The images that those of a batch can attend to: the batch itself, or the batches of all processes, one after the
-    other. Gathering is collective: all processes make their neighbourhoods, and gather, in the same order.
+    other. Gathering is collective: all processes make their neighborhoods, and gather, in the same order.
 
     Args:
         batch_size (`int`):
@@ -69,7 +69,7 @@ class Neighborhood:
             gather_across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         )
         self.batch_size = batch_size
-        # Where the batch stands in the neighbourhood; itself[i, j]: whether its image i is image j there.
+        # Where the batch stands in the neighborhood; itself[i, j]: whether its image i is image j there.
         self.own = slice(0, batch_size)
         self.itself = torch.eye(batch_size, dtype=torch.bool, device=device)
         if self.is_gathered:
@@ -79,7 +79,7 @@ class Neighborhood:
             self.itself = nn.functional.pad(self.itself, (before, after))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of this batch, (batch_size, ...) -> those of the neighbourhood, (num_neighbors, ...), with gradient."""
+        """Rows of this batch, (batch_size, ...) -> those of the neighborhood, (num_neighbors, ...), with gradient."""
         if not self.is_gathered:
             return rows
         sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
@@ -90,11 +90,11 @@ class Neighborhood:
 
 def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    Mean squared error between all pairs of images, as one matrix product: (|x|^2 + |y|^2 - 2 x y) / n on centred
+    Mean squared error between all pairs of images, as one matrix product: (|x|^2 + |y|^2 - 2 x y) / n on centered
     images.
 
-    Centring leaves the differences as they are and keeps the cancellation small. The product is in float64 where the
-    device has it: in float32, as on Apple's GPUs, it is off by up to 0.1 dB at 45 dB for pictures of high contrast, and
+    Centering leaves the differences as they are and keeps the cancellation small. The product is in float64 where the
+    device has it: in float32, as on Apple's GPUs, it is off by up to 0.1 dB at 45 dB for images of high contrast, and
     tensor cores may round the factors further (TF32, or bf16 under `torch.set_float32_matmul_precision`). It is small:
     2 B^2 n operations, 0.4 GFLOP for 256 images at 32 px, 20 GFLOP at 224 px.
 
@@ -123,7 +123,7 @@ def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | 
 class RelationshipPositionEncoding(nn.Module):
     r"""
     Relationship Position Encoding (RPE): the relation of each pair of images of a batch, from the PSNR of the images
-    themselves, p_ij = min(PSNR_ij, psnr_max) / psnr_max. PSNR of images is the paper's; the ceiling as normaliser is
+    themselves, p_ij = min(PSNR_ij, psnr_max) / psnr_max. PSNR of images is the paper's; the ceiling as normalizer is
     a reconstruction. It has no parameters, and no gradient goes through it.
     """
 
@@ -147,13 +147,13 @@ class RelationshipPositionEncoding(nn.Module):
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
                 Images as the image processor gives them, of any float dtype.
             relation_mask (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
-                `False` where an image is no neighbour, of anyone or of the image of the row.
+                `False` where an image is no neighbor, of anyone or of the image of the row.
             neighborhood (`Neighborhood`, *optional*):
                 The images to relate those of the batch to. `None`: the batch itself.
 
         Returns:
             The relations, `torch.FloatTensor` of shape `(batch_size, num_neighbors)`, float32 in [0, 1]; and which
-            neighbours are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. Those that are not have the
+            neighbors are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. Those that are not have the
             relation 0.
         """
         if neighborhood is None:
@@ -181,13 +181,13 @@ class RelationshipPositionEncoding(nn.Module):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
-                Images as the image processor gives them; not needed for a bank without pictures.
+                Images as the image processor gives them; not needed for a bank without images.
             references (`ReferenceBank`):
-                The bank of N references. Without pictures, all relations are the mean relation of its pictures.
+                The bank of N references. Without images, all relations are the mean relation of its images.
             batch_size (`int`):
                 Number of images.
             reference_mask (`torch.BoolTensor` of shape `(batch_size, N)`, *optional*):
-                `False` where a reference is no neighbour of the image.
+                `False` where a reference is no neighbor of the image.
 
         Returns:
             The relations, `torch.FloatTensor` of shape `(batch_size, 1 + N)`, to the image itself and to each
@@ -219,13 +219,13 @@ class RelationshipPositionEncoding(nn.Module):
         return (psnr / self.psnr_max).clamp(0, 1)
 
     def small_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The pictures that a bank keeps, (B, C, H, W) -> (B, C, size, size), 8 bits. PSNR on full size keeps 32 px."""
+        """The images that a bank keeps, (B, C, H, W) -> (B, C, size, size), 8 bits. PSNR on full size keeps 32 px."""
         limit = self.image_size or _FULL_SIZE_REFERENCES
         size = [min(limit, length) for length in pixel_values.shape[-2:]]
         return quantized(self._unit_range_images(pixel_values, size)).view(len(pixel_values), -1, *size)
 
     def _unit_range_images(self, pixel_values: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
-        """Undoes the normalisation, (B, C, H, W) -> (B, C * height * width) in float32."""
+        """Undoes the normalization, (B, C, H, W) -> (B, C * height * width) in float32."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
             for values in (self.image_mean, self.image_std)
@@ -249,7 +249,7 @@ class RelationshipPositionEncoding(nn.Module):
 
 
 def _neighbors_mean(rows: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
-    """Mean row of those that are neighbours, of anyone where `is_neighbor` is pairwise, (N, ...) -> (...)."""
+    """Mean row of those that are neighbors, of anyone where `is_neighbor` is pairwise, (N, ...) -> (...)."""
     weights = (is_neighbor if is_neighbor.ndim == 1 else is_neighbor.any(0)).float()[:, None]
     return ((rows * weights).sum(0) / weights.sum().clamp(min=1)).to(rows.dtype)
 
@@ -308,10 +308,10 @@ class ResidualRelationshipAttention(nn.Module):
             features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
                 Features of the images, finite.
             similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*):
-                The relations p in [0, 1]; needed with neighbours unless RPE enters nowhere. With `references`,
+                The relations p in [0, 1]; needed with neighbors unless RPE enters nowhere. With `references`,
                 `(batch_size, 1 + N)`, that to the image itself first.
             is_neighbor (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
-                Whether an image is a neighbour, of all or of the image of the row; each attends to itself besides.
+                Whether an image is a neighbor, of all or of the image of the row; each attends to itself besides.
                 `None`: each image attends to itself alone, and nothing is computed across images; with `references`,
                 to itself and to all of these.
             neighborhood (`Neighborhood`, *optional*):

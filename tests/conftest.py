@@ -33,7 +33,7 @@ def _seed():
 
 @pytest.fixture
 def backbone_config():
-    """A ConvNeXt of a few thousand parameters for pictures of 32 x 32, 24 features."""
+    """A ConvNeXt of a few thousand parameters for images of 32 x 32, 24 features."""
     return ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
 
 
@@ -45,31 +45,31 @@ def config(request, backbone_config):
 
 @pytest.fixture
 def pixel_values():
-    """7 different smooth pictures, normalised with ImageNet's mean and std."""
-    pictures = torch.nn.functional.interpolate(torch.rand(7, 3, 4, 4), size=(32, 32), mode="bilinear")
+    """7 different smooth images, normalized with ImageNet's mean and std."""
+    images = torch.nn.functional.interpolate(torch.rand(7, 3, 4, 4), size=(32, 32), mode="bilinear")
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (pictures - mean[:, None, None]) / std[:, None, None]
+    return (images - mean[:, None, None]) / std[:, None, None]
 
 
 @pytest.fixture(scope="session")
-def picture_files(tmp_path_factory):
-    """9 different smooth pictures, `cat_0.png` to `fox_2.png`, of 40 x 48."""
-    folder = tmp_path_factory.mktemp("picture_files")
+def image_files(tmp_path_factory):
+    """9 different smooth images, `cat_0.png` to `fox_2.png`, of 40 x 48."""
+    folder = tmp_path_factory.mktemp("image_files")
     generator = torch.Generator().manual_seed(0)
     for name in ("cat", "dog", "fox"):
-        colour = torch.rand(3, generator=generator)
+        color = torch.rand(3, generator=generator)
         for number in range(3):
-            pixels = 255 * (0.6 * colour + 0.4 * torch.rand(4, 4, 3, generator=generator))
-            picture = Image.fromarray(pixels.to(torch.uint8).numpy())
-            picture.resize((40, 48), Image.Resampling.BICUBIC).save(folder / f"{name}_{number}.png")
+            pixels = 255 * (0.6 * color + 0.4 * torch.rand(4, 4, 3, generator=generator))
+            image = Image.fromarray(pixels.to(torch.uint8).numpy())
+            image.resize((40, 48), Image.Resampling.BICUBIC).save(folder / f"{name}_{number}.png")
     return sorted(folder.iterdir())
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, picture_files):
+def model_folder(tmp_path_factory, image_files):
     """
-    A saved model, with its image processor and code, of the classes cat, dog and fox and with a bank of 6 labelled
-    pictures: small, random, and sure enough of its answers that they can be told apart.
+    A saved model, with its image processor and code, of the classes cat, dog and fox and with a bank of 6 labeled
+    images: small, random, and sure enough of its answers that they can be told apart.
     """
     torch.manual_seed(0)
     backbone_config = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
@@ -84,7 +84,7 @@ def model_folder(tmp_path_factory, picture_files):
     image_processor = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0, **statistics)
     references = [
         {"image": Image.open(path).convert("RGB"), "label": config.label2id[Path(path).stem.split("_")[0]]}
-        for path in picture_files
+        for path in image_files
         if not path.stem.endswith("2")
     ]
     model.set_references(references, image_processor=image_processor)

@@ -44,7 +44,7 @@ LICENSES = (
     *("agpl-3.0", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
     *("cc-by-sa-4.0", "cc0-1.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "other", "unknown"),
 )
-COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 
 
 # What is stored
@@ -840,8 +840,8 @@ def _check_space(metadata: dict) -> list[str]:
     if metadata.get("sdk") not in ("gradio", "docker", "static"):
         errors.append('"sdk" must be one of [gradio, docker, static]')
     for name in ("colorFrom", "colorTo"):
-        if name in metadata and metadata[name] not in COLOURS:
-            errors.append(f'"{name}" must be one of [{", ".join(COLOURS)}]')
+        if name in metadata and metadata[name] not in COLORS:
+            errors.append(f'"{name}" must be one of [{", ".join(COLORS)}]')
     if not isinstance(metadata.get("short_description", ""), str) or len(metadata.get("short_description", "")) > 60:
         errors.append('"short_description" length must be less than or equal to 60 characters long')
     if "sdk_version" in metadata and not re.fullmatch(r"\d+(\.\d+)*", str(metadata["sdk_version"])):

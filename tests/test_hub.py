@@ -75,18 +75,18 @@ card.data.pipeline_tag = "image-classification"
 card.push_to_hub("alice/secret", commit_message="The task")
 metadata_update("alice/secret", {"datasets": ["zoo/animals"]})
 
-pictures = torch.load(inputs)
+images = torch.load(inputs)
 arguments = TrainingArguments(
     "trained", max_steps=2, use_cpu=True, save_strategy="no", disable_tqdm=True, report_to="none",
     push_to_hub=True, hub_model_id="alice/trained", hub_strategy="end",
 )
-data = [{"pixel_values": picture, "labels": number % 3} for number, picture in enumerate(pictures)]
+data = [{"pixel_values": image, "labels": number % 3} for number, image in enumerate(images)]
 model.remove_references()
 trainer = Trainer(model, arguments, train_dataset=data, processing_class=image_processor)
 trainer.train()
 trainer.push_to_hub()
 with torch.no_grad():
-    save_file({"trained": model.eval()(pictures).logits}, outputs)
+    save_file({"trained": model.eval()(images).logits}, outputs)
 """
 
 # Where the package is not installed.
@@ -105,8 +105,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-pictures, outputs, *wanted = sys.argv[1:]
-pictures = [Image.open(path) for path in json.loads(pictures)]
+images, outputs, *wanted = sys.argv[1:]
+images = [Image.open(path) for path in json.loads(images)]
 report, results = {"modules": []}, {}
 
 def message(function, *arguments, **keywords):
@@ -122,9 +122,9 @@ def logits(repo_id, auto_class=AutoModelForImageClassification, **keywords):
     report["modules"].append(type(model).__module__)
     return output.pooler_output if auto_class is AutoModel else output.logits
 
-results["pixel_values"] = AutoImageProcessor.from_pretrained("zoo/pets")(pictures, return_tensors="pt")["pixel_values"]
+results["pixel_values"] = AutoImageProcessor.from_pretrained("zoo/pets")(images, return_tensors="pt")["pixel_values"]
 results["logits"], results["base"] = logits("zoo/pets"), logits("zoo/pets", AutoModel)
-report["answers"] = pipeline("image-classification", model="zoo/pets", trust_remote_code=True)(pictures[0])
+report["answers"] = pipeline("image-classification", model="zoo/pets", trust_remote_code=True)(images[0])
 """
 
 LOAD = (
@@ -154,13 +154,13 @@ TINY_BACKBONE = {"model_type": "convnext", "hidden_sizes": [8, 12, 16, 24], "dep
 
 
 @pytest.fixture(scope="module")
-def round_trip(hub_module, tmp_path_factory, model_folder, picture_files):
+def round_trip(hub_module, tmp_path_factory, model_folder, image_files):
     """Models pushed in every way, loaded in a process without the package, and once more when the Hub is gone."""
     folder = tmp_path_factory.mktemp("round_trip")
     image_processor = AutoImageProcessor.from_pretrained(model_folder)
-    pictures = [Image.open(path) for path in picture_files]
-    torch.save(image_processor(pictures, return_tensors="pt")["pixel_values"], folder / "inputs.pt")
-    arguments = [json.dumps([str(path) for path in picture_files])]
+    images = [Image.open(path) for path in image_files]
+    torch.save(image_processor(images, return_tensors="pt")["pixel_values"], folder / "inputs.pt")
+    arguments = [json.dumps([str(path) for path in image_files])]
 
     def load(script, *wanted, **more):
         outputs = folder / "loaded.safetensors"
@@ -193,17 +193,17 @@ def round_trip(hub_module, tmp_path_factory, model_folder, picture_files):
 
 
 @pytest.fixture(scope="module")
-def local(model_folder, picture_files):
+def local(model_folder, image_files):
     """What the model answers where it was made."""
-    pictures = [Image.open(path) for path in picture_files]
-    pixel_values = AutoImageProcessor.from_pretrained(model_folder)(pictures, return_tensors="pt")["pixel_values"]
+    images = [Image.open(path) for path in image_files]
+    pixel_values = AutoImageProcessor.from_pretrained(model_folder)(images, return_tensors="pt")["pixel_values"]
     model = AutoModelForImageClassification.from_pretrained(model_folder)
     with torch.no_grad():
         return {
             "pixel_values": pixel_values,
             "logits": model(pixel_values).logits,
             "base": AutoModel.from_pretrained(model_folder)(pixel_values).pooler_output,
-        }, pipeline("image-classification", str(model_folder))(pictures[0])
+        }, pipeline("image-classification", str(model_folder))(images[0])
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def _blocks(language: str, text: str = README) -> list[str]:
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    """Small random checkpoints under the names that the README loads from the Hub, and its two pictures."""
+    """Small random checkpoints under the names that the README loads from the Hub, and its two images."""
     monkeypatch.chdir(tmp_path)
     # Without torchvision, transformers 5.17 has a placeholder under this name, though the class works without.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
@@ -44,8 +44,8 @@ def checkpoints(tmp_path, monkeypatch):
     ):
         model.save_pretrained(name)
         BitImageProcessorPil(**SMALL_IMAGE).save_pretrained(name)
-    for name, colour in (("a.jpg", "red"), ("b.jpg", "blue")):
-        Image.new("RGB", (40, 50), colour).save(name)
+    for name, color in (("a.jpg", "red"), ("b.jpg", "blue")):
+        Image.new("RGB", (40, 50), color).save(name)
 
 
 def test_python_runs_as_it_stands(checkpoints, capsys):
@@ -58,22 +58,22 @@ def test_python_runs_as_it_stands(checkpoints, capsys):
 
 
 @pytest.fixture
-def workplace(tmp_path, model_folder, picture_files):
-    """A folder with what "Publish and deploy" names: a model, pictures of its classes, and the project's folders."""
+def workplace(tmp_path, model_folder, image_files):
+    """A folder with what "Publish and deploy" names: a model, images of its classes, and the project's folders."""
     for name in ("training", "model_cards"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(model_folder, tmp_path / "outputs" / "mine")
     rng = np.random.default_rng(0)
     for name in ("cat", "dog", "fox"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(20):
-            picture = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((40, 48))
-            picture.save(tmp_path / "pictures" / name / f"{number}.jpg")
-    shutil.copy(tmp_path / "pictures" / "cat" / "1.jpg", tmp_path / "a.jpg")
+            image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((40, 48))
+            image.save(tmp_path / "images" / name / f"{number}.jpg")
+    shutil.copy(tmp_path / "images" / "cat" / "1.jpg", tmp_path / "a.jpg")
     (card,) = _blocks("yaml", SECTION)
     # The model of the tests was not trained by `training.train`, so there are more facts to tell.
     more = ["base_model: facebook/convnext-tiny-224", "training_procedure: None.", "dataset_title: Noise"]
-    (tmp_path / "card.yaml").write_text("\n".join([card, *more, "share_pictures: true"]))
+    (tmp_path / "card.yaml").write_text("\n".join([card, *more, "share_images: true"]))
     return tmp_path
 
 

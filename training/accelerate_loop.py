@@ -3,8 +3,8 @@
 """Fine-tunes RBI with a bare Accelerate loop: the training of `training.train` without `Trainer`, to read and to take
 away.
 
-    python -m training.accelerate_loop --train_dir pictures --model_name_or_path facebook/dinov2-small
-    accelerate launch -m training.accelerate_loop --train_dir pictures --model_name_or_path facebook/dinov2-small
+    python -m training.accelerate_loop --train_dir images --model_name_or_path facebook/dinov2-small
+    accelerate launch -m training.accelerate_loop --train_dir images --model_name_or_path facebook/dinov2-small
 """
 
 import json
@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import EvalPrediction, get_scheduler
 
+from modeling_rbi import UserError
+
 from .cli import parse_arguments
-from .data.checks import load_checked_pictures
+from .data.checks import load_checked_images
+from .data.image_dataset import Collator, ImageDataset
 from .data.mixing import Mixing
-from .data.pictures import Collator, Pictures
 from .data.reading import DataArguments
 from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
@@ -48,21 +50,19 @@ class LoopArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the best model and the checkpoints."})
     num_train_epochs: int = field(default=3, metadata={"help": "Epochs."})
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Training pictures of a process at a time."}
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation pictures, the same."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training images of a process at a time."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation images, the same."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of AdamW after the warm-up."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
-    gather_across_processes: bool = field(default=False, metadata={"help": "Attend to the pictures of all processes."})
+    gather_across_processes: bool = field(default=False, metadata={"help": "Attend to the images of all processes."})
     mixed_precision: str | None = field(
         default=None,
         metadata={"help": "no, bf16 or fp16; by default as it was launched.", "choices": ["no", "bf16", "fp16"]},
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
     checkpointing_steps: int | None = field(
         default=None, metadata={"help": "Steps between checkpoints; else an epoch."}
     )
@@ -72,7 +72,7 @@ class LoopArguments:
 
 
 def main(argv: Sequence[str] | None = None):
-    """Trains, keeps the model that is best on the validation pictures, and prints its metrics."""
+    """Trains, keeps the model that is best on the validation images, and prints its metrics."""
     model_args, data_args, augmentation, args, _ = parse_arguments(
         sys.argv[1:] if argv is None else argv,
         (ModelArguments, DataArguments, AugmentationArguments, LoopArguments),
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None):
     )
     output_dir = Path(args.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()) and not args.resume_from_checkpoint:
-        raise ValueError(f"--output_dir {output_dir} is not empty: name another, or add --resume_from_checkpoint.")
+        raise UserError(f"--output_dir {output_dir} is not empty: name another, or add --resume_from_checkpoint.")
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,
@@ -91,12 +91,12 @@ def main(argv: Sequence[str] | None = None):
 
     # Data: pixels and labels. The sampler spreads each batch over the processes, so the loader is not prepared.
     with accelerator.main_process_first():
-        pictures, _ = load_checked_pictures(data_args, args.seed)
-    if "validation" not in pictures:
-        raise ValueError("The best model is chosen by validation pictures: leave --train_val_split above 0.")
-    model, image_processor = load_model(model_args, pictures["train"].features["label"].names)
+        images, _ = load_checked_images(data_args, args.seed)
+    if "validation" not in images:
+        raise UserError("The best model is chosen by validation images: leave --train_val_split above 0.")
+    model, image_processor = load_model(model_args, images["train"].features["label"].names)
     options = {"crop_to_boxes": data_args.crop_to_boxes, "max_pixels": data_args.max_pixels}
-    train_set = Pictures(pictures["train"], TrainTransform(image_processor, augmentation), augment=True, **options)
+    train_set = ImageDataset(images["train"], TrainTransform(image_processor, augmentation), augment=True, **options)
     sampler = ShuffledSampler(
         len(train_set),
         args.per_device_train_batch_size * accelerator.num_processes,
@@ -108,12 +108,12 @@ def main(argv: Sequence[str] | None = None):
     common = {"num_workers": args.dataloader_num_workers, "generator": torch.Generator()}
     collator = Collator(Mixing(augmentation, model.num_labels) if augmentation.mixes else None)
     train_loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=collator, **common)
-    validation_set = Pictures(pictures["validation"], EvalTransform(image_processor), **options)
+    validation_set = ImageDataset(images["validation"], EvalTransform(image_processor), **options)
     validation_loader = accelerator.prepare(
         DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, collate_fn=Collator(), **common)
     )
 
-    # Model and optimizer. The batch is the neighbourhood: that of this process, or of all.
+    # Model and optimizer. The batch is the neighborhood: that of this process, or of all.
     model.config.gather_across_processes = args.gather_across_processes
     self_loss_weight = model.config.self_loss_weight
     optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate, args.weight_decay))
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None):
         checkpoint = found[-1]
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
         if changed := differences(progress["arguments"], arguments):
-            raise ValueError(f"The run cannot go on with other arguments: {'; '.join(changed)}.")
+            raise UserError(f"The run cannot go on with other arguments: {'; '.join(changed)}.")
         accelerator.load_state(str(checkpoint))
     step, losses, history = progress["step"], progress["losses"], progress["history"]
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             num_targets = accelerator.reduce(count_targets(batch))
             outputs = model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"])
-            # The loss is a mean over all processes' pictures, and DDP takes the mean of their gradients.
+            # The loss is a mean over all processes' images, and DDP takes the mean of their gradients.
             loss = training_loss(outputs, batch, num_targets, self_loss_weight) * accelerator.num_processes
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None):
         save()
     if accelerator.is_main_process:
         write_json(output_dir / "all_results.json", history)
-    accelerator.print(f"The model that is best on the validation pictures: {output_dir.resolve()}")
+    accelerator.print(f"The model that is best on the validation images: {output_dir.resolve()}")
     accelerator.end_training()
 
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a saved RBI model, or any image classifier, by who the neighbours of a picture are.
+"""Measures a saved RBI model, or any image classifier, by who the neighbors of an image are.
 
-    python -m training.assess --model outputs/mine --train_dir pictures --output_dir outputs/assess
+    python -m training.assess --model outputs/mine --train_dir images --output_dir outputs/assess
 
-Protocols: single (each picture alone), reference (with the model's references), shuffled (random batches) and sorted
+Protocols: single (each image alone), reference (with the model's references), shuffled (random batches) and sorted
 (class-ordered batches). `--output_dir` gets results.json, results.csv, per_class.csv and figures.
 
 Exit code 0: measured. 1: model, data and arguments do not fit each other. 2: the arguments are wrong.
@@ -27,20 +27,20 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedConfig, TrainingArguments
 
-from modeling_rbi import RBIConfig
+from modeling_rbi import RBIConfig, UserError
+from modeling_rbi.errors_rbi import listed
 
 from .cli import parse_arguments
-from .data.checks import check_pictures, drop_bad, refuse_bad
+from .data.checks import check_images, drop_bad, refuse_bad
 from .data.decode import decode_image
-from .data.pictures import Pictures
-from .data.reading import SPLITS, DataArguments, fingerprint, labels_of, load_pictures
+from .data.image_dataset import ImageDataset
+from .data.reading import SPLITS, DataArguments, fingerprint, labels_of, load_images
 from .data.transforms import EvalTransform, processed_size
 from .evaluation.assessment import Assessment, assess
 from .evaluation.classifiers import (
     class_names,
     count_in_bank,
     in_order_of_content,
-    listed,
     load_classifier,
     load_config,
     match_labels,
@@ -62,24 +62,24 @@ class AssessmentArguments:
     What to measure, and how.
 
     Raises:
-        ValueError: if a value is out of its range.
+        UserError: if a value is out of its range.
     """
 
     model: str = field(metadata={"help": "RBI model, or any image classifier, in a folder or of the Hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    split: str = field(default="test", metadata={"help": "Pictures to measure on.", "choices": list(SPLITS)})
+    split: str = field(default="test", metadata={"help": "Images to measure on.", "choices": list(SPLITS)})
     protocols: list[str] | None = field(
         default=None,
-        metadata={"help": "Who the neighbours are; by default all that the model can.", "choices": list(PROTOCOLS)},
+        metadata={"help": "Who the neighbors are; by default all that the model can.", "choices": list(PROTOCOLS)},
     )
     batch_sizes: list[int] | None = field(
         default=None,
         metadata={
-            "help": "About how many pictures attend to each other under shuffled and sorted; by default "
-            f"{', '.join(map(str, DEFAULT_BATCH_SIZES))}, as far as there are so many pictures."
+            "help": "About how many images attend to each other under shuffled and sorted; by default "
+            f"{', '.join(map(str, DEFAULT_BATCH_SIZES))}, as far as there are so many images."
         },
     )
-    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the pictures. At least 2."})
+    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the images. At least 2."})
     resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap. At least 100."})
     seed: int = field(
         default=42, metadata={"help": "Random seed; also of what is held out for validation, as in training."}
@@ -89,9 +89,9 @@ class AssessmentArguments:
         metadata={"help": "Folder for tables and figures: a new one, or that of an assessment, which is replaced."},
     )
     per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "Pictures in a step of the backbone. It changes no result."}
+        default=64, metadata={"help": "Images in a step of the backbone. It changes no result."}
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures; 0: the main one."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images; 0: the main one."})
     use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress."})
 
@@ -104,12 +104,12 @@ class AssessmentArguments:
             ("dataloader_num_workers", 0),
         ):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
         if self.batch_sizes is not None:
             self.batch_sizes = sorted(set(self.batch_sizes))
             if self.batch_sizes[0] < 2:
-                raise ValueError(
-                    f"--batch_sizes must be at least 2, got {self.batch_sizes[0]}: one picture alone is the protocol "
+                raise UserError(
+                    f"--batch_sizes must be at least 2, got {self.batch_sizes[0]}: one image alone is the protocol "
                     "single."
                 )
 
@@ -127,13 +127,13 @@ def run(
     args: AssessmentArguments, data: DataArguments, start: float | None = None
 ) -> tuple[Assessment, dict[str, Any]]:
     r"""
-    Loads a model and its pictures, measures, and writes all files.
+    Loads a model and its images, measures, and writes all files.
 
     Args:
         args (`AssessmentArguments`):
             What to measure.
         data (`DataArguments`):
-            Where the pictures are.
+            Where the images are.
         start (`float`, *optional*):
             When the work began, by `time.perf_counter`.
 
@@ -142,21 +142,21 @@ def run(
 
     Raises:
         BadDataError: if the data cannot be measured on, or hold files that cannot be; names them.
-        ValueError, OSError: if model, data and arguments do not fit each other, before the backbone runs.
+        UserError, OSError: if model, data and arguments do not fit each other, before the backbone runs.
     """
     start = time.perf_counter() if start is None else start
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
     config = load_config(args.model, args.model_revision)
-    choose_protocols(config, args.protocols)  # before the pictures are read
-    pictures = load_pictures(data, args.seed)
-    _fit(pictures, config, args)  # before the pictures are decoded
-    report = check_pictures(pictures, max_pixels=data.max_pixels, allow_missing_classes=data.allow_missing_classes)
+    choose_protocols(config, args.protocols)  # before the images are read
+    images = load_images(data, args.seed)
+    _fit(images, config, args)  # before the images are decoded
+    report = check_images(images, max_pixels=data.max_pixels, allow_missing_classes=data.allow_missing_classes)
     if data.skip_bad_images:
-        pictures = drop_bad(pictures, report)
+        images = drop_bad(images, report)
     else:
         refuse_bad(report)
-    split, class_numbers, plan = _fit(pictures, config, args)
+    split, class_numbers, plan = _fit(images, config, args)
     # By content, so that no result depends on the order in which the data come.
     split = in_order_of_content(split)
     model, image_processor = load_classifier(args.model, args.model_revision, config)
@@ -166,7 +166,9 @@ def run(
 
     extracted = extract(
         model,
-        Pictures(split, EvalTransform(image_processor), crop_to_boxes=data.crop_to_boxes, max_pixels=data.max_pixels),
+        ImageDataset(
+            split, EvalTransform(image_processor), crop_to_boxes=data.crop_to_boxes, max_pixels=data.max_pixels
+        ),
         args.per_device_eval_batch_size,
         training.device,
         args.dataloader_num_workers,
@@ -195,7 +197,7 @@ def run(
         },
         "data": {
             "split": args.split,
-            "pictures": len(split),
+            "images": len(split),
             "classes": len(labels_of(split).unique()),
             "fingerprint": fingerprint(datasets.DatasetDict({args.split: split})),
             "left_out": len(report.rows_to_leave_out().get(args.split, [])) if data.skip_bad_images else 0,
@@ -203,7 +205,7 @@ def run(
         "arguments": resolved_arguments(args, data),
         "environment": describe_environment(training),
         "left_out": plan.left_out,
-        "pictures_in_bank": count_in_bank(model, extracted),
+        "images_in_bank": count_in_bank(model, extracted),
         **as_json(assessment),
     }
     names = class_names(config)
@@ -232,28 +234,28 @@ def run(
 
 
 def _fit(
-    pictures: datasets.DatasetDict, config: PreTrainedConfig, args: AssessmentArguments
+    images: datasets.DatasetDict, config: PreTrainedConfig, args: AssessmentArguments
 ) -> tuple[datasets.Dataset, torch.Tensor, Plan]:
     """The split, the model's number of each of its classes, and the plan; or an error where they don't go together."""
-    if args.split not in pictures:
-        raise ValueError(
-            f"The data has no {args.split} split: choose --split {' or '.join(pictures)}, or name pictures for it."
+    if args.split not in images:
+        raise UserError(
+            f"The data has no {args.split} split: choose --split {' or '.join(images)}, or name images for it."
         )
-    split = pictures[args.split]
+    split = images[args.split]
     return split, match_labels(split, config), make_plan(config, args, len(split))
 
 
 def check_output_dir(folder: Path):
     r"""
     Raises:
-        ValueError: if the folder holds anything but an earlier assessment.
+        UserError: if the folder holds anything but an earlier assessment.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        raise UserError(f"--output_dir {folder} is a file: name a folder.")
     names = names_in(folder)
     others = [name for name in names if name not in FILES]
     if others or (names and not _is_assessment(folder / RESULTS_FILE)):
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds other things than an assessment ({listed(others or names)}): name another "
             "folder."
         )
@@ -271,7 +273,7 @@ def choose_protocols(config: PreTrainedConfig, asked: Sequence[str] | None) -> t
     The protocols to measure a model under, by default all that there are for it, and why the others are left out.
 
     Raises:
-        ValueError: if one is asked for that the model cannot have.
+        UserError: if one is asked for that the model cannot have.
     """
     impossible = {}
     if config.model_type != RBIConfig.model_type:
@@ -281,36 +283,35 @@ def choose_protocols(config: PreTrainedConfig, asked: Sequence[str] | None) -> t
         impossible = {"reference": "the model has no reference bank; `model.set_references` makes one"}
     for name in asked or ():
         if name in impossible:
-            raise ValueError(f"--protocols {name}: {impossible[name]}.")
+            raise UserError(f"--protocols {name}: {impossible[name]}.")
     return [name for name in PROTOCOLS if name in (asked or PROTOCOLS) and name not in impossible], impossible
 
 
-def make_plan(config: PreTrainedConfig, args: AssessmentArguments, num_pictures: int) -> Plan:
+def make_plan(config: PreTrainedConfig, args: AssessmentArguments, num_images: int) -> Plan:
     r"""
-    What to measure on so many pictures.
+    What to measure on so many images.
 
     Raises:
-        ValueError: as [`choose_protocols`], and if there are fewer pictures than a batch size that is asked for, or
+        UserError: as [`choose_protocols`], and if there are fewer images than a batch size that is asked for, or
             than any of the default ones.
     """
     protocols, left_out = choose_protocols(config, args.protocols)
     if not set(protocols) & set(BATCH_PROTOCOLS):
         return Plan(protocols, [], left_out)
-    batch_sizes = args.batch_sizes or [size for size in DEFAULT_BATCH_SIZES if size <= num_pictures]
+    batch_sizes = args.batch_sizes or [size for size in DEFAULT_BATCH_SIZES if size <= num_images]
     if not batch_sizes:
-        raise ValueError(
-            f"The {args.split} split has {num_pictures} pictures, fewer than the smallest batch size of "
+        raise UserError(
+            f"The {args.split} split has {num_images} images, fewer than the smallest batch size of "
             f"{DEFAULT_BATCH_SIZES[0]}: name smaller --batch_sizes, or --protocols single."
         )
     for size in batch_sizes:
-        if size > num_pictures:
-            raise ValueError(
-                f"--batch_sizes {size} is more than the {num_pictures} pictures of the {args.split} split: leave it "
-                "out."
+        if size > num_images:
+            raise UserError(
+                f"--batch_sizes {size} is more than the {num_images} images of the {args.split} split: leave it out."
             )
-    if too_large := [size for size in DEFAULT_BATCH_SIZES if size > num_pictures and args.batch_sizes is None]:
-        left_out["batch sizes " + ", ".join(map(str, too_large))] = f"there are {num_pictures} pictures"
-    check_sizes(num_pictures, batch_sizes, args.num_shuffles)
+    if too_large := [size for size in DEFAULT_BATCH_SIZES if size > num_images and args.batch_sizes is None]:
+        left_out["batch sizes " + ", ".join(map(str, too_large))] = f"there are {num_images} images"
+    check_sizes(num_images, batch_sizes, args.num_shuffles)
     return Plan(protocols, batch_sizes, left_out)
 
 
@@ -339,14 +340,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(results_table(assessment, content["left_out"]))
     for finding in assessment.findings.values():
         console.print(escape(finding.sentence), highlight=False)
-    if number := content["pictures_in_bank"]:
+    if number := content["images_in_bank"]:
         console.print(
-            f"{number:,} of the pictures are in the model's reference bank. They do not attend to themselves, but the "
+            f"{number:,} of the images are in the model's reference bank. They do not attend to themselves, but the "
             "bank was not made without them."
         )
     data_facts, seconds = content["data"], content["seconds"]
     console.print(
-        f"{data_facts['pictures']:,} pictures of {data_facts['classes']} classes. {seconds['total']:.1f} s in all, "
+        f"{data_facts['images']:,} images of {data_facts['classes']} classes. {seconds['total']:.1f} s in all, "
         f"{content['time_ratio']:.2f} times one pass of the backbone over them ({seconds['backbone pass']:.1f} s).\n"
         f"Tables and figures: {escape(str(Path(args.output_dir).resolve()))}",
         soft_wrap=True,

@@ -15,8 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from .data.checks import DEFAULT_MIN_PER_CLASS, KINDS, DataReport, check_pictures
-from .data.reading import BadDataError, DataArguments, fingerprint, ignored_files, load_pictures
+from modeling_rbi import UserError
+
+from .data.checks import DEFAULT_MIN_PER_CLASS, KINDS, DataReport, check_images
+from .data.reading import BadDataError, DataArguments, fingerprint, ignored_files, load_images
 from .files import write_json
 
 
@@ -27,19 +29,19 @@ class CheckArguments:
     report: str | None = field(default=None, metadata={"help": "JSON file to write all findings to."})
     num_workers: int | None = field(default=None, metadata={"help": "Threads that decode; by default one a core."})
     min_per_class: int = field(
-        default=DEFAULT_MIN_PER_CLASS, metadata={"help": "Note classes with fewer training pictures."}
+        default=DEFAULT_MIN_PER_CLASS, metadata={"help": "Note classes with fewer training images."}
     )
     num_files: int = field(default=3, metadata={"help": "Findings of each kind that are printed; 0: all."})
     seed: int = field(default=42, metadata={"help": "Random seed of what is held out for validation, as in training."})
 
     def __post_init__(self):
         if self.report is not None and not Path(self.report).absolute().parent.is_dir():
-            raise ValueError(f"--report {self.report}: there is no folder {Path(self.report).absolute().parent}.")
+            raise UserError(f"--report {self.report}: there is no folder {Path(self.report).absolute().parent}.")
         if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"--num_workers must be at least 1, got {self.num_workers}.")
+            raise UserError(f"--num_workers must be at least 1, got {self.num_workers}.")
         for name in ("min_per_class", "num_files"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}.")
+                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}.")
 
 
 def findings_table(report: DataReport, num_files: int) -> Table:
@@ -60,11 +62,11 @@ def check(data_args: DataArguments, args: CheckArguments, console: Console) -> D
     Checks the data, prints the findings and writes the report if there is to be one.
 
     Raises:
-        ValueError, OSError: see [`load_pictures`].
+        UserError, OSError: see [`load_images`].
     """
     # Missing classes are findings here, beside all others.
-    dataset = load_pictures(dataclasses.replace(data_args, allow_missing_classes=True), args.seed)
-    report = check_pictures(
+    dataset = load_images(dataclasses.replace(data_args, allow_missing_classes=True), args.seed)
+    report = check_images(
         dataset,
         max_pixels=data_args.max_pixels,
         min_per_class=args.min_per_class,
@@ -78,7 +80,7 @@ def check(data_args: DataArguments, args: CheckArguments, console: Console) -> D
             "fingerprint": fingerprint(dataset),
         }
         write_json(Path(args.report), content | report.to_dict())
-    console.print(", ".join(f"{name}: {number} pictures" for name, number in report.pictures.items()))
+    console.print(", ".join(f"{name}: {number} images" for name, number in report.images.items()))
     if report.findings:
         console.print(findings_table(report, args.num_files))
     left_out = {name: len(rows) for name, rows in report.rows_to_leave_out().items()}

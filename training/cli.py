@@ -4,19 +4,84 @@
 
 import difflib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
+import huggingface_hub.errors
 import yaml
+from rich.console import Console
 from transformers import HfArgumentParser
+
+from modeling_rbi import UserError
+
+
+logger = logging.getLogger(__name__)
+
+# Errors of huggingface_hub, of which some are neither `OSError` nor derived from a common class.
+_HUB_ERRORS = tuple(
+    error
+    for error in vars(huggingface_hub.errors).values()
+    if isinstance(error, type) and issubclass(error, Exception) and error.__module__ == huggingface_hub.errors.__name__
+)
+USER_ERRORS = (UserError, OSError, datasets.exceptions.DatasetsError, *_HUB_ERRORS)
+
+
+class ArgumentError(UserError):
+    """The arguments of a command are wrong, so that nothing was begun."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, with a sentence for the user: what is left, and how to go on."""
+
+
+def run_command(
+    command: Callable[[Sequence[str], Console], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    width: int = 120,
+    on_stop: str = "Nothing was written.",
+) -> int:
+    r"""
+    Runs a command: gives it its arguments and a console, and turns errors that a user can fix into one line on stderr.
+    Other errors are bugs, and show their traceback.
+
+    Args:
+        command (`Callable[[Sequence[str], Console], int | None]`):
+            Parses the arguments with [`parse_arguments`], works, prints, and returns its exit code (`None`: 0).
+        argv (`Sequence[str]`, *optional*):
+            Arguments of the command line; by default those of this process.
+        width (`int`, *optional*, defaults to 120):
+            Columns of the console where it is no terminal.
+        on_stop (`str`, *optional*):
+            What to say after Ctrl-C, unless `command` raises [`Stopped`] with a sentence of its own.
+
+    Returns:
+        `int`: the exit code of `command`; 1 after an error, 2 after wrong arguments, 130 after Ctrl-C.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    try:
+        return command(list(sys.argv[1:] if argv is None else argv), console) or 0
+    except KeyboardInterrupt as stop:
+        print(f"Stopped. {stop.args[0] if stop.args else on_stop}", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        logger.debug("Where it happened:", exc_info=True)
+        if os.environ.get("RANK", "0") == "0":  # in a distributed run, all processes fail alike
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ArgumentError(message)
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -59,10 +124,18 @@ def parse_arguments(
         One instance of each dataclass, and the recipes that were read, `list[str]`.
 
     Raises:
-        ValueError: for an unknown flag or key (names the nearest one), a wrong value, a recipe that is no mapping or
-            extends itself.
-        OSError: if a recipe is not there.
+        ArgumentError: for an unknown flag or key (names the nearest one), a wrong value, and a recipe that does not
+            exist, is no mapping or extends itself.
     """
+    try:
+        return _parse(argv, dataclass_types, defaults, description)
+    except (ValueError, ImportError, OSError) as error:
+        raise ArgumentError(str(error)) from error
+
+
+def _parse(
+    argv: Sequence[str], dataclass_types: Sequence[type], defaults: dict[str, Any], description: str | None
+) -> tuple[Any, ...]:
     parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
     _add_config(parser)
     names = {action.dest for action in parser._actions} - {"help", "config"}
@@ -73,16 +146,16 @@ def parse_arguments(
         for path, content in _read_recipe(Path(recipe), ()):
             for key, value in content.items():
                 if key not in names:
-                    raise ValueError(f"{path} has the unknown key `{key}`{_nearest(str(key), names)}")
+                    raise UserError(f"{path} has the unknown key `{key}`{_nearest(str(key), names)}")
                 if isinstance(value, list) and key not in lists:
-                    raise ValueError(f"{path} has a list for `{key}`, which takes one value.")
+                    raise UserError(f"{path} has a list for `{key}`, which takes one value.")
             values |= content
     arguments = [argument for name, value in values.items() for argument in _as_flags(name, value)] + list(argv)
     # Before the dataclasses are made, which may miss the very value whose flag is misspelt.
     if unknown := parser.parse_known_args(arguments)[1]:
         flag = unknown[0].split("=")[0]
         hint = _nearest(flag.lstrip("-").replace("-", "_"), names, prefix="--")
-        raise ValueError(f"There is no argument {flag}{hint}")
+        raise UserError(f"There is no argument {flag}{hint}")
     *parsed, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     return (*parsed, recipes)
 
@@ -103,17 +176,17 @@ def _add_config(parser: HfArgumentParser):
 def _read_recipe(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A recipe with those that it extends, these first."""
     if path.resolve() in above:
-        raise ValueError(f"{path} extends itself.")
+        raise UserError(f"{path} extends itself.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise UserError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a mapping of arguments to values.")
+        raise UserError(f"{path} must be a mapping of arguments to values.")
     bases = content.pop("extends", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ValueError(f"{path} must name the recipes that it extends, by their paths from its own folder.")
+        raise UserError(f"{path} must name the recipes that it extends, by their paths from its own folder.")
     for base in bases:
         yield from _read_recipe(path.parent / base, (*above, path.resolve()))
     yield path, content

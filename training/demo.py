@@ -3,7 +3,7 @@
 """RBI on real photographs, from weights to a saved model: `python -m training.demo`.
 
 Compares heads on the frozen backbone's features, fine-tunes the better RBI preset end to end, saves it, loads it back
-through the Auto classes and classifies a picture with a pipeline.
+through the Auto classes and classifies an image with a pipeline.
 """
 
 import json
@@ -34,13 +34,13 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, pixel_statistics
+from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, UserError, pixel_statistics
 
 from .ablation.heads import Budget, TrainedHead, predict_with, train_head, train_plain, untrained_head
 from .data.packaged.backbones import load_mobilenet_v2, mobilenet_v2_image_processor
 from .data.packaged.orl import load_orl_faces
 from .data.splits import Split, draw_few_shots
-from .evaluation.features import CachedPictures
+from .evaluation.features import CachedImages
 from .evaluation.protocols import ProtocolAccuracies, evaluate_protocols
 from .record import processor_name
 
@@ -57,14 +57,14 @@ class DemoArguments:
     """Options of the demo."""
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for the model and the results."})
-    num_draws: int = field(default=10, metadata={"help": "Random choices of the training pictures. At least 2."})
-    image_size: int = field(default=128, metadata={"help": "Height and width of the pictures, in pixels."})
+    num_draws: int = field(default=10, metadata={"help": "Random choices of the training images. At least 2."})
+    image_size: int = field(default=128, metadata={"help": "Height and width of the images, in pixels."})
     max_steps: int = field(default=100, metadata={"help": "Training steps of each head on the frozen backbone."})
-    batch_size: int = field(default=40, metadata={"help": "Pictures of a training batch, which attend to each other."})
+    batch_size: int = field(default=40, metadata={"help": "Images of a training batch, which attend to each other."})
     eval_batch_size: int = field(
-        default=128, metadata={"help": "About how many test pictures attend to each other in a batch."}
+        default=128, metadata={"help": "About how many test images attend to each other in a batch."}
     )
-    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the test pictures. At least 2."})
+    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the test images. At least 2."})
     num_train_epochs: int = field(default=8, metadata={"help": "Epochs of the fine-tuning end to end."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the fine-tuning end to end."})
     seed: int = field(default=0, metadata={"help": "Random seed; draw k uses seed + k."})
@@ -74,12 +74,12 @@ class DemoArguments:
             self._check_least(name, least)
         for name in ("max_steps", "num_train_epochs"):
             self._check_least(name, 1)
-        # The backbone halves the picture five times.
+        # The backbone halves the image five times.
         self._check_least("image_size", 32)
 
     def _check_least(self, name: str, least: int):
         if getattr(self, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+            raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,15 @@ class ArmResult:
 def check_output_dir(output_dir: Path):
     """Refuses a folder that holds something else than an earlier demo, before any work is done."""
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
+        raise UserError(f"--output_dir {output_dir} is a file: name a folder.")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RESULTS_FILE).exists():
-        raise ValueError(
+        raise UserError(
             f"--output_dir {output_dir} is not empty and holds no earlier demo, which alone would be replaced: name "
             "another folder."
         )
 
 
-def load_pictures(image_size: int) -> tuple[datasets.Dataset, CachedPictures, RBIModel]:
+def load_images(image_size: int) -> tuple[datasets.Dataset, CachedImages, RBIModel]:
     """The faces, their features, and the model with the pretrained backbone that gave them."""
     faces = load_orl_faces()
     image_processor = mobilenet_v2_image_processor(image_size)
@@ -114,7 +114,7 @@ def load_pictures(image_size: int) -> tuple[datasets.Dataset, CachedPictures, RB
     model = RBIModel(config).eval()
     model.backbone.load_state_dict(backbone.state_dict())
     pixel_values = image_processor(list(faces["image"]), return_tensors="pt")["pixel_values"]
-    return faces, CachedPictures.from_backbone(model, pixel_values, torch.tensor(faces["label"])), model
+    return faces, CachedImages.from_backbone(model, pixel_values, torch.tensor(faces["label"])), model
 
 
 def head_config(preset: str, model: RBIModel, label_names: list[str]) -> RBIConfig:
@@ -130,22 +130,22 @@ def head_config(preset: str, model: RBIModel, label_names: list[str]) -> RBIConf
 
 
 def compare_heads(
-    pictures: CachedPictures, split: Split, model: RBIModel, label_names: list[str], args: DemoArguments, seed: int
+    images: CachedImages, split: Split, model: RBIModel, label_names: list[str], args: DemoArguments, seed: int
 ) -> dict[str, TrainedHead]:
     """Trains all arms on one draw under one budget."""
     budget = Budget(steps=args.max_steps, batch_size=args.batch_size)
     configs = {arm: head_config(preset, model, label_names) for arm, preset in PRESETS.items()}
-    plain = train_plain(pictures, split.train, len(label_names), budget, seed)
-    heads = {"plain": plain, "rbi-kernel, untrained": untrained_head(pictures, plain, configs["rbi-kernel"])}
+    plain = train_plain(images, split.train, len(label_names), budget, seed)
+    heads = {"plain": plain, "rbi-kernel, untrained": untrained_head(images, plain, configs["rbi-kernel"])}
     for arm, config in configs.items():
-        heads[CONTROLS[arm]] = train_head(pictures, split.train, config, budget, seed, relation_scope="self")
-        heads[arm] = train_head(pictures, split.train, config, budget, seed)
+        heads[CONTROLS[arm]] = train_head(images, split.train, config, budget, seed, relation_scope="self")
+        heads[arm] = train_head(images, split.train, config, budget, seed)
     return heads
 
 
-def measure(head: TrainedHead, pictures: CachedPictures, split: Split, args: DemoArguments, seed: int) -> ArmResult:
-    """Accuracies on the test pictures, and on the validation pictures in the scope that a deployed model has."""
-    labels = pictures.labels
+def measure(head: TrainedHead, images: CachedImages, split: Split, args: DemoArguments, seed: int) -> ArmResult:
+    """Accuracies on the test images, and on the validation images in the scope that a deployed model has."""
+    labels = images.labels
     logits = head.predict(split.validation, "self")
     return ArmResult(
         test=evaluate_protocols(
@@ -206,17 +206,17 @@ def explain_table(args: DemoArguments, num_train: int, num_test: int) -> str:
     """What the columns are."""
     batch = num_test / max(1, round(num_test / args.eval_batch_size))
     return (
-        f"{args.num_draws} draws of {num_train} training pictures; {num_test} test pictures in batches of "
+        f"{args.num_draws} draws of {num_train} training images; {num_test} test images in batches of "
         f"{batch:.0f}, training batches of {args.batch_size}.\n"
-        f"single: each picture alone. shuffled: random batches, ± standard deviation over {args.num_shuffles} "
+        f"single: each image alone. shuffled: random batches, ± standard deviation over {args.num_shuffles} "
         "shuffles. sorted: class-ordered\n"
-        "batches; leak = sorted - shuffled: labels read off the neighbours, no accuracy. gain: shuffled, over the "
+        "batches; leak = sorted - shuffled: labels read off the neighbors, no accuracy. gain: shuffled, over the "
         "same head without\n"
         "relations (self, self-kernel; plain for the untrained one), paired by draw, ± standard error."
     )
 
 
-class FineTuningPictures(torch.utils.data.Dataset):
+class FineTuningImages(torch.utils.data.Dataset):
     """Rows of the faces for `Trainer`, in training mirrored and shifted at random."""
 
     def __init__(self, faces: datasets.Dataset, rows: torch.Tensor, image_processor, augment: bool):
@@ -243,8 +243,8 @@ def _augment(image: Image.Image) -> Image.Image:
 def fine_tune(
     model: RBIForImageClassification, faces: datasets.Dataset, split: Split, args: DemoArguments, folder: Path
 ) -> Trainer:
-    """Trains all of the model with `Trainer` and keeps the epoch that is best on the validation pictures."""
-    # Batch normalisation keeps its statistics of ImageNet: batches of so few pictures would estimate them badly.
+    """Trains all of the model with `Trainer` and keeps the epoch that is best on the validation images."""
+    # Batch normalization keeps its statistics of ImageNet: batches of so few images would estimate them badly.
     model.rbi.backbone.register_forward_pre_hook(lambda backbone, _: backbone.eval() and None)
     image_processor = mobilenet_v2_image_processor(args.image_size)
     trainer = Trainer(
@@ -268,8 +268,8 @@ def fine_tune(
             seed=args.seed,
             disable_tqdm=not sys.stderr.isatty(),
         ),
-        train_dataset=FineTuningPictures(faces, split.train, image_processor, augment=True),
-        eval_dataset=FineTuningPictures(faces, split.validation, image_processor, augment=False),
+        train_dataset=FineTuningImages(faces, split.train, image_processor, augment=True),
+        eval_dataset=FineTuningImages(faces, split.validation, image_processor, augment=False),
         processing_class=image_processor,
         compute_metrics=lambda output: {"accuracy": (output.predictions.argmax(-1) == output.label_ids).mean()},
     )
@@ -321,28 +321,28 @@ def main(args: DemoArguments, console: Console | None = None):
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
 
-    faces, pictures, base = load_pictures(args.image_size)
+    faces, images, base = load_images(args.image_size)
     label_names = faces.features["label"].names
     console.print(
         f"{len(faces)} photographs of {len(label_names)} people (ORL faces, AT&T Laboratories Cambridge); MobileNetV2 "
-        f"with ImageNet weights, {pictures.features.shape[1]} features, {args.image_size} px."
+        f"with ImageNet weights, {images.features.shape[1]} features, {args.image_size} px."
     )
 
     results: dict[str, list[ArmResult]] = {}
-    splits = [draw_few_shots(pictures.labels, 2, 1, args.seed + draw) for draw in range(args.num_draws)]
+    splits = [draw_few_shots(images.labels, 2, 1, args.seed + draw) for draw in range(args.num_draws)]
     first_heads: dict[str, TrainedHead] = {}
     with Progress(console=console, transient=True) as progress:
         for draw in progress.track(range(args.num_draws), description="Comparing heads on the frozen backbone"):
-            heads = compare_heads(pictures, splits[draw], base, label_names, args, args.seed + draw)
+            heads = compare_heads(images, splits[draw], base, label_names, args, args.seed + draw)
             for arm, head in heads.items():
-                results.setdefault(arm, []).append(measure(head, pictures, splits[draw], args, args.seed + draw))
+                results.setdefault(arm, []).append(measure(head, images, splits[draw], args, args.seed + draw))
             first_heads = first_heads or heads
     console.print(results_table(results))
     console.print(explain_table(args, len(splits[0].train), len(splits[0].test)), soft_wrap=True, highlight=False)
 
     chosen = choose_preset(results)
     console.print(
-        f"\nBetter RBI preset on the validation pictures: [bold]{chosen}[/bold]. Fine-tuning it end to end on draw 1, "
+        f"\nBetter RBI preset on the validation images: [bold]{chosen}[/bold]. Fine-tuning it end to end on draw 1, "
         f"{args.num_train_epochs} epochs."
     )
     model: RBIForImageClassification = first_heads[chosen].model  # type: ignore[assignment]
@@ -357,12 +357,12 @@ def main(args: DemoArguments, console: Console | None = None):
             100 * log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log
         ]
         console.print(f"Validation accuracy by epoch: {', '.join(f'{value:.1f}' for value in accuracies_by_epoch)}")
-        tuned_pictures = CachedPictures.from_backbone(model.rbi, pictures.pixel_values, pictures.labels)
+        tuned_images = CachedImages.from_backbone(model.rbi, images.pixel_values, images.labels)
         before = results[chosen][0].test
         after = evaluate_protocols(
-            predict_with(model, tuned_pictures),
+            predict_with(model, tuned_images),
             splits[0].test,
-            pictures.labels[splits[0].test],
+            images.labels[splits[0].test],
             args.eval_batch_size,
             args.num_shuffles,
             args.seed,
@@ -394,7 +394,7 @@ def check_saved_model(
     folder: Path, image: Image.Image, label: str, model: RBIForImageClassification, console: Console
 ):
     r"""
-    Loads the folder with the Auto classes and a pipeline, and classifies a picture.
+    Loads the folder with the Auto classes and a pipeline, and classifies an image.
 
     Raises:
         RuntimeError: if the loaded model does not give the logits of the trained one.
@@ -411,7 +411,7 @@ def check_saved_model(
     answers = pipeline("image-classification", model=str(folder), device="cpu")(image, top_k=3)
     console.print(
         f"\nLoaded with AutoModelForImageClassification: logits as trained (difference {difference:.0e}). A test "
-        f"picture of {label} through pipeline(): "
+        f"image of {label} through pipeline(): "
         + ", ".join(f"{answer['label']} {answer['score']:.2f}" for answer in answers),
         soft_wrap=True,
         highlight=False,

@@ -3,11 +3,11 @@
 """Exports a saved RBI model to ONNX or to a program of torch.export, and checks that it answers as the model does.
 
     python -m training.export --model outputs/mine --output_dir outputs/onnx
-    python -m training.export --model outputs/mine --dtype float32 int8 --train_dir pictures --output_dir outputs/onnx
+    python -m training.export --model outputs/mine --dtype float32 int8 --train_dir images --output_dir outputs/onnx
 
 ONNX comes in the layout that transformers.js loads: onnx/model.onnx (model_fp16.onnx, model_quantized.onnx),
-config.json and preprocessor_config.json. With data, all files are measured on their pictures, and int8 is calibrated
-on the training pictures.
+config.json and preprocessor_config.json. With data, all files are measured on their images, and int8 is calibrated
+on the training images.
 
 Exit code 0: exported. 1: model, data and arguments do not fit each other, or the export answers otherwise than the
 model: nothing is written. 2: the arguments are wrong.
@@ -33,11 +33,11 @@ from rich.markup import escape
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import RBIForImageClassification
+from modeling_rbi import RBIForImageClassification, UserError
 
 from .cli import parse_arguments
-from .data.checks import check_pictures, drop_bad, refuse_bad
-from .data.reading import DataArguments, load_pictures
+from .data.checks import check_images, drop_bad, refuse_bad
+from .data.reading import DataArguments, load_images
 from .deployment.client import client_config, client_image_processor, scores_note
 from .deployment.exporters import (
     _PROGRAM_FILE,
@@ -70,7 +70,7 @@ class ExportArguments:
     What to export, and how.
 
     Raises:
-        ValueError: if a value is out of its range, or the values do not go together.
+        UserError: if a value is out of its range, or the values do not go together.
     """
 
     model: str = field(metadata={"help": "RBI model, in a folder or of the Hub."})
@@ -82,7 +82,7 @@ class ExportArguments:
     scope: str | None = field(
         default=None,
         metadata={
-            "help": "Whom a picture attends to: itself, the model's references, or the others of the batch; by "
+            "help": "Whom an image attends to: itself, the model's references, or the others of the batch; by "
             "default the model's own relation_scope.",
             "choices": list(SCOPES),
         },
@@ -102,12 +102,12 @@ class ExportArguments:
     )
     split: str = field(
         default="test",
-        metadata={"help": "Pictures to measure on, if data are named.", "choices": ["validation", "test"]},
+        metadata={"help": "Images to measure on, if data are named.", "choices": ["validation", "test"]},
     )
-    num_calibration_pictures: int = field(
-        default=128, metadata={"help": "Training pictures that the ranges for int8 are taken from, drawn at random."}
+    num_calibration_images: int = field(
+        default=128, metadata={"help": "Training images that the ranges for int8 are taken from, drawn at random."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Pictures in a step of the measurement."})
+    batch_size: int = field(default=16, metadata={"help": "Images in a step of the measurement."})
     seed: int = field(
         default=42, metadata={"help": "Random seed; also of what is held out for validation, as in training."}
     )
@@ -115,18 +115,16 @@ class ExportArguments:
 
     def __post_init__(self):
         self.dtype = list(dict.fromkeys(self.dtype or ["float32"]))
-        for name, least in (("num_calibration_pictures", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("num_calibration_images", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
         if self.dtype != ["float32"] and self.format != "onnx":
-            raise ValueError(
-                f"--dtype {' '.join(self.dtype)} goes with --format onnx: {self.format} is float32 alone."
-            )
+            raise UserError(f"--dtype {' '.join(self.dtype)} goes with --format onnx: {self.format} is float32 alone.")
 
 
 @dataclass
 class MeasuringArguments(DataArguments):
-    """Pictures to calibrate and to measure on; none need be named."""
+    """Images to calibrate and to measure on; none need be named."""
 
     def __post_init__(self):
         if self.is_given:
@@ -146,15 +144,15 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
         args (`ExportArguments`):
             What to export.
         data (`MeasuringArguments`, *optional*):
-            Pictures to calibrate int8 and to measure on.
+            Images to calibrate int8 and to measure on.
 
     Returns:
         What `config.json` says of the export, and remarks for its user.
 
     Raises:
-        ValueError, OSError: if model, data and arguments do not fit each other, or the export answers otherwise than
+        UserError, OSError: if model, data and arguments do not fit each other, or the export answers otherwise than
             the model.
-        ImportError: if the packages for ONNX are not installed.
+        MissingPackageError: if the packages for ONNX are not installed.
     """
     assert args.dtype is not None
     output_dir = Path(args.output_dir)
@@ -165,15 +163,15 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
     if data is not None and not data.is_given:
         data = None
     if data is None and args.split != "test":
-        raise ValueError(f"--split {args.split} is of data: name them, for instance by --train_dir.")
+        raise UserError(f"--split {args.split} is of data: name them, for instance by --train_dir.")
     if "int8" in args.dtype and data is None:
-        raise ValueError(
-            "--dtype int8 needs pictures to calibrate it and to measure what it costs: name them, for instance by "
+        raise UserError(
+            "--dtype int8 needs images to calibrate it and to measure what it costs: name them, for instance by "
             "--train_dir."
         )
     config = load_config(args.model, args.model_revision)
     scope = choose_scope(args.model, config, args.scope)
-    splits = None if data is None else _load_labelled(args, data, config)
+    splits = None if data is None else _load_labeled(args, data, config)
     model, image_processor = _load_model(args, config)
     size = _image_size(image_processor)
     processor_fields, client_note = client_image_processor(image_processor, len(config.image_mean))
@@ -189,8 +187,8 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
                 exported["float16"] = exporter.halve(folder)
             if "int8" in args.dtype:
                 assert splits is not None and data is not None
-                pictures = _drawn(splits["train"], args.num_calibration_pictures, args.seed)
-                loader = _loader(pictures, image_processor, data, args.batch_size)
+                images = _drawn(splits["train"], args.num_calibration_images, args.seed)
+                loader = _loader(images, image_processor, data, args.batch_size)
                 exported["int8"] = exporter.quantize(folder, (batch["pixel_values"] for batch in loader), len(loader))
         measured: dict[str, dict[str, Any]] = {}
         if splits is not None and data is not None:
@@ -221,7 +219,7 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
                 | ({"measured": measured[dtype]} if dtype in measured else {})
                 for dtype in args.dtype
             },
-            "measured_on": None if splits is None else {"split": args.split, "pictures": len(splits[args.split])},
+            "measured_on": None if splits is None else {"split": args.split, "images": len(splits[args.split])},
             "versions": {
                 name: importlib.metadata.version(name)
                 for name in ("torch", "transformers", *(("onnx", "onnxruntime", "onnxscript") if is_onnx else ()))
@@ -239,10 +237,10 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
         shutil.rmtree(output_dir / ONNX_FOLDER, ignore_errors=True)
         (output_dir / _PROGRAM_FILE).unlink(missing_ok=True)
     if scope == "batch":
-        notes.append("Answers depend on the other pictures of a batch: a client that is given several relates them.")
+        notes.append("Answers depend on the other images of a batch: a client that is given several relates them.")
     if references:
-        copies = " and small copies" if references["has_pictures"] else ""
-        notes.append(f"The files carry features{copies} of {references['num_references']} reference pictures.")
+        copies = " and small copies" if references["has_images"] else ""
+        notes.append(f"The files carry features{copies} of {references['num_references']} reference images.")
     if not is_onnx:
         notes.append("torch.export.load may run code that a .pt2 file holds: load such files from yourself alone.")
     return facts, notes
@@ -251,15 +249,15 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
 def check_output_dir(folder: Path):
     r"""
     Raises:
-        ValueError: if the folder holds anything but an earlier export.
+        UserError: if the folder holds anything but an earlier export.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        raise UserError(f"--output_dir {folder} is a file: name a folder.")
     names = names_in(folder)
     others = set(names) - {CONFIG_FILE, PROCESSOR_FILE, ONNX_FOLDER, _PROGRAM_FILE}
     if others or (names and not _is_export(folder / CONFIG_FILE)):
         listed = ", ".join((sorted(others) or names)[:5])
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds other things than an export ({listed}): name another folder. An export "
             "cannot share that of its model, as each has its own config.json."
         )
@@ -280,24 +278,24 @@ def _load_model(
     except OSError as error:
         if "image processor" not in str(error):
             raise
-        raise ValueError(
-            f"--model {args.model} has no image processor, which says how its pictures are prepared: save it beside "
+        raise UserError(
+            f"--model {args.model} has no image processor, which says how its images are prepared: save it beside "
             "the model (`image_processor.save_pretrained`)."
         ) from error
     # In evaluation again, so that keys and values of the references are of this precision, too.
     return model.float().eval(), image_processor
 
 
-def _load_labelled(args: ExportArguments, data: DataArguments, config: PreTrainedConfig) -> datasets.DatasetDict:
-    pictures = load_pictures(data, args.seed)
-    if args.split not in pictures:
-        raise ValueError(f"The data has no {args.split} split: choose --split validation, or name pictures for it.")
-    match_labels(pictures[args.split], config)  # before the pictures are decoded
-    report = check_pictures(pictures, max_pixels=data.max_pixels, allow_missing_classes=data.allow_missing_classes)
+def _load_labeled(args: ExportArguments, data: DataArguments, config: PreTrainedConfig) -> datasets.DatasetDict:
+    images = load_images(data, args.seed)
+    if args.split not in images:
+        raise UserError(f"The data has no {args.split} split: choose --split validation, or name images for it.")
+    match_labels(images[args.split], config)  # before the images are decoded
+    report = check_images(images, max_pixels=data.max_pixels, allow_missing_classes=data.allow_missing_classes)
     if data.skip_bad_images:
-        return drop_bad(pictures, report)
+        return drop_bad(images, report)
     refuse_bad(report)
-    return pictures
+    return images
 
 
 def _drawn(split: datasets.Dataset, number: int, seed: int) -> datasets.Dataset:

@@ -5,10 +5,13 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from modeling_rbi import UserError
+from modeling_rbi.errors_rbi import listed
 
 
 def cache_dir() -> Path:
@@ -50,16 +53,16 @@ def read_json(path: Path, what: str) -> dict[str, Any] | None:
             What it ought to be, in words.
 
     Raises:
-        ValueError: if it is that not.
+        UserError: if it is that not.
     """
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no {what} ({error}): move it away.") from error
+        raise UserError(f"{path} is no {what} ({error}): move it away.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no {what}: move it away.")
+        raise UserError(f"{path} is no {what}: move it away.")
     return content
 
 
@@ -82,6 +85,41 @@ def names_in(folder: Path) -> list[str]:
 
 def _is_draft(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(_DRAFT) and path.is_dir()
+
+
+def check_output_dir(
+    folder: Path,
+    what: str | None = None,
+    names: Collection[str] = (),
+    is_former: Callable[[Path], bool] = lambda folder: True,
+):
+    r"""
+    Refuses an output folder in which files would be overwritten or mixed with others.
+
+    Args:
+        folder (`Path`):
+            The value of `--output_dir`.
+        what (`str`, *optional*):
+            What the command writes, such as "an assessment", if a former one may be replaced. `None`: the folder must
+            be empty or missing.
+        names (`Collection[str]`, *optional*):
+            The files and folders that the command writes.
+        is_former (`Callable[[Path], bool]`, *optional*):
+            Whether the folder holds a former result of the command.
+
+    Raises:
+        UserError: if it is a file, or holds anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: name a folder.")
+    found = names_in(folder)
+    if found and what is None:
+        raise UserError(f"--output_dir {folder} is not empty: name a new folder.")
+    others = [name for name in found if name not in names]
+    if found and (others or not is_former(folder)):
+        raise UserError(
+            f"--output_dir {folder} holds other files than {what} ({listed(others or found)}): name another folder."
+        )
 
 
 @contextmanager

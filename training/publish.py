@@ -24,6 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
 from model_cards.card import CardArguments
+from modeling_rbi import UserError
 
 from .cli import parse_arguments
 from .deployment.publication import (
@@ -64,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dry_run(args: PublicationArguments, given: CardArguments, console: Console) -> int:
     folder = Path(args.output_dir or "")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_publication(folder))):
-        raise ValueError(f"--output_dir {folder} holds other things than a publication: name a new folder.")
+        raise UserError(f"--output_dir {folder} holds other things than a publication: name a new folder.")
     if folder.resolve() == Path(args.model).resolve():
-        raise ValueError(f"--output_dir {folder} is the model's own folder: name a new one.")
+        raise UserError(f"--output_dir {folder} is the model's own folder: name a new one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".tmp") as draft:
         publication = make_folder(args, given, Path(draft) / "folder")

@@ -93,7 +93,7 @@ class RunRecord:
         The record in a folder, if there is one.
 
         Raises:
-            ValueError: if it cannot be read.
+            UserError: if it cannot be read.
         """
         return read_json(output_dir / RECORD_FILE, "record of a run")
 

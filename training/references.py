@@ -4,13 +4,13 @@
 
     python -m training.references --model outputs/mine --images camera --output_dir outputs/with-references
 
-`--model` is an RBI model, or any image classifier that RBI can be plugged into; `--images` are pictures without labels
-of the place where the model works. With labelled data (`--train_dir` and the like, as in training) its training
-pictures come into the bank, too, and its validation pictures say how much relations help, and which temperature, gain
-and share are the best. If none is, nothing is written. The test pictures are not looked at. A bank that the model has
+`--model` is an RBI model, or any image classifier that RBI can be plugged into; `--images` are images without labels
+of the place where the model works. With labeled data (`--train_dir` and the like, as in training) its training
+images come into the bank, too, and its validation images say how much relations help, and which temperature, gain
+and share are the best. If none is, nothing is written. The test images are not looked at. A bank that the model has
 already is replaced.
 
-Exit code 0: written. 1: model, pictures and arguments do not fit each other, or relations do not help. 2: the
+Exit code 0: written. 1: model, images and arguments do not fit each other, or relations do not help. 2: the
 arguments are wrong.
 """
 
@@ -30,16 +30,16 @@ from rich.table import Table
 from transformers import EvalPrediction, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
+from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 
 from .cli import find_recipes, parse_arguments
-from .data.checks import load_checked_pictures, load_unlabelled_pictures
+from .data.checks import load_checked_images, load_unlabeled_images
 from .data.decode import DEFAULT_MAX_PIXELS
-from .data.pictures import Pictures
+from .data.image_dataset import ImageDataset
 from .data.reading import DataArguments, labels_of
 from .data.transforms import EvalTransform
 from .evaluation.classifiers import load_classifier, load_config, match_labels
-from .evaluation.features import CachedPictures, extract
+from .evaluation.features import CachedImages, extract
 from .evaluation.metrics import compute_metrics
 from .evaluation.reference_settings import (
     MIN_FOR_FIT,
@@ -67,36 +67,36 @@ class ReferenceArguments:
     model: str = field(metadata={"help": "Folder or Hub repository of an RBI model or another image classifier."})
     output_dir: str = field(metadata={"help": "New folder for the model with its references."})
     images: list[str] | None = field(
-        default=None, metadata={"help": "Folders of pictures without labels, searched through, for the bank."}
+        default=None, metadata={"help": "Folders of images without labels, searched through, for the bank."}
     )
     num_references: int = field(
         default=1000, metadata={"help": "Take this many of --images at most, drawn at random; of each folder."}
     )
     references_per_class: int | None = field(
         default=None,
-        metadata={"help": "Take this many training pictures of each class where data are named; by default all."},
+        metadata={"help": "Take this many training images of each class where data are named; by default all."},
     )
     strategy: str | None = field(
         default=None,
         metadata={
-            "help": "How training pictures are chosen: balanced, herding or random.",
+            "help": "How training images are chosen: balanced, herding or random.",
             "choices": ["balanced", "herding", "random"],
         },
     )
     keep_images: bool = field(
         default=True,
-        metadata={"help": "Keep small copies of the pictures in the model, for PSNR. False: features alone."},
+        metadata={"help": "Keep small copies of the images in the model, for PSNR. False: features alone."},
     )
     use_labels: bool = field(
         default=True,
-        metadata={"help": "Let the labels of training pictures vote, where held-out pictures say that this helps."},
+        metadata={"help": "Let the labels of training images vote, where held-out images say that this helps."},
     )
     force: bool = field(
-        default=False, metadata={"help": "Write the model even if relations do not help on the held-out pictures."}
+        default=False, metadata={"help": "Write the model even if relations do not help on the held-out images."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures that the backbone takes at once."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images that the backbone takes at once."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
     use_cpu: bool = field(default=False, metadata={"help": "Work on the CPU."})
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
     seed: int = field(default=42, metadata={"help": "Of what is drawn, and held out for validation, as in training."})
@@ -105,22 +105,22 @@ class ReferenceArguments:
         for name in ("num_references", "references_per_class", "per_device_eval_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+                raise UserError(f"--{name} must be at least 1, got {value}.")
         if self.strategy == "random" and self.references_per_class is not None:
-            raise ValueError(
-                "--references_per_class goes with --strategy balanced or herding: for fewer training pictures, "
+            raise UserError(
+                "--references_per_class goes with --strategy balanced or herding: for fewer training images, "
                 "whatever their classes, give --max_train_samples."
             )
 
 
 @dataclass
-class UnlabelledArguments:
-    """What `DataArguments` say of the reading of pictures, where no labelled data are named."""
+class UnlabeledArguments:
+    """What `DataArguments` say of the reading of images, where no labeled data are named."""
 
     max_pixels: int = field(
-        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of a picture that is decoded."}
+        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of an image that is decoded."}
     )
-    skip_bad_images: bool = field(default=False, metadata={"help": "Leave out pictures that cannot be read."})
+    skip_bad_images: bool = field(default=False, metadata={"help": "Leave out images that cannot be read."})
 
 
 def load_rbi(args: ReferenceArguments) -> tuple[RBIForImageClassification, BaseImageProcessor]:
@@ -128,7 +128,7 @@ def load_rbi(args: ReferenceArguments) -> tuple[RBIForImageClassification, BaseI
     The model, as RBI if it is not, and its image processor.
 
     Raises:
-        ValueError, OSError: if there is no such classifier, or RBI cannot be plugged into it.
+        UserError, OSError: if there is no such classifier, or RBI cannot be plugged into it.
     """
     config = load_config(args.model, args.model_revision)
     model, image_processor = load_classifier(args.model, args.model_revision, config)
@@ -137,21 +137,21 @@ def load_rbi(args: ReferenceArguments) -> tuple[RBIForImageClassification, BaseI
     return model.eval(), image_processor
 
 
-class _Relabelled(torch.utils.data.Dataset):
-    """Pictures with the model's numbers of their classes."""
+class _Relabeled(torch.utils.data.Dataset):
+    """Images with the model's numbers of their classes."""
 
-    def __init__(self, pictures: Pictures, numbers: torch.Tensor):
-        self.pictures = pictures
-        self.labels = numbers[torch.tensor(pictures.labels)].tolist()
+    def __init__(self, images: ImageDataset, numbers: torch.Tensor):
+        self.images = images
+        self.labels = numbers[torch.tensor(images.labels)].tolist()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.pictures[row] | {"labels": self.labels[row]}
+        return self.images[row] | {"labels": self.labels[row]}
 
 
-def run(args: ReferenceArguments, data: DataArguments | UnlabelledArguments, console: Console) -> dict[str, Any]:
+def run(args: ReferenceArguments, data: DataArguments | UnlabeledArguments, console: Console) -> dict[str, Any]:
     r"""
     Makes the bank, fits it, and writes the model.
 
@@ -159,48 +159,46 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabelledArguments, con
         The content of `references.json`.
 
     Raises:
-        ValueError, OSError: if model, pictures and arguments do not fit each other, or relations do not help.
+        UserError, OSError: if model, images and arguments do not fit each other, or relations do not help.
     """
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir {output_dir} is there already: name a new folder.")
-    is_labelled = isinstance(data, DataArguments)
-    if not args.images and not is_labelled:
-        raise ValueError("Name pictures for the bank: --images FOLDER, or labelled data (--train_dir and the like).")
+        raise UserError(f"--output_dir {output_dir} is there already: name a new folder.")
+    is_labeled = isinstance(data, DataArguments)
+    if not args.images and not is_labeled:
+        raise UserError("Name images for the bank: --images FOLDER, or labeled data (--train_dir and the like).")
     for name in ("references_per_class", "strategy"):
-        if getattr(args, name) is not None and not is_labelled:
-            raise ValueError(f"--{name} is for training pictures: name labelled data (--train_dir and the like) too.")
+        if getattr(args, name) is not None and not is_labeled:
+            raise UserError(f"--{name} is for training images: name labeled data (--train_dir and the like) too.")
     model, image_processor = load_rbi(args)
-    unlabelled = [
-        load_unlabelled_pictures(folder, data.max_pixels, data.skip_bad_images) for folder in args.images or []
-    ]
-    pictures = load_checked_pictures(data, args.seed)[0] if isinstance(data, DataArguments) else None
-    numbers = None if pictures is None else match_labels(pictures["train"], model.config)
+    unlabeled = [load_unlabeled_images(folder, data.max_pixels, data.skip_bad_images) for folder in args.images or []]
+    images = load_checked_images(data, args.seed)[0] if isinstance(data, DataArguments) else None
+    numbers = None if images is None else match_labels(images["train"], model.config)
     _check_classes(model, numbers)
     model.remove_references()
-    _check_size(args, pictures, unlabelled)
+    _check_size(args, images, unlabeled)
     training = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none")
     device = training.device
     model.to(device)
     if not args.use_labels:
         model.config.reference_vote_weight = 0.0
 
-    def prepared(split) -> Pictures:
+    def prepared(split) -> ImageDataset:
         crop = isinstance(data, DataArguments) and data.crop_to_boxes and "box" in split.column_names
-        return Pictures(split, EvalTransform(image_processor), crop_to_boxes=crop, max_pixels=data.max_pixels)
+        return ImageDataset(split, EvalTransform(image_processor), crop_to_boxes=crop, max_pixels=data.max_pixels)
 
     options: dict[str, Any] = {"seed": args.seed, "batch_size": args.per_device_eval_batch_size}
-    if pictures is not None and numbers is not None:
+    if images is not None and numbers is not None:
         strategy = args.strategy or ("random" if args.references_per_class is None else "balanced")
-        labelled = _Relabelled(prepared(pictures["train"]), numbers)
+        labeled = _Relabeled(prepared(images["train"]), numbers)
         model.set_references(
-            labelled,
+            labeled,
             per_class=args.references_per_class,
             strategy=strategy,
             keep_images=args.keep_images,
             **options,
         )
-    for split in unlabelled:
+    for split in unlabeled:
         options |= {"num_references": min(args.num_references, len(split)), "strategy": "random"}
         if model.config.references is None:
             model.set_references(prepared(split), keep_images=args.keep_images, **options)
@@ -214,8 +212,8 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabelledArguments, con
         "references": model.describe_references(),
         "environment": describe_environment(training),
     }
-    if pictures is not None and numbers is not None and "validation" in pictures:
-        validation = prepared(pictures["validation"])
+    if images is not None and numbers is not None and "validation" in images:
+        validation = prepared(images["validation"])
         seen = extract(
             model,
             validation,
@@ -224,10 +222,10 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabelledArguments, con
             args.dataloader_num_workers,
             progress=not args.disable_tqdm,
         )
-        held_out = CachedPictures(seen.pixel_values[:], seen.features, numbers[seen.labels])
+        held_out = CachedImages(seen.pixel_values[:], seen.features, numbers[seen.labels])
         record |= _choose(model, held_out, args, console)
     else:
-        console.print("There are no held-out labelled pictures: what the references are worth was not measured.")
+        console.print("There are no held-out labeled images: what the references are worth was not measured.")
     record["settings"] = asdict(Settings.of(model))
     with filled_whole(output_dir, last="config.json") as draft:
         model.save_pretrained(draft)
@@ -241,30 +239,30 @@ def _check_classes(model: RBIForImageClassification, numbers: torch.Tensor | Non
     config = model.config
     known = set() if numbers is None else set(numbers.tolist())
     if config.num_added_classes and (missing := [label for label in config.id2label if label not in known]):
-        raise ValueError(
+        raise UserError(
             f"The model has classes that were added by references, and tells all its classes apart by those: name "
-            f"labelled data with pictures of each, for instance of {config.id2label[missing[0]]!r}."
+            f"labeled data with images of each, for instance of {config.id2label[missing[0]]!r}."
         )
 
 
-def _check_size(args: ReferenceArguments, pictures: DatasetDict | None, unlabelled: Sequence[Dataset]):
+def _check_size(args: ReferenceArguments, images: DatasetDict | None, unlabeled: Sequence[Dataset]):
     """Before the backbone runs."""
-    num_labelled = 0
-    if pictures is not None:
-        counts = labels_of(pictures["train"]).bincount()
-        num_labelled = int(counts.clamp(max=args.references_per_class or counts.max()).sum())
-    num_unlabelled = sum(min(args.num_references, len(split)) for split in unlabelled)
-    if num_labelled + num_unlabelled > MAX_REFERENCES:
-        raise ValueError(
-            f"The bank would have {num_labelled} training pictures and {num_unlabelled} of --images, more than a "
+    num_labeled = 0
+    if images is not None:
+        counts = labels_of(images["train"]).bincount()
+        num_labeled = int(counts.clamp(max=args.references_per_class or counts.max()).sum())
+    num_unlabeled = sum(min(args.num_references, len(split)) for split in unlabeled)
+    if num_labeled + num_unlabeled > MAX_REFERENCES:
+        raise UserError(
+            f"The bank would have {num_labeled} training images and {num_unlabeled} of --images, more than a "
             f"model carries ({MAX_REFERENCES}): give --references_per_class, or fewer --num_references."
         )
 
 
 def _choose(
-    model: RBIForImageClassification, held_out: CachedPictures, args: ReferenceArguments, console: Console
+    model: RBIForImageClassification, held_out: CachedImages, args: ReferenceArguments, console: Console
 ) -> dict[str, Any]:
-    """Sets what is best on the held-out pictures, and says what it is worth."""
+    """Sets what is best on the held-out images, and says what it is worth."""
     number = len(held_out.labels)
     is_fitted = number >= MIN_FOR_FIT
     defaults = Settings.of(model)
@@ -278,7 +276,7 @@ def _choose(
     gains = {name: paired_gain(model, held_out, name, args.seed) for name in ("accuracy", "macro_f1")}
     if not is_fitted:
         console.print(
-            f"{number} held-out pictures are too few to choose by (fewer than {MIN_FOR_FIT}): the settings stay "
+            f"{number} held-out images are too few to choose by (fewer than {MIN_FOR_FIT}): the settings stay "
             f"{asdict(defaults)}."
         )
     helps = gains["accuracy"][0] > 0 if best is None else is_better(best, len(settings)) and gains["accuracy"][0] >= 0
@@ -288,23 +286,23 @@ def _choose(
         for title, (gain, low, high) in zip(("accuracy", "macro-F1"), gains.values(), strict=True)
     )
     optimistic = " They chose the settings, so this is somewhat optimistic." if is_fitted and helps else ""
-    console.print(f"References, on {number} held-out pictures: {sentence}.{optimistic}", highlight=False)
+    console.print(f"References, on {number} held-out images: {sentence}.{optimistic}", highlight=False)
     if not helps and not args.force:
-        raise ValueError(
-            "The held-out pictures do not show that relations help: nothing was written. Use the model as it is, try "
+        raise UserError(
+            "The held-out images do not show that relations help: nothing was written. Use the model as it is, try "
             "other references, or write it all the same with --force."
         )
     return {
-        "held_out_pictures": number,
+        "held_out_images": number,
         "fitted": is_fitted,
         "gains": {name: dict(zip(("value", "low", "high"), gain, strict=True)) for name, gain in gains.items()},
         "candidates": [asdict(result) for result in results],
     }
 
 
-def _table(results: list[Candidate], model: RBIForImageClassification, held_out: CachedPictures) -> Table:
+def _table(results: list[Candidate], model: RBIForImageClassification, held_out: CachedImages) -> Table:
     """Without relations, and with the settings that the model has now."""
-    table = Table(title="Held-out pictures, in %")
+    table = Table(title="Held-out images, in %")
     for column in ("", "accuracy", "top-5", "macro-F1", "calibration error"):
         table.add_column(column, justify="left" if not column else "right")
     scores = scores_with_references(model, held_out, "reference")
@@ -326,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.width = 120
     args = None
     names_data = find_recipes(argv) or any(word.split("=")[0] in _SOURCES for word in argv)
-    types = (ReferenceArguments, DataArguments if names_data else UnlabelledArguments)
+    types = (ReferenceArguments, DataArguments if names_data else UnlabeledArguments)
     try:
         args, data, _ = parse_arguments(argv, types, {}, description=__doc__)
         record = run(args, data, console)
@@ -342,10 +340,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{references['num_references']} references, {references['num_bytes'] / 2**20:.1f} MiB, "
         f"{references['multiply_adds_per_image'] / 1e6:.1f} million multiply-adds an image."
     )
-    if references["has_pictures"]:
+    if references["has_images"]:
         console.print(
             f"[bold]The model now carries small copies ({' x '.join(map(str, references['image_shape'][1:]))} pixels) "
-            "of these pictures[/bold]: publish it only if they may be seen, or use --keep_images False."
+            "of these images[/bold]: publish it only if they may be seen, or use --keep_images False."
         )
     place = Path(args.output_dir).resolve()
     console.print(f"Model and record: {place}", soft_wrap=True, highlight=False, markup=False)

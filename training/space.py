@@ -4,8 +4,8 @@
 
     python -m training.space --model outputs/mine
 
-It is what a Space of the Hub runs: one picture's answer with and without the model's references, and the relations
-between several pictures. Ctrl-C stops it.
+It is what a Space of the Hub runs: one image's answer with and without the model's references, and the relations
+between several images. Ctrl-C stops it.
 
 Exit code 0: stopped. 1: the model cannot be shown, or the app not started. 2: the arguments are wrong.
 """
@@ -23,6 +23,8 @@ from types import ModuleType
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.hf_argparser import HfArg
+
+from modeling_rbi import MissingPackageError, UserError
 
 from .cli import parse_arguments
 
@@ -51,7 +53,7 @@ class SpaceArguments:
 
     def __post_init__(self):
         if self.port is not None and not 1 <= self.port <= 65535:
-            raise ValueError(f"--port must be between 1 and 65535, got {self.port}.")
+            raise UserError(f"--port must be between 1 and 65535, got {self.port}.")
 
 
 class _LoaderWithoutCache(SourceFileLoader):
@@ -66,13 +68,13 @@ def load_app() -> ModuleType:
     The Space's `app.py`, which stands by itself and belongs to no package.
 
     Raises:
-        ImportError: if Gradio is not installed.
+        MissingPackageError: if Gradio is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ImportError('The app needs Gradio: pip install -e ".[space]"')
+        raise MissingPackageError('The app needs Gradio: pip install -e ".[space]"')
     spec = importlib.util.spec_from_file_location("space_app", APP, loader=_LoaderWithoutCache("space_app", str(APP)))
     if spec is None or spec.loader is None:
-        raise ImportError(f"{APP} cannot be imported.")
+        raise MissingPackageError(f"{APP} cannot be imported.")
     app = importlib.util.module_from_spec(spec)
     # Gradio looks a function's module up by its name.
     sys.modules[spec.name] = app

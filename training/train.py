@@ -1,9 +1,9 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes RBI on labelled pictures.
+"""Fine-tunes RBI on labeled images.
 
     python -m training.train --config training/recipes/orl_faces.yaml
-    accelerate launch -m training.train --train_dir pictures --model_name_or_path facebook/dinov2-small
+    accelerate launch -m training.train --train_dir images --model_name_or_path facebook/dinov2-small
 
 Everything that a run leaves is in `--output_dir`: the model with the best validation metric, its image processor and
 code; the checkpoints; and `run.json`, the record of what was done.
@@ -22,6 +22,8 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
+
+from modeling_rbi import UserError
 
 from .fine_tuning.arguments import Arguments
 from .fine_tuning.models import check_model
@@ -72,21 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log_to_stderr(args.training.get_process_log_level() if args.training.should_log else logging.ERROR)
         if args.run.dry_run:
             dry_run(args)
-            console.print("Dry run passed: the model, one training step on made-up pictures, evaluation and saving.")
+            console.print("Dry run passed: the model, one training step on made-up images, evaluation and saving.")
             return 0
         checkpoint = _agreed(prepare_output_dir(args), args)
         with args.training.main_process_first(desc="reading the data"):
             check_model(args.model)
-            pictures, data_record = load_data(args)
+            images, data_record = load_data(args)
         if args.run.num_folds is not None:
-            record = cross_validate(args, args.run.num_folds, pictures, data_record)
+            record = cross_validate(args, args.run.num_folds, images, data_record)
         else:
-            record = train(args, pictures, data_record, checkpoint)
+            record = train(args, images, data_record, checkpoint)
         if args.training.should_log:
             console.print(results_table(record["results"]))
-            if (references := record.get("model", {}).get("references")) and references["has_pictures"]:
+            if (references := record.get("model", {}).get("references")) and references["has_images"]:
                 console.print(
-                    f"The model carries small copies of {references['num_references']} pictures, its references: "
+                    f"The model carries small copies of {references['num_references']} images, its references: "
                     "publish it only if they may be seen."
                 )
             console.print(
@@ -125,11 +127,11 @@ def _agreed(checkpoint: Path | None, args: Arguments) -> Path | None:
     The checkpoint, if all processes see the same.
 
     Raises:
-        ValueError: if they do not, as on machines that do not share the output folder.
+        UserError: if they do not, as on machines that do not share the output folder.
     """
     names = gather_object([checkpoint.name if checkpoint else None]) if args.training.world_size > 1 else []
     if len(set(names)) > 1:
-        raise ValueError(
+        raise UserError(
             f"The processes see different checkpoints ({names}): --output_dir must be on a disk that all share."
         )
     return checkpoint

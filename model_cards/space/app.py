@@ -35,15 +35,15 @@ NUM_CLASSES = 5
 NUM_REFERENCES = 6
 # Attention below it would read 0.0%.
 SHOWN = 0.0005
-MAX_PICTURES = 16
+MAX_IMAGES = 16
 MAX_EXAMPLES = 8
 MAX_PIXELS = 100_000_000
-# Resizing by the shorter edge makes an enormous picture of a small one that is long and narrow.
+# Resizing by the shorter edge makes an enormous image of a small one that is long and narrow.
 MAX_ASPECT_RATIO = 100
 MAX_FILE_SIZE = "20mb"
 # Few, as each decoder is one more that a stranger's file gets at.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Uploaded pictures are deleted when they are this many seconds old, and looked for as often.
+# Uploaded images are deleted when they are this many seconds old, and looked for as often.
 UPLOADS_KEPT = 3600
 THUMBNAIL = 96
 
@@ -86,17 +86,17 @@ CSS = """
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture of the model's bank, and the attention, in [0, 1], that a picture pays to it."""
+    """An image of the model's bank, and the attention, in [0, 1], that an image pays to it."""
 
     number: int
     label: str
     attention: float
-    picture: Image.Image | None
+    image: Image.Image | None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores of a picture's classes, alone and with the references, if there are any, and its attention to these."""
+    """Scores of an image's classes, alone and with the references, if there are any, and its attention to these."""
 
     alone: dict[str, float]
     with_references: dict[str, float] | None = None
@@ -108,7 +108,7 @@ class Answer:
 @dataclass(frozen=True)
 class Comparison:
     """
-    Scores of B pictures' classes, (B, num_labels), alone and together; the attention that each pays to each, (B, B),
+    Scores of B images' classes, (B, num_labels), alone and together; the attention that each pays to each, (B, B),
     rows sum to 1; and their relations p, (B, B) in [0, 1], `None` for a model without.
     """
 
@@ -120,7 +120,7 @@ class Comparison:
 
 class Classifier:
     r"""
-    An RBI image classifier, its image processor and its example pictures.
+    An RBI image classifier, its image processor and its example images.
 
     Args:
         name (`str`):
@@ -163,9 +163,9 @@ class Classifier:
         return str(self.model.config.id2label[number])
 
     @torch.inference_mode()
-    def outputs(self, pictures: Sequence[Image.Image], *scopes: str) -> list[Any]:
+    def outputs(self, images: Sequence[Image.Image], *scopes: str) -> list[Any]:
         """The model's outputs for a batch, with relations, for each relation scope. The backbone runs once."""
-        converted = [picture.convert(self.mode) for picture in pictures]
+        converted = [image.convert(self.mode) for image in images]
         pixel_values = self.image_processor(converted, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         features, _ = self.model.base_model.extract_features(pixel_values)
@@ -174,11 +174,11 @@ class Classifier:
             for scope in scopes
         ]
 
-    def classify(self, picture: Image.Image) -> Answer:
-        """The answer for one RGB picture."""
+    def classify(self, image: Image.Image) -> Answer:
+        """The answer for one RGB image."""
         if self.bank is None:
-            return Answer(alone=self._scores(self.outputs([picture], "self")[0]))
-        alone, related = self.outputs([picture], "self", "reference")
+            return Answer(alone=self._scores(self.outputs([image], "self")[0]))
+        alone, related = self.outputs([image], "self", "reference")
         attention = related.relation_attentions[0].mean(0).cpu()
         values, rows = attention[1:].topk(min(NUM_REFERENCES, len(attention) - 1))
         nearest = tuple(
@@ -189,9 +189,9 @@ class Classifier:
         to_others = max(0.0, float(attention[1:].sum()) - sum(each.attention for each in nearest))
         return Answer(self._scores(alone), self._scores(related), float(attention[0]), nearest, to_others)
 
-    def compare(self, pictures: Sequence[Image.Image]) -> Comparison:
-        """The answers for several RGB pictures, each alone and all as one batch."""
-        alone, together = self.outputs(pictures, "self", "batch")
+    def compare(self, images: Sequence[Image.Image]) -> Comparison:
+        """The answers for several RGB images, each alone and all as one batch."""
+        alone, together = self.outputs(images, "self", "batch")
         relations = together.relation_similarities
         return Comparison(
             alone.logits.softmax(-1).cpu(),
@@ -201,17 +201,17 @@ class Classifier:
         )
 
     def _scores(self, outputs: Any) -> dict[str, float]:
-        """Of the one picture's likeliest classes, by name."""
+        """Of the one image's likeliest classes, by name."""
         values, classes = outputs.logits[0].softmax(-1).topk(min(NUM_CLASSES, outputs.logits.shape[-1]))
         return {self.label(number): value for number, value in zip(classes.tolist(), values.tolist(), strict=True)}
 
     def _reference(self, row: int, attention: float) -> Reference:
         number = int(self.bank.labels[row])
-        picture = None
+        image = None
         if self.bank.images is not None:
             pixels = self.bank.images[row].permute(1, 2, 0).cpu().numpy()
-            picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-        return Reference(row, self.label(number) if number >= 0 else "no label", attention, picture)
+            image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        return Reference(row, self.label(number) if number >= 0 else "no label", attention, image)
 
 
 def _fetch(name: str, revision: str | None) -> Path:
@@ -262,68 +262,68 @@ def uploaded(path: str | None) -> str:
     # For links in a circle, and names that no file can have.
     except (OSError, RuntimeError, ValueError):
         pass
-    raise _error("There is no such upload, or no longer: upload the picture again.")
+    raise _error("There is no such upload, or no longer: upload the image again.")
 
 
-def read_picture(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
     r"""
-    Reads an uploaded picture as in training: upright, RGB, transparency on white, 16 bits scaled to 8.
+    Reads an uploaded image as in training: upright, RGB, transparency on white, 16 bits scaled to 8.
 
     Args:
         path (`str`):
             Of its file.
 
     Raises:
-        gr.Error: if it is no picture, broken, too large or too narrow, or has pixels that are not finite; the message
+        gr.Error: if it is no image, broken, too large or too narrow, or has pixels that are not finite; the message
             names it and says what to do.
     """
     name = html.escape(Path(path).name)
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            width, height = picture.size
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
             is_too_large = width * height > MAX_PIXELS
             is_too_narrow = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
             if not (is_too_large or is_too_narrow):
-                picture.load()
-                orientation = _orientation(picture)
+                image.load()
+                orientation = _orientation(image)
     except Image.DecompressionBombError:
         is_too_large = True
     except Image.UnidentifiedImageError:
-        raise _error(f"{name} is no picture of a known format: upload a PNG, JPEG, WebP, GIF, BMP or TIFF.") from None
+        raise _error(f"{name} is no image of a known format: upload a PNG, JPEG, WebP, GIF, BMP or TIFF.") from None
     # Pillow's decoders raise errors of many kinds for broken files.
     except Exception:
-        raise _error(f"{name} is broken or cut off: save it again, or upload another picture.") from None
+        raise _error(f"{name} is broken or cut off: save it again, or upload another image.") from None
     if is_too_large:
         raise _error(f"{name} has more than {MAX_PIXELS:,} pixels: upload a smaller copy.")
     if is_too_narrow:
         raise _error(f"{name}, {width} x {height} pixels, is too long and narrow: cut it to what the model shall see.")
-    rgb = _to_rgb(picture, name)
+    rgb = _to_rgb(image, name)
     return rgb.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else rgb
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     # Pillow's reader of EXIF raises errors of many kinds for files that are not broken.
     try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        values = np.asarray(picture, dtype=np.float64)
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise _error(f"{name} has pixels that are not finite: upload it as a PNG or JPEG.")
-        if picture.mode != "F":
+        if image.mode != "F":
             values = values / 257
         elif values.max() <= 1:
             values = values * 255
-        picture = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
-    elif "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
+    elif "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         # Pillow converts La to nothing but LA.
-        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _error(message: str) -> gr.Error:
@@ -335,12 +335,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _image_tag(picture: Image.Image, alt: str) -> str:
-    """A picture as part of the page, enlarged or reduced to a thumbnail."""
-    scale = THUMBNAIL / max(picture.size)
-    size = [max(1, round(scale * length)) for length in picture.size]
+def _image_tag(image: Image.Image, alt: str) -> str:
+    """An image as part of the page, enlarged or reduced to a thumbnail."""
+    scale = THUMBNAIL / max(image.size)
+    size = [max(1, round(scale * length)) for length in image.size]
     buffer = io.BytesIO()
-    picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
+    image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="{html.escape(alt)}">'
 
 
@@ -352,25 +352,25 @@ def _card(image: str, title: str, subtitle: str, share: float, kind: str = "") -
     )
 
 
-def attention_html(answer: Answer, picture: Image.Image) -> str:
+def attention_html(answer: Answer, image: Image.Image) -> str:
     r"""
-    The page's account of where a picture's attention goes.
+    The page's account of where an image's attention goes.
 
     Args:
         answer (`Answer`):
             With references.
-        picture (`PIL.Image.Image`):
-            The picture that it is of.
+        image (`PIL.Image.Image`):
+            The image that it is of.
     """
-    image = _image_tag(picture, "your picture")
-    cards = [_card(image, "the picture", "itself", answer.attention_to_itself, "rbi-itself")]
+    tag = _image_tag(image, "your image")
+    cards = [_card(tag, "the image", "itself", answer.attention_to_itself, "rbi-itself")]
     for reference in answer.nearest:
         number = reference.number + 1
-        if reference.picture is None:
-            image = '<div class="rbi-none">no picture kept</div>'
+        if reference.image is None:
+            tag = '<div class="rbi-none">no image kept</div>'
         else:
-            image = _image_tag(reference.picture, f"reference {number}")
-        cards.append(_card(image, reference.label, f"reference {number}", reference.attention))
+            tag = _image_tag(reference.image, f"reference {number}")
+        cards.append(_card(tag, reference.label, f"reference {number}", reference.attention))
     rest = ""
     if answer.attention_to_others >= SHOWN:
         rest = f"<p>All other references together: <b>{_percent(answer.attention_to_others)}</b></p>"
@@ -388,23 +388,23 @@ def attention_html(answer: Answer, picture: Image.Image) -> str:
     )
 
 
-def map_html(comparison: Comparison, pictures: Sequence[Image.Image], names: Sequence[str]) -> str:
+def map_html(comparison: Comparison, images: Sequence[Image.Image], names: Sequence[str]) -> str:
     r"""
-    The page's heat map of the relations between pictures or, for a model without, of the attention between them.
+    The page's heat map of the relations between images or, for a model without, of the attention between them.
 
     Args:
         comparison (`Comparison`):
-            Of these pictures.
-        pictures (`Sequence[PIL.Image.Image]`):
-            The pictures.
+            Of these images.
+        images (`Sequence[PIL.Image.Image]`):
+            The images.
         names (`Sequence[str]`):
             Their names.
     """
     if comparison.relations is None:
-        values, title = comparison.attention, "Attention that the picture of a row pays to that of a column"
-        explanation = "each row, with what stays with the picture itself, sums to 1."
+        values, title = comparison.attention, "Attention that the image of a row pays to that of a column"
+        explanation = "each row, with what stays with the image itself, sums to 1."
     else:
-        values, title = comparison.relations, "Relation p of each pair of pictures"
+        values, title = comparison.relations, "Relation p of each pair of images"
         explanation = (
             "from the PSNR of their pixels: 1 if they are the same, the less the more they differ. The model "
             "weighs it beside their features; whom it attends to is in the table."
@@ -412,7 +412,7 @@ def map_html(comparison: Comparison, pictures: Sequence[Image.Image], names: Seq
     others = values[~torch.eye(len(values), dtype=torch.bool)]
     low, high = float(others.min()), float(others.max())
     shades = (values - low) / max(high - low, 1e-6)
-    tags = [_image_tag(picture, "") for picture in pictures]
+    tags = [_image_tag(image, "") for image in images]
     heads = "".join(f'<th scope="col">{tag}{number}</th>' for number, tag in enumerate(tags, 1))
     rows = []
     for row, (tag, name) in enumerate(zip(tags, names, strict=True)):
@@ -431,11 +431,11 @@ def map_html(comparison: Comparison, pictures: Sequence[Image.Image], names: Seq
     )
 
 
-TABLE_HEADERS = ["no.", "picture", "alone", "score", "together", "score", "attends to itself", "of the others most to"]
+TABLE_HEADERS = ["no.", "image", "alone", "score", "together", "score", "attends to itself", "of the others most to"]
 
 
 def table_rows(comparison: Comparison, names: Sequence[str], classifier: Classifier) -> list[list[str]]:
-    """Rows of the table of answers, alone and together, one for each picture."""
+    """Rows of the table of answers, alone and together, one for each image."""
     rows = []
     for row, name in enumerate(names):
         cells = [str(row + 1), name]
@@ -466,37 +466,37 @@ def build(model: str, revision: str | None = None) -> gr.Blocks:
     classifier = Classifier(model, revision)
     with gr.Blocks(title=f"RBI: {classifier.name}", delete_cache=(UPLOADS_KEPT, UPLOADS_KEPT)) as app:
         gr.Markdown(_introduction(classifier))
-        with gr.Tab("One picture"):
-            _one_picture(classifier)
-        with gr.Tab("Several pictures"):
-            _several_pictures(classifier)
+        with gr.Tab("One image"):
+            _one_image(classifier)
+        with gr.Tab("Several images"):
+            _several_images(classifier)
         gr.Markdown(_notes(classifier))
     # One batch at a time has all the cores.
     app.queue(default_concurrency_limit=1, max_size=32)
     return app
 
 
-def _one_picture(classifier: Classifier):
+def _one_image(classifier: Classifier):
     def classify(upload: dict[str, Any] | None) -> dict[Any, Any]:
         if upload is None:
-            raise _error("There is no picture yet: upload one first.")
-        picture = read_picture(uploaded(upload["path"]))
-        answer = classifier.classify(picture)
+            raise _error("There is no image yet: upload one first.")
+        image = read_image(uploaded(upload["path"]))
+        answer = classifier.classify(image)
         if answer.with_references is None:
             return {outputs[0]: answer.alone}
-        page = attention_html(answer, picture)
+        page = attention_html(answer, image)
         return dict(zip(outputs, (answer.with_references, answer.alone, page), strict=True))
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            picture = gr.Image(
-                label="Picture",
+            image = gr.Image(
+                label="Image",
                 sources=["upload", "clipboard"],
                 type="filepath",
                 height=300,
                 buttons=[],
-                alt_text="The picture to classify",
-                elem_id="picture",
+                alt_text="The image to classify",
+                elem_id="image",
             )
             button = gr.Button("Classify", variant="primary")
         with gr.Column(scale=5, min_width=320):
@@ -511,10 +511,10 @@ def _one_picture(classifier: Classifier):
                 outputs.append(gr.HTML(elem_id="attention"))
     # Without `preprocess`, by which Gradio opens the file itself: whosever it is, and what a broken one gives is no
     # message for users.
-    button.click(classify, picture, outputs, api_name="classify", preprocess=False)
-    # What another picture got must not stand beside this one.
+    button.click(classify, image, outputs, api_name="classify", preprocess=False)
+    # What another image got must not stand beside this one.
     gr.on(
-        [picture.upload, picture.clear],
+        [image.upload, image.clear],
         lambda: dict.fromkeys(outputs),
         None,
         outputs,
@@ -524,53 +524,53 @@ def _one_picture(classifier: Classifier):
     if classifier.examples:
         examples = gr.Examples(
             [[path] for path in classifier.examples[:MAX_EXAMPLES]],
-            picture,
+            image,
             cache_examples=False,
             label="Examples",
             elem_id="examples",
         )
-        examples.load_input_event.then(classify, picture, outputs, preprocess=False, api_visibility="undocumented")
+        examples.load_input_event.then(classify, image, outputs, preprocess=False, api_visibility="undocumented")
 
 
-def _several_pictures(classifier: Classifier):
+def _several_images(classifier: Classifier):
     def compare(chosen: list[tuple[str, str | None]] | None) -> tuple[str, list[list[str]]]:
         chosen = chosen or []
         if len(chosen) < 2:
-            raise _error("Relations are between pictures: choose at least 2.")
-        if len(chosen) > MAX_PICTURES:
-            raise _error(f"{len(chosen)} pictures are too many for the map: choose {MAX_PICTURES} at most.")
+            raise _error("Relations are between images: choose at least 2.")
+        if len(chosen) > MAX_IMAGES:
+            raise _error(f"{len(chosen)} images are too many for the map: choose {MAX_IMAGES} at most.")
         paths = [uploaded(path) for path, _ in chosen]
-        pictures = [read_picture(path) for path in paths]
+        images = [read_image(path) for path in paths]
         names = [Path(path).name for path in paths]
-        comparison = classifier.compare(pictures)
-        return map_html(comparison, pictures, names), table_rows(comparison, names, classifier)
+        comparison = classifier.compare(images)
+        return map_html(comparison, images, names), table_rows(comparison, names, classifier)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            pictures = gr.Gallery(
-                label=f"Pictures (2 to {MAX_PICTURES})",
+            images = gr.Gallery(
+                label=f"Images (2 to {MAX_IMAGES})",
                 type="filepath",
                 file_types=["image"],
                 columns=3,
                 height=360,
                 object_fit="contain",
                 buttons=[],
-                elem_id="pictures",
+                elem_id="images",
             )
             button = gr.Button("Compare", variant="primary")
         with gr.Column(scale=5, min_width=320):
             relations = gr.HTML(elem_id="map")
     table = gr.Dataframe(
         headers=TABLE_HEADERS,
-        label="Each picture alone and together with the others",
+        label="Each image alone and together with the others",
         wrap=True,
         interactive=False,
         elem_id="table",
     )
     outputs = [relations, table]
-    button.click(compare, pictures, outputs, api_name="compare")
+    button.click(compare, images, outputs, api_name="compare")
     gr.on(
-        [pictures.upload, pictures.delete],
+        [images.upload, images.delete],
         lambda: dict.fromkeys(outputs),
         None,
         outputs,
@@ -580,7 +580,7 @@ def _several_pictures(classifier: Classifier):
     if len(classifier.examples) > 1:
         gr.Examples(
             [[classifier.examples[:MAX_EXAMPLES]]],
-            pictures,
+            images,
             outputs,
             compare,
             run_on_click=True,
@@ -594,32 +594,32 @@ def _introduction(classifier: Classifier) -> str:
     name = (
         f"[{classifier.name}](https://huggingface.co/{classifier.name})" if classifier.is_of_hub else classifier.name
     )
-    alone = "One picture by itself has no others: this model carries no references."
+    alone = "One image by itself has no others: this model carries no references."
     if classifier.bank is not None:
-        alone = f"For one picture the others are the {len(classifier.bank):,} references that the model carries."
+        alone = f"For one image the others are the {len(classifier.bank):,} references that the model carries."
     return (
-        f"# What relations change\n{name} is an image classifier in which a picture attends to others before it is "
-        f"answered. {alone} Several pictures attend to each other."
+        f"# What relations change\n{name} is an image classifier in which an image attends to others before it is "
+        f"answered. {alone} Several images attend to each other."
     )
 
 
 def _notes(classifier: Classifier) -> str:
     notes = [
-        "**Relations** of pictures come from the PSNR of their pixels, and enter the attention between their "
-        "features. **Attention** says whose features were mixed in. A model that has learned to rely on the picture "
+        "**Relations** of images come from the PSNR of their pixels, and enter the attention between their "
+        "features. **Attention** says whose features were mixed in. A model that has learned to rely on the image "
         "itself gives the mix little weight: whether relations matter, the answers show.",
-        "**Several pictures** answer together: with others beside it, the same picture may get another answer. Under "
-        "*One picture*, an answer depends on the picture and the model alone.",
+        "**Several images** answer together: with others beside it, the same image may get another answer. Under "
+        "*One image*, an answer depends on the image and the model alone.",
     ]
     if classifier.bank is not None and classifier.bank.images is not None:
         notes.append(
-            "**References** are pictures. Small copies of them are in the model: who gets the model, or sees this "
+            "**References** are images. Small copies of them are in the model: who gets the model, or sees this "
             "page, sees them."
         )
     votes = classifier.model.config.reference_vote_weight
     if classifier.bank is not None and votes:
         notes.append(f"**Votes.** The labels of the references give {_percent(votes)} of the answer directly.")
-    notes.append(f"**Your pictures** are deleted here within {2 * UPLOADS_KEPT // 3600} hours.")
+    notes.append(f"**Your images** are deleted here within {2 * UPLOADS_KEPT // 3600} hours.")
     return "\n".join(f"- {note}" for note in notes)
 
 

@@ -39,7 +39,7 @@ from training.ablation.arms import ARMS, choose_arms
 from training.ablation.heads import Budget
 from training.ablation.run import Cached
 from training.data.packaged.emoji import EMOJI_STYLES
-from training.evaluation.features import CachedPictures
+from training.evaluation.features import CachedImages
 
 
 ROOT = Path(__file__).parents[2]
@@ -210,7 +210,7 @@ def test_protocols_of_arms():
     assert own_protocol("plain") == own_protocol("self") == own_protocol("batchformer") == "single"
     assert own_protocol("rbi") == own_protocol("rbi-kernel-untrained") == "shuffled"
     assert own_protocol("bank-votes") == own_protocol("bank-trained-head") == "reference"
-    # A control without a bank answers each picture on its own.
+    # A control without a bank answers each image on its own.
     result = made_up(["plain"])
     assert values_of([result], "plain", "reference", "accuracy") == pytest.approx(of(result, "plain", "single"))
 
@@ -244,7 +244,7 @@ def test_each_study_is_in_a_table():
         assert len({(BY_NAME[name].arms, BY_NAME[name].num_seeds) for name in names}) == 1
 
 
-def test_features_are_shared_by_the_same_pictures_alone(monkeypatch, tmp_path):
+def test_features_are_shared_by_the_same_images_alone(monkeypatch, tmp_path):
     """References and new classes keep what the backbone gave in one place."""
     monkeypatch.chdir(ROOT)
     folders = defaultdict(set)
@@ -308,10 +308,10 @@ def made_up_references(num_draws, seed, ways=("default", "votes", "fitted", "tra
 def test_references_are_over_each_alone(metric):
     by_set = {
         "ELPV": made_up_references(10, 0),
-        "ORL": made_up_references(10, 1, ("default", "votes", "fitted", "train", "unlabelled")),
+        "ORL": made_up_references(10, 1, ("default", "votes", "fitted", "train", "unlabeled")),
     } | {f"emoji, {style} held out": made_up_references(2, 2 + at) for at, style in enumerate(EMOJI_STYLES)}
     header, rows = read_table(references_table(by_set, metric))
-    assert header[2:] == ["default", "with votes", "fitted", "training pictures alone", "unlabelled alone"]
+    assert header[2:] == ["default", "with votes", "fitted", "training images alone", "unlabeled alone"]
     assert [row[0] for row in rows] == ["ELPV", "ORL", "emoji, each style held out"]
     values = {
         name: {way: [draw[way][metric] for draw in by_set[name]] for way in by_set[name][0] if way not in OTHER_FACTS}
@@ -324,7 +324,7 @@ def test_references_are_over_each_alone(metric):
     }
     for name, single, *cells in rows:
         assert single == f"{np.mean(values[name]['single']):.2f}"
-        for way, cell in zip(("default", "votes", "fitted", "train", "unlabelled"), cells, strict=True):
+        for way, cell in zip(("default", "votes", "fitted", "train", "unlabeled"), cells, strict=True):
             if way in values[name]:
                 assert_interval(cell, values[name][way], values[name]["single"])
             else:
@@ -385,7 +385,7 @@ NUM_CLASSES = 8
 
 @pytest.fixture
 def toy(backbone_config, monkeypatch):
-    """Two draws of planted features and pictures, 8 classes, without a backbone."""
+    """Two draws of planted features and images, 8 classes, without a backbone."""
     config = RBIConfig.kernel(
         backbone_config=backbone_config,
         feature_size=24,
@@ -397,15 +397,15 @@ def toy(backbone_config, monkeypatch):
     def draw(seed, arguments):
         torch.manual_seed(seed)
         sizes = {"train": 5 * NUM_CLASSES, "validation": 128, "test": 160}
-        if "--num_unlabelled" in arguments:
-            sizes["unlabelled"] = 3 * NUM_CLASSES
+        if "--num_unlabeled" in arguments:
+            sizes["unlabeled"] = 3 * NUM_CLASSES
         labels = torch.arange(sum(sizes.values())) % NUM_CLASSES
         patterns = torch.rand(NUM_CLASSES, 3, 16, 16)
         pixels = (patterns[labels] + 0.3 * torch.randn(len(labels), 3, 16, 16)).clamp(0, 1)
         features = 2 * torch.nn.functional.one_hot(labels, 24) + torch.randn(len(labels), 24)
-        pictures = CachedPictures((pixels - 0.5) / 0.25, features, labels)
+        images = CachedImages((pixels - 0.5) / 0.25, features, labels)
         rows = dict(zip(sizes, torch.arange(len(labels)).split(list(sizes.values())), strict=True))
-        return Cached.of_draw(pictures, rows)
+        return Cached.of_draw(images, rows)
 
     asked = []
 
@@ -420,18 +420,18 @@ def toy(backbone_config, monkeypatch):
 
 
 def test_references_without_training(toy, monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "REFERENCE_SETS", {"toy": ("recipe", ("--num_unlabelled",)), "styled": ("emoji", ())})
+    monkeypatch.setattr(results, "REFERENCE_SETS", {"toy": ("recipe", ("--num_unlabeled",)), "styled": ("emoji", ())})
     measured = json.loads(json.dumps(results.measure_references("toy", tmp_path)))
-    assert toy == [("recipe", ("--num_unlabelled",), 10)] and [draw["seed"] for draw in measured] == [0, 1]
+    assert toy == [("recipe", ("--num_unlabeled",), 10)] and [draw["seed"] for draw in measured] == [0, 1]
     for draw in measured:
-        ways = {"single", "default", "votes", "fitted", "train", "unlabelled"}
+        ways = {"single", "default", "votes", "fitted", "train", "unlabeled"}
         assert draw.keys() == {"seed", "settings", *ways}
-        # The pictures tell the class, which the noise of the features hides from the classifier.
+        # The images tell the class, which the noise of the features hides from the classifier.
         assert draw["default"]["accuracy"] > draw["single"]["accuracy"] + 2
         assert draw["votes"]["accuracy"] > draw["single"]["accuracy"] + 5
         assert draw["fitted"]["accuracy"] >= draw["default"]["accuracy"] - 1
         assert draw["settings"]["share"] is not None and len({draw[way]["accuracy"] for way in ways}) > 4
-    assert "unlabelled" not in results.measure_references("styled", tmp_path)[0]
+    assert "unlabeled" not in results.measure_references("styled", tmp_path)[0]
     assert toy[-1] == ("emoji", (), 2)
     references_table({"toy": measured}, "accuracy")
 
@@ -445,7 +445,7 @@ def test_new_classes_without_training(toy, monkeypatch, tmp_path):
         for draw in measured:
             assert draw.keys() == {"seed", "rbi", "nearest mean", "retrained", "old classifier"}
             for way in ("rbi", "nearest mean", "retrained"):
-                # 20 test pictures of each class, 3 of 8 classes being new.
+                # 20 test images of each class, 3 of 8 classes being new.
                 old, new, everything = (draw[way][part] for part in ("old", "new", "all"))
                 assert everything == pytest.approx((5 * old + 3 * new) / 8)
                 # By chance it would be 1 in 8.
@@ -531,7 +531,7 @@ def test_all_tables(measured):
             header, rows = read_table(table)
             assert rows and all(any(row[1:]) for row in rows), name
             for column in range(1, len(header)):
-                assert any(row[column] for row in rows) or header[column] == "unlabelled alone", (name, header[column])
+                assert any(row[column] for row in rows) or header[column] == "unlabeled alone", (name, header[column])
     read = {name: json.loads((folder / name / "ablation.json").read_text()) for name in BY_NAME}
     header, rows = read_table(tables["gains"])
     assert header[2:] == list(SETS)

@@ -4,7 +4,7 @@
 A loopback stand-in for the container of an Inference Endpoint, whose toolkit is not on the package registries.
 
 What it does as the toolkit does: it loads `handler.py` from the model's folder, with the folder on the path; takes
-POST on `/`; reads `image/*` bodies as RGB pictures by Pillow, and JSON as it is; takes `parameters` from the query
+POST on `/`; reads `image/*` bodies as RGB images by Pillow, and JSON as it is; takes `parameters` from the query
 where the body has none; answers an exception as JSON, `{"error": message}`.
 
 What it does otherwise, as a server of one's own can: `application/octet-stream` bodies go to the handler as bytes; the
@@ -79,7 +79,7 @@ async def _read_body(request: Request) -> bytes:
         size += len(part)
         parts = [*parts, part] if size <= MAX_BODY_BYTES else []
     if size > MAX_BODY_BYTES:
-        raise TooLargeError(f"The body has {size} bytes, more than {MAX_BODY_BYTES}: send a smaller picture.")
+        raise TooLargeError(f"The body has {size} bytes, more than {MAX_BODY_BYTES}: send a smaller image.")
     return b"".join(parts)
 
 
@@ -92,7 +92,7 @@ def _deserialize(request: Request, body: bytes) -> dict:
     elif content_type.startswith("image/"):
         data = {"inputs": Image.open(io.BytesIO(body)).convert("RGB")}
     else:
-        raise ValueError(f"The content type {content_type!r} is neither JSON nor a picture's.")
+        raise ValueError(f"The content type {content_type!r} is neither JSON nor an image's.")
     if request.query_params and isinstance(data, dict) and "parameters" not in data:
         values = request.query_params.items()
         data["parameters"] = {name: int(value) if value.isnumeric() else value for name, value in values}

@@ -14,9 +14,9 @@ from modeling_rbi import RBIConfig
 HEADER = "timestamp,duration,emissions,energy_consumed,country_name\n"
 REFERENCES = {
     "num_references": 6,
-    "num_labelled": 4,
+    "num_labeled": 4,
     "num_bytes": 2**20,
-    "has_pictures": True,
+    "has_images": True,
     "image_shape": [3, 16, 16],
 }
 
@@ -47,8 +47,8 @@ def sources(estimate):
     assessment = {
         "model": {"classes": 3},
         "arguments": {"dataset_config_name": "full"},
-        "data": {"split": "test", "pictures": 1200, "classes": 3, "left_out": 0},
-        "pictures_in_bank": 0,
+        "data": {"split": "test", "images": 1200, "classes": 3, "left_out": 0},
+        "images_in_bank": 0,
         "results": [
             {"protocol": "single", "batch_size": None} | metrics,
             {"protocol": "sorted", "batch_size": 8} | metrics,
@@ -69,7 +69,7 @@ def test_complete(sources, given):
     assert data.base_model == "facebook/convnext-tiny-224" and data.datasets == ["alice/pets"]
     assert {"rbi", "convnext"} <= set(data.tags) and data.metrics == ["accuracy", "f1"]
     assert data.model_name == "pets" and len(data.eval_results) == 8
-    assert "| sorted | 8 | 50.0 [25.0, 75.0] |" in card.text and "On the 1,200 test pictures of pets" in card.text
+    assert "| sorted | 8 | 50.0 [25.0, 75.0] |" in card.text and "On the 1,200 test images of pets" in card.text
     assert "- No leak seen." in card.text and "arXiv:2412.19606" in card.text
     assert "`torch>=2.10`, `transformers>=5.17` and `timm`" in card.text and "model.dtype" not in card.text
     assert "1.2 million parameters" in card.text and "with cosine attention" in card.text
@@ -100,14 +100,14 @@ def test_the_code_is_that_of_the_model(sources, given):
 
     alone = python()
     assert "set_references(references" in alone and '"examples/dog.png"' in alone
-    assert "Each picture is answered alone, whatever" in alone.replace("\n", " ")
+    assert "Each image is answered alone, whatever" in alone.replace("\n", " ")
     sources.config.references = {"num_references": 6, "image_shape": [3, 16, 16], "mean_similarity": 0.5}
     sources.config.relation_scope = "reference"
     with_bank = python(references=REFERENCES)
-    assert "describe_references" in with_bank and "4 of them labelled" in with_bank
+    assert "describe_references" in with_bank and "4 of them labeled" in with_bank
     assert "with the help of the model's references, whatever" in with_bank.replace("\n", " ")
-    assert "copies of its 6 reference pictures at 16 x 16 pixels" in with_bank
-    assert "features of its reference pictures" in python(references=REFERENCES | {"has_pictures": False})
+    assert "copies of its 6 reference images at 16 x 16 pixels" in with_bank
+    assert "features of its reference images" in python(references=REFERENCES | {"has_images": False})
     sources.config.relation_scope = "batch"
     assert "that is the default of this model" in python(references=REFERENCES)
     assert 'Image.open("a.jpg")' not in python(examples=[]) and '"a.jpg"' in python(examples=[], has_examples=False)
@@ -115,9 +115,9 @@ def test_the_code_is_that_of_the_model(sources, given):
 
 def test_what_is_no_test_is_not_called_one(sources, given):
     data = sources.assessment["data"] | {"split": "validation", "left_out": 2}
-    assessment = sources.assessment | {"data": data, "pictures_in_bank": 5}
+    assessment = sources.assessment | {"data": data, "images_in_bank": 5}
     text = make_card(dataclasses.replace(sources, assessment=assessment), given)[0].text
-    assert "These are no test pictures" in text and "2 pictures that could not be read" in text
+    assert "These are no test images" in text and "2 images that could not be read" in text
     assert "5 of them are among the model's references" in text
 
 

@@ -65,8 +65,8 @@ def classifier(model_folder):
 
 
 @pytest.fixture(scope="module")
-def files(picture_files):
-    return [path.read_bytes() for path in picture_files]
+def files(image_files):
+    return [path.read_bytes() for path in image_files]
 
 
 def assert_same(answer, expected, tolerance=1e-5):
@@ -75,9 +75,9 @@ def assert_same(answer, expected, tolerance=1e-5):
     np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=tolerance)
 
 
-def file_of(picture: Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
+def file_of(image: Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, file_format, **kwargs)
+    image.save(buffer, file_format, **kwargs)
     return buffer.getvalue()
 
 
@@ -109,15 +109,15 @@ def text_of(file: bytes) -> str:
     ],
     ids=["bytes", "bytearray", "memoryview", "base64", "lines of base64", "data", "bare data", "PIL"],
 )
-def test_forms_of_a_picture(handler, classifier, picture_files, files, form):
-    for path, file in list(zip(picture_files, files, strict=True))[::4]:
+def test_forms_of_an_image(handler, classifier, image_files, files, form):
+    for path, file in list(zip(image_files, files, strict=True))[::4]:
         assert_same(handler({"inputs": form(file)}), classifier(str(path)))
 
 
-def test_list_of_pictures(handler, classifier, picture_files, files):
-    forms = [files[0], text_of(files[1]), Image.open(picture_files[2]), *files[3:]]
+def test_list_of_images(handler, classifier, image_files, files):
+    forms = [files[0], text_of(files[1]), Image.open(image_files[2]), *files[3:]]
     answers = handler({"inputs": forms, "parameters": {"top_k": 2}})
-    expected = classifier([str(path) for path in picture_files], top_k=2)
+    expected = classifier([str(path) for path in image_files], top_k=2)
     assert len({answer[0]["label"] for answer in expected}) > 1
     for answer, other in zip(answers, expected, strict=True):
         assert_same(answer, other)
@@ -126,10 +126,10 @@ def test_list_of_pictures(handler, classifier, picture_files, files):
 
 @pytest.mark.parametrize("function", [None, "softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("top_k", [None, 1, 2, 1000])
-def test_parameters(handler, classifier, picture_files, files, top_k, function):
+def test_parameters(handler, classifier, image_files, files, top_k, function):
     given = {"top_k": top_k, "function_to_apply": function}
     answer = handler({"inputs": files[5], "parameters": given})
-    assert_same(answer, classifier(str(picture_files[5]), **{key: value for key, value in given.items() if value}))
+    assert_same(answer, classifier(str(image_files[5]), **{key: value for key, value in given.items() if value}))
     assert handler({"inputs": files[5], "parameters": {key: value for key, value in given.items() if value}}) == answer
     assert handler({"inputs": files[5], "parameters": given, "options": {"wait_for_model": True}}) == answer
 
@@ -143,9 +143,9 @@ def test_parameters(handler, classifier, picture_files, files, top_k, function):
         ("regression", "none"),
     ],
 )
-def test_default_function(handler, classifier, picture_files, files, monkeypatch, problem_type, function):
+def test_default_function(handler, classifier, image_files, files, monkeypatch, problem_type, function):
     monkeypatch.setattr(handler.model.config, "problem_type", problem_type)
-    expected = classifier(str(picture_files[5]), function_to_apply=function)
+    expected = classifier(str(image_files[5]), function_to_apply=function)
     assert_same(handler({"inputs": files[5], "parameters": None}), expected)
 
 
@@ -160,7 +160,7 @@ def test_default_function(handler, classifier, picture_files, files, monkeypatch
     ],
 )
 def test_relation_scope(model_folder, files, tmp_path, has_bank, scope, expected_scope):
-    """Whatever the config says, no picture's answer depends on the others of its batch."""
+    """Whatever the config says, no image's answer depends on the others of its batch."""
     model = RBIForImageClassification.from_pretrained(model_folder)
     if not has_bank:
         model.remove_references()
@@ -169,8 +169,8 @@ def test_relation_scope(model_folder, files, tmp_path, has_bank, scope, expected
     shutil.copy(model_folder / "preprocessor_config.json", tmp_path)
     handler = handler_module.EndpointHandler(str(tmp_path))
 
-    pictures = [decode_image(file) for file in files]
-    pixel_values = handler.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [decode_image(file) for file in files]
+    pixel_values = handler.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixel_values, relation_scope=expected_scope).logits
         together = model(pixel_values, relation_scope="batch").logits
@@ -184,7 +184,7 @@ def test_relation_scope(model_folder, files, tmp_path, has_bank, scope, expected
             np.testing.assert_allclose([scores[name] for name in ("cat", "dog", "fox")], logits, rtol=0, atol=1e-5)
 
 
-# Pictures
+# Images
 
 
 def smooth_pixels(channels: int = 3) -> np.ndarray:
@@ -201,7 +201,7 @@ def oriented(orientation: int) -> bytes:
     return file_of(Image.fromarray(smooth_pixels()), "JPEG", exif=exif)
 
 
-def make_pictures() -> dict[str, bytes]:
+def make_images() -> dict[str, bytes]:
     rgb = Image.fromarray(smooth_pixels())
     palette = rgb.quantize(16)
     deep = smooth_pixels(1)[..., 0].astype(np.uint16) * 200
@@ -212,7 +212,7 @@ def make_pictures() -> dict[str, bytes]:
         "transparent palette": file_of(palette, transparency=3),
         "transparent RGB": file_of(rgb, transparency=rgb.getpixel((0, 0))),
         "bilevel": file_of(rgb.convert("1")),
-        "grey": file_of(rgb.convert("L")),
+        "gray": file_of(rgb.convert("L")),
         "16 bits": file_of(Image.fromarray(deep)),
         "32 bits": file_of(Image.fromarray(deep.astype(np.int32)), "TIFF"),
         "float": file_of(Image.fromarray(deep.astype(np.float32) / 65535), "TIFF"),
@@ -222,34 +222,34 @@ def make_pictures() -> dict[str, bytes]:
     } | {f"orientation {number}": oriented(number) for number in range(1, 9)}
 
 
-PICTURES = make_pictures()
+IMAGES = make_images()
 
 
 @pytest.mark.filterwarnings("ignore:.*mode.*parameter is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", PICTURES)
-def test_kinds_of_pictures(handler, name):
+@pytest.mark.parametrize("name", IMAGES)
+def test_kinds_of_images(handler, name):
     """As in training. (The pixels are the same if the logits are, to the bit.)"""
-    answer = handler({"inputs": PICTURES[name], "parameters": LOGITS})
-    assert answer == handler({"inputs": decode_image(PICTURES[name]), "parameters": LOGITS})
+    answer = handler({"inputs": IMAGES[name], "parameters": LOGITS})
+    assert answer == handler({"inputs": decode_image(IMAGES[name]), "parameters": LOGITS})
 
 
-def test_kinds_of_pictures_matter(handler):
+def test_kinds_of_images_matter(handler):
     """Those made of the same pixels have the same answer, and only those."""
     same = {"32 bits": "16 bits", "float": "16 bits", "large float": "16 bits", "animation": "palette"}
-    answers = {name: handler({"inputs": file, "parameters": LOGITS}) for name, file in PICTURES.items()}
+    answers = {name: handler({"inputs": file, "parameters": LOGITS}) for name, file in IMAGES.items()}
     for name, other in same.items():
         assert answers.pop(name) == answers[other]
     assert len({str(answer) for answer in answers.values()}) == len(answers)
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_orientation_of_a_picture_that_the_container_has_opened(handler, orientation):
+def test_orientation_of_an_image_that_the_container_has_opened(handler, orientation):
     file = oriented(orientation)
     opened = Image.open(io.BytesIO(file)).convert("RGB")
     assert handler({"inputs": opened}) == handler({"inputs": file}) != handler({"inputs": oriented(1)})
 
 
-def test_grey_model(tmp_path, backbone_config):
+def test_gray_model(tmp_path, backbone_config):
     backbone_config.num_channels = 1
     model = RBIForImageClassification(
         RBIConfig.kernel(backbone_config=backbone_config, image_mean=[0.5], image_std=[0.5])
@@ -257,62 +257,62 @@ def test_grey_model(tmp_path, backbone_config):
     model.save_pretrained(tmp_path)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.5])
     processor.save_pretrained(tmp_path)
-    answer = handler_module.EndpointHandler(str(tmp_path))({"inputs": PICTURES["palette"], "parameters": LOGITS})
-    grey = decode_image(PICTURES["palette"]).convert("L")
+    answer = handler_module.EndpointHandler(str(tmp_path))({"inputs": IMAGES["palette"], "parameters": LOGITS})
+    gray = decode_image(IMAGES["palette"]).convert("L")
     with torch.no_grad():
-        logits = model.eval()(**processor(grey, return_tensors="pt")).logits[0]
+        logits = model.eval()(**processor(gray, return_tensors="pt")).logits[0]
     np.testing.assert_allclose([each["score"] for each in answer], sorted(logits, reverse=True), rtol=0, atol=1e-5)
 
 
 # Requests that can't be answered
 
 
-NO_PICTURE = "`inputs` is not a picture of a known format: send a PNG or JPEG file."
+NO_IMAGE = "`inputs` is not an image of a known format: send a PNG or JPEG file."
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-BAD_PICTURES = {
+BAD_IMAGES = {
     "empty": (b"", "`inputs` is empty"),
-    "text": (b"This is no picture.", NO_PICTURE),
-    "EPS": (EPS, NO_PICTURE),
-    "cut off PNG": (PICTURES["grey"][:-40], "`inputs` is broken or cut off: .* Send the whole file."),
-    "cut off JPEG": (PICTURES["CMYK"][:-400], "`inputs` is broken or cut off: .* Send the whole file."),
-    "header only": (PICTURES["grey"][:30], "`inputs` (is broken or cut off|is not a picture|can't be opened)"),
+    "text": (b"This is no image.", NO_IMAGE),
+    "EPS": (EPS, NO_IMAGE),
+    "cut off PNG": (IMAGES["gray"][:-40], "`inputs` is broken or cut off: .* Send the whole file."),
+    "cut off JPEG": (IMAGES["CMYK"][:-400], "`inputs` is broken or cut off: .* Send the whole file."),
+    "header only": (IMAGES["gray"][:30], "`inputs` (is broken or cut off|is not an image|can't be opened)"),
     # A header of a few bytes, and nothing after it that could be decoded.
     "500 megapixels": (
         png_header(25_000, 20_000),
-        "`inputs` is too large: .*500000000 pixels.* Send a smaller picture.",
+        "`inputs` is too large: .*500000000 pixels.* Send a smaller image.",
     ),
     "120 megapixels": (
         png_header(12_000, 10_000),
-        "`inputs` has 12000 x 10000 pixels, more than the limit of 100000000: send a smaller picture.",
+        "`inputs` has 12000 x 10000 pixels, more than the limit of 100000000: send a smaller image.",
     ),
 }
 BAD_REQUESTS = (
     {
         "nothing": ({}, "The request has no `inputs`"),
         "null": ({"inputs": None}, "The request has no `inputs`"),
-        "no object": ([b"picture"], "The request has no `inputs`"),
-        "object": ({"inputs": {"image": ""}}, "`inputs` must be a picture's file .* got dict"),
-        "number": ({"inputs": 3}, "`inputs` must be a picture's file .* got int"),
+        "no object": ([b"image"], "The request has no `inputs`"),
+        "object": ({"inputs": {"image": ""}}, "`inputs` must be an image's file .* got dict"),
+        "number": ({"inputs": 3}, "`inputs` must be an image's file .* got int"),
         "no text": ({"inputs": ""}, "`inputs` is empty"),
         "path": (
-            {"inputs": "pictures/cat_0.png"},
-            "`inputs` is no picture: .*'pictures/cat_0.png' is not. Paths are not",
+            {"inputs": "images/cat_0.png"},
+            "`inputs` is no image: .*'images/cat_0.png' is not. Paths are not",
         ),
-        "other letters": ({"inputs": "Kätzchen"}, "`inputs` is no picture: .*'Kätzchen'"),
-        "base64 of a path": ({"inputs": "/var/lib/nonexistent"}, NO_PICTURE),
+        "other letters": ({"inputs": "Kätzchen"}, "`inputs` is no image: .*'Kätzchen'"),
+        "base64 of a path": ({"inputs": "/var/lib/nonexistent"}, NO_IMAGE),
         "data URI of text": ({"inputs": "data:image/svg+xml,<svg/>"}, "`inputs` is a data: URI, but not of base64"),
         "data URI without data": ({"inputs": "data:image/png;base64"}, "`inputs` is a data: URI, but not of base64"),
-        "file": ({"inputs": "file:///etc/passwd"}, "`inputs` is no picture"),
+        "file": ({"inputs": "file:///etc/passwd"}, "`inputs` is no image"),
         "address": ({"inputs": "http://127.0.0.1/cat.png"}, "`inputs` is an address of 127.0.0.1, .* RBI_URL_HOSTS"),
         "no address": ({"inputs": "https://[cat/"}, "`inputs` is no valid address"),
         "no port": ({"inputs": "https://example.org:cat/"}, "`inputs` is no valid address"),
-        "no pictures": ({"inputs": []}, "A request takes 1 to 128 pictures, `inputs` has 0."),
-        "too many pictures": (
+        "no images": ({"inputs": []}, "A request takes 1 to 128 images, `inputs` has 0."),
+        "too many images": (
             {"inputs": [b"a"] * 129},
-            "A request takes 1 to 128 pictures, `inputs` has 129: send them",
+            "A request takes 1 to 128 images, `inputs` has 129: send them",
         ),
-        "one bad of several": ({"inputs": [PICTURES["grey"], b"This"]}, r"`inputs\[1\]` is not a picture"),
-        "nested list": ({"inputs": [[PICTURES["grey"]]]}, r"`inputs\[0\]` must be a picture's file .* got list"),
+        "one bad of several": ({"inputs": [IMAGES["gray"], b"This"]}, r"`inputs\[1\]` is not an image"),
+        "nested list": ({"inputs": [[IMAGES["gray"]]]}, r"`inputs\[0\]` must be an image's file .* got list"),
         "misplaced": ({"inputs": b"", "top_k": 1}, "The request has 'top_k', .* it takes `inputs`, `parameters`."),
         "no parameters": ({"inputs": b"", "parameters": [1]}, r"`parameters` must be an object, .* got \[1\]."),
         "unknown": ({"inputs": b"", "parameters": {"topk": 1}}, "`parameters` has 'topk', .* it takes .*`top_k`."),
@@ -337,9 +337,9 @@ BAD_REQUESTS = (
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("form", [lambda file: file, text_of], ids=["bytes", "base64"])
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_bad_pictures(handler, name, form):
-    file, message = BAD_PICTURES[name]
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images(handler, name, form):
+    file, message = BAD_IMAGES[name]
     with pytest.raises(ValueError, match=message):
         handler({"inputs": form(file)})
 
@@ -355,15 +355,15 @@ def test_bad_requests(handler, name):
 def test_bad_requests_leave_nothing_behind(model_folder, monkeypatch, files):
     monkeypatch.setenv("RBI_MAX_PENDING", "2")
     handler = handler_module.EndpointHandler(str(model_folder))
-    for data, _ in [*BAD_REQUESTS.values(), *(({"inputs": file}, None) for file, _ in BAD_PICTURES.values())]:
+    for data, _ in [*BAD_REQUESTS.values(), *(({"inputs": file}, None) for file, _ in BAD_IMAGES.values())]:
         with pytest.raises(ValueError):
             handler(data)
     assert len(handler({"inputs": files[:2]})) == 2
 
 
-def test_broken_opened_picture(handler):
+def test_broken_opened_image(handler):
     with pytest.raises(ValueError, match="`inputs` is broken or cut off"):
-        handler({"inputs": Image.open(io.BytesIO(PICTURES["grey"][:-40]))})
+        handler({"inputs": Image.open(io.BytesIO(IMAGES["gray"][:-40]))})
 
 
 def test_max_pixels(model_folder, files, monkeypatch):
@@ -377,7 +377,7 @@ def test_max_pixels(model_folder, files, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(5, 500), (500, 5)])
-def test_narrow_pictures(handler, size):
+def test_narrow_images(handler, size):
     """One of 1 x 100000 pixels, a few hundred bytes as PNG, is 32 x 3200000 when its shorter side fits the model."""
     handler({"inputs": Image.new("RGB", size)})
     for wrong in ((size[0] + size[0] // 500, size[1] + size[1] // 500), (1, 100_000), (100_000, 1)):
@@ -398,7 +398,7 @@ def test_bad_settings(model_folder, monkeypatch, name, value):
 
 @pytest.fixture
 def web(files):
-    """The address of a server of pictures, and the paths that it was asked for."""
+    """The address of a server of images, and the paths that it was asked for."""
     asked = []
 
     async def answer(request):
@@ -427,7 +427,7 @@ def test_allowed_address(fetching_handler, web, files):
 
 
 def test_addresses_are_refused_by_default(handler, web):
-    with pytest.raises(ValueError, match=r"an address of 127\.0\.0\.1, .* send the picture itself, in base64, or"):
+    with pytest.raises(ValueError, match=r"an address of 127\.0\.0\.1, .* send the image itself, in base64, or"):
         handler({"inputs": f"{web[0]}/cat.png"})
     assert not web[1]
 
@@ -461,7 +461,7 @@ def test_other_hosts_are_refused(fetching_handler, web, change):
         ("/Kätzchen", "could not be fetched from 127.0.0.1"),
     ],
 )
-def test_addresses_without_a_picture(fetching_handler, web, path, message):
+def test_addresses_without_an_image(fetching_handler, web, path, message):
     with pytest.raises(ValueError, match=message):
         fetching_handler({"inputs": web[0] + path})
     assert "/cat.png" not in web[1]
@@ -487,7 +487,7 @@ def test_downloads_of_limited_time(handler, monkeypatch):
 
 
 class Gate:
-    """Holds a handler's model until it is opened, and counts the pictures of each forward pass."""
+    """Holds a handler's model until it is opened, and counts the images of each forward pass."""
 
     def __init__(self, handler):
         self.handler, self.sizes, self.is_open = handler, [], threading.Event()
@@ -543,12 +543,12 @@ def test_a_list_longer_than_a_batch(handler, gate, files):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bad_picture_fails_alone(handler, gate, threads, files):
+def test_a_bad_image_fails_alone(handler, gate, threads, files):
     first = threads.submit(handler, {"inputs": files[0]})
     gate.wait_until(lambda: gate.sizes == [1])
     good = [threads.submit(handler, {"inputs": file}) for file in files]
-    bad = [threads.submit(handler, {"inputs": file}) for file, _ in BAD_PICTURES.values()]
-    mixed = threads.submit(handler, {"inputs": [*files[:2], b"no picture"]})
+    bad = [threads.submit(handler, {"inputs": file}) for file, _ in BAD_IMAGES.values()]
+    mixed = threads.submit(handler, {"inputs": [*files[:2], b"no image"]})
     gate.wait_for_waiting(len(files))
     for future in (*bad, mixed):
         with pytest.raises(ValueError):
@@ -559,7 +559,7 @@ def test_a_bad_picture_fails_alone(handler, gate, threads, files):
         assert_same(future.result(60), handler({"inputs": file}))
 
 
-def test_a_slow_picture_holds_up_no_other(handler, gate, threads, files, monkeypatch):
+def test_a_slow_image_holds_up_no_other(handler, gate, threads, files, monkeypatch):
     gate.is_open.set()
     has_come, started = threading.Event(), threading.Event()
 
@@ -578,7 +578,7 @@ def test_a_slow_picture_holds_up_no_other(handler, gate, threads, files, monkeyp
 
 
 def test_what_fails_together_is_tried_alone(handler, files):
-    """As where a batch is too much for the memory, or the model does not take one of the pictures."""
+    """As where a batch is too much for the memory, or the model does not take one of the images."""
     expected = [handler({"inputs": file, "parameters": LOGITS}) for file in files]
     taboo = handler._read(files[3], "inputs")
 
@@ -597,7 +597,7 @@ def test_what_fails_together_is_tried_alone(handler, files):
                 assert_same(future.result(60), expected[number])
 
 
-def test_pictures_of_several_sizes(handler, gate, files):
+def test_images_of_several_sizes(handler, gate, files):
     """Where the image processor keeps their shape, a batch can't hold them all."""
     gate.is_open.set()
     handler.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
@@ -613,14 +613,14 @@ def test_too_many_requests(handler, gate, threads, files):
     handler.max_pending = 4
     futures = [threads.submit(handler, {"inputs": file}) for file in files[:3]]
     gate.wait_until(lambda: handler._num_pending == 3)
-    with pytest.raises(handler_module.OverloadedError, match=r"3 pictures .*, of at most 4\. Try again") as refusal:
+    with pytest.raises(handler_module.OverloadedError, match=r"3 images .*, of at most 4\. Try again") as refusal:
         handler({"inputs": files[:2]})
     assert refusal.value.status_code == 429
     futures.append(threads.submit(handler, {"inputs": files[3]}))
     gate.wait_until(lambda: handler._num_pending == 4)
     # Refused before it is looked at.
     with pytest.raises(handler_module.OverloadedError):
-        handler({"inputs": b"no picture"})
+        handler({"inputs": b"no image"})
     gate.is_open.set()
     assert [len(future.result(60)) for future in futures] == [3] * 4
     assert len(handler({"inputs": files[:4]})) == 4
@@ -679,12 +679,12 @@ def test_100_requests_at_once(handler, files, max_pending):
 def test_statuses(handler, files):
     with endpoint.serve(endpoint.create_app(handler)) as address:
         assert post(address, files[0]) == (200, handler({"inputs": files[0]}))
-        status, answer = post(address, b"no picture")
-        assert status == 400 and answer["error"] == NO_PICTURE
+        status, answer = post(address, b"no image")
+        assert status == 400 and answer["error"] == NO_IMAGE
         status, answer = post(address, b"no JSON", "application/json")
         assert status == 400
         status, answer = post(address, b"\0" * 5_000_000)
-        assert status == 413 and "send a smaller picture" in answer["error"]
+        assert status == 413 and "send a smaller image" in answer["error"]
         handler.max_pending = 0
         status, answer = post(address, files[0])
         assert status == 429 and "Try again later" in answer["error"]
@@ -711,7 +711,7 @@ import json, sys
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
-address, picture, broken = sys.argv[1:]
+address, image, broken = sys.argv[1:]
 
 def ask(content, client=InferenceClient(model=address), **parameters):
     try:
@@ -722,13 +722,13 @@ def ask(content, client=InferenceClient(model=address), **parameters):
 
 as_bytes = InferenceClient(model=address, headers={"Content-Type": "application/octet-stream"})
 print(json.dumps({
-    "plain": ask(picture),
-    "bytes": ask(open(picture, "rb").read(), as_bytes),
-    "query": ask(picture, InferenceClient(model=address + "/?top_k=2&function_to_apply=sigmoid")),
-    "json": ask(picture, top_k=2, function_to_apply="sigmoid"),
+    "plain": ask(image),
+    "bytes": ask(open(image, "rb").read(), as_bytes),
+    "query": ask(image, InferenceClient(model=address + "/?top_k=2&function_to_apply=sigmoid")),
+    "json": ask(image, top_k=2, function_to_apply="sigmoid"),
     "broken_json": ask(broken, top_k=2),
     "broken_bytes": ask(open(broken, "rb").read(), as_bytes),
-    "wrong_top_k": ask(picture, top_k=0),
+    "wrong_top_k": ask(image, top_k=0),
     "too_large": ask(bytes(5_000_000), as_bytes),
 }))
 """
@@ -755,31 +755,31 @@ def address_without_package(model_folder, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("client", ["huggingface_hub", "@huggingface/inference"])
-def test_clients(address_without_package, classifier, picture_files, tmp_path, client):
+def test_clients(address_without_package, classifier, image_files, tmp_path, client):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(picture_files[5].read_bytes()[:-200])
+    broken.write_bytes(image_files[5].read_bytes()[:-200])
     if client == "huggingface_hub":
         command = [sys.executable, "-c", PYTHON_CLIENT]
     else:
         command = ["node", str(ROOT / "tests" / "node" / "endpoint.mjs")]
     # The Python client refuses every request, also to this machine, while it is told to be offline.
     output = subprocess.run(
-        [*command, address_without_package, str(picture_files[5]), str(broken)],
+        [*command, address_without_package, str(image_files[5]), str(broken)],
         env=os.environ | {"HF_HUB_OFFLINE": "0"},
         stdout=subprocess.PIPE,
         check=True,
         timeout=120,
     ).stdout
     results = json.loads(output)
-    expected = classifier(str(picture_files[5]))
-    expected_two = classifier(str(picture_files[5]), top_k=2, function_to_apply="sigmoid")
+    expected = classifier(str(image_files[5]))
+    expected_two = classifier(str(image_files[5]), top_k=2, function_to_apply="sigmoid")
     for name, answer in (("plain", expected), ("bytes", expected), ("query", expected_two), ("json", expected_two)):
         assert_same(results.pop(name)["answer"], answer)
     for name, status, message in (
         ("broken_json", 400, "`inputs` is broken or cut off: "),
         ("broken_bytes", 400, "`inputs` is broken or cut off: "),
         ("wrong_top_k", 400, "`top_k` must be a whole number of at least 1, got 0."),
-        ("too_large", 413, "send a smaller picture"),
+        ("too_large", 413, "send a smaller image"),
     ):
         result = results.pop(name)
         assert result["status"] == status and message in result["error"]

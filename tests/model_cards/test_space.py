@@ -5,7 +5,7 @@ The Space's app: what it says of a model is what the model says, and it works in
 
     SPACE_SCREENSHOTS=docs python -m pytest tests/model_cards/test_space.py -k screenshots
 
-makes docs/space_one_picture.png and docs/space_several_pictures.png, of made-up pictures.
+makes docs/space_one_image.png and docs/space_several_images.png, of made-up images.
 """
 
 import ast
@@ -76,42 +76,42 @@ def model(model_folder):
 
 
 @pytest.fixture
-def pictures(picture_files):
-    return [Image.open(path).convert("RGB") for path in picture_files]
+def images(image_files):
+    return [Image.open(path).convert("RGB") for path in image_files]
 
 
-def ask(model, folder, pictures, **kwargs):
-    pixel_values = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
+def ask(model, folder, images, **kwargs):
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         return model(pixel_values, output_relations=True, **kwargs)
 
 
 def draw(shape: str, generator: random.Random, size: int = 160) -> Image.Image:
-    """A shape on a pale ground, in a colour that most of its class are near."""
+    """A shape on a pale ground, in a color that most of its class are near."""
     big = 3 * size
     hue = 0.25 * sorted(SHAPES).index(shape) + generator.gauss(0, 0.06)
     fill, ground = (
         tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, *saturation_and_value))
         for saturation_and_value in ((0.75, generator.uniform(0.5, 0.8)), (0.08, generator.uniform(0.85, 1)))
     )
-    centre = [big * generator.uniform(0.44, 0.56) for _ in range(2)]
+    center = [big * generator.uniform(0.44, 0.56) for _ in range(2)]
     radius, turn = big * generator.uniform(0.26, 0.38), generator.uniform(-0.25, 0.25)
     turn += math.pi / 4 if shape == "square" else -math.pi / 2
     corners = []
     for corner in range(SHAPES[shape]):
         length = radius * (0.45 if shape == "star" and corner % 2 else 1)
         angle = turn + 2 * math.pi * corner / SHAPES[shape]
-        corners.append((centre[0] + length * math.cos(angle), centre[1] + length * math.sin(angle)))
-    picture = Image.new("RGB", (big, big), ground)
-    ImageDraw.Draw(picture).polygon(corners, fill=fill)
-    return picture.resize((size, size), Image.Resampling.LANCZOS)
+        corners.append((center[0] + length * math.cos(angle), center[1] + length * math.sin(angle)))
+    image = Image.new("RGB", (big, big), ground)
+    ImageDraw.Draw(image).polygon(corners, fill=fill)
+    return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 @pytest.fixture(scope="module")
 def shapes_folder(tmp_path_factory):
     """
     A saved model of four shapes with a bank of 24 and examples. Its backbone is random, and its classifier solved for,
-    so that it is right about most pictures.
+    so that it is right about most images.
     """
     torch.manual_seed(0)
     generator = random.Random(0)
@@ -136,7 +136,7 @@ def shapes_folder(tmp_path_factory):
         weight = torch.linalg.solve(features.T @ features + ridge, features.T @ target).T
         model.classifier.weight.copy_(weight[:, :-1])
         model.classifier.bias.copy_(weight[:, -1])
-    references = [{"image": picture, "label": label} for picture, label in zip(drawn, labels, strict=True)]
+    references = [{"image": image, "label": label} for image, label in zip(drawn, labels, strict=True)]
     model.set_references(references[:24], image_processor=image_processor)
     folder = tmp_path_factory.mktemp("space") / "shapes"
     model.save_pretrained(folder)
@@ -148,12 +148,12 @@ def shapes_folder(tmp_path_factory):
     return folder
 
 
-class TestOnePicture:
-    def test_is_what_the_model_says(self, classifier, model, model_folder, pictures):
-        for picture in pictures:
-            answer = classifier.classify(picture)
+class TestOneImage:
+    def test_is_what_the_model_says(self, classifier, model, model_folder, images):
+        for image in images:
+            answer = classifier.classify(image)
             alone, related = (
-                ask(model, model_folder, [picture], relation_scope=scope) for scope in ("self", "reference")
+                ask(model, model_folder, [image], relation_scope=scope) for scope in ("self", "reference")
             )
             for scores, outputs in ((answer.alone, alone), (answer.with_references, related)):
                 expected = dict(
@@ -166,88 +166,88 @@ class TestOnePicture:
             for reference in answer.nearest:
                 assert reference.attention == pytest.approx(float(attention[1 + reference.number]), abs=1e-6)
 
-    def test_all_attention_is_accounted_for(self, app, classifier, pictures, monkeypatch):
+    def test_all_attention_is_accounted_for(self, app, classifier, images, monkeypatch):
         # So that it goes to all of the bank.
         classifier.model.config.update({"reference_gain": 0.02, "reference_temperature": 5.0})
         for most in (6, 2):
             monkeypatch.setattr(app, "NUM_REFERENCES", most)
-            answer = classifier.classify(pictures[0])
+            answer = classifier.classify(images[0])
             assert 1 <= len(answer.nearest) <= most
             shares = [answer.attention_to_itself, *(each.attention for each in answer.nearest)]
             assert sum(shares) + answer.attention_to_others == pytest.approx(1, abs=1e-6)
             assert shares[1:] == sorted(shares[1:], reverse=True)
         assert answer.attention_to_others > 0.05
 
-    def test_a_picture_of_the_bank_finds_itself(self, app, shapes_folder):
+    def test_an_image_of_the_bank_finds_itself(self, app, shapes_folder):
         """The bank's first is the first that was drawn."""
-        picture = draw("circle", random.Random(0))
-        nearest = app.Classifier(str(shapes_folder)).classify(picture).nearest[0]
+        image = draw("circle", random.Random(0))
+        nearest = app.Classifier(str(shapes_folder)).classify(image).nearest[0]
         assert (nearest.number, nearest.label) == (0, "circle")
-        small = picture.resize(nearest.picture.size, Image.Resampling.BOX)
-        difference = _pixels(small) - _pixels(nearest.picture)
+        small = image.resize(nearest.image.size, Image.Resampling.BOX)
+        difference = _pixels(small) - _pixels(nearest.image)
         assert difference.abs().max() < 20
         assert difference.abs().mean() < 2
 
-    def test_the_page_says_it_all(self, app, classifier, pictures):
-        answer = classifier.classify(pictures[0])
-        page = app.attention_html(answer, pictures[0])
+    def test_the_page_says_it_all(self, app, classifier, images):
+        answer = classifier.classify(images[0])
+        page = app.attention_html(answer, images[0])
         shares = [float(share) for share in re.findall(r"<b>([\d.]+)%</b>", page)]
         assert sum(shares) == pytest.approx(100, abs=0.5)
         assert page.count("<img") == 1 + len(answer.nearest)
 
-    def test_without_a_bank_there_is_one_answer(self, app, model, model_folder, pictures, tmp_path):
+    def test_without_a_bank_there_is_one_answer(self, app, model, model_folder, images, tmp_path):
         model.remove_references()
         folder = _saved(model, model_folder, tmp_path)
-        answer = app.Classifier(str(folder)).classify(pictures[0])
+        answer = app.Classifier(str(folder)).classify(images[0])
         assert answer.with_references is None
         assert not answer.nearest
-        logits = ask(model, model_folder, pictures[:1]).logits
+        logits = ask(model, model_folder, images[:1]).logits
         assert max(answer.alone.values()) == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
-        file = str(tmp_path / "picture.png")
-        pictures[0].save(file)
+        file = str(tmp_path / "image.png")
+        images[0].save(file)
         label = app.build(str(folder))(file, api_name="classify")
         assert label["label"] == max(answer.alone, key=answer.alone.get)
 
-    def test_without_pictures_and_labels_there_are_numbers(self, app, model, model_folder, pictures, tmp_path):
+    def test_without_images_and_labels_there_are_numbers(self, app, model, model_folder, images, tmp_path):
         model.set_reference_features(model.rbi.references.features.clone())
         folder = _saved(model, model_folder, tmp_path)
-        answer = app.Classifier(str(folder)).classify(pictures[0])
-        page = app.attention_html(answer, pictures[0])
+        answer = app.Classifier(str(folder)).classify(images[0])
+        page = app.attention_html(answer, images[0])
         assert answer.nearest[0].label == "no label"
         assert page.count("<img") == 1
         assert f"reference {answer.nearest[0].number + 1}<" in page
 
 
-class TestSeveralPictures:
-    def test_is_what_the_model_says(self, classifier, model, model_folder, pictures):
-        comparison = classifier.compare(pictures)
-        alone, together = (ask(model, model_folder, pictures, relation_scope=scope) for scope in ("self", "batch"))
+class TestSeveralImages:
+    def test_is_what_the_model_says(self, classifier, model, model_folder, images):
+        comparison = classifier.compare(images)
+        alone, together = (ask(model, model_folder, images, relation_scope=scope) for scope in ("self", "batch"))
         assert torch.allclose(comparison.alone, alone.logits.softmax(-1), atol=1e-6)
         assert torch.allclose(comparison.together, together.logits.softmax(-1), atol=1e-6)
         assert torch.allclose(comparison.attention, together.relation_attentions.mean(1), atol=1e-6)
         assert torch.allclose(comparison.relations, together.relation_similarities, atol=1e-6)
 
-    def test_relations_are_mutual_and_follow_the_pictures(self, classifier, pictures):
-        relations = classifier.compare(pictures).relations
-        others = ~torch.eye(len(pictures), dtype=torch.bool)
+    def test_relations_are_mutual_and_follow_the_images(self, classifier, images):
+        relations = classifier.compare(images).relations
+        others = ~torch.eye(len(images), dtype=torch.bool)
         assert torch.allclose(relations[others], relations.T[others], atol=1e-6)
         assert relations.min() >= 0
         assert relations.max() <= 1
-        order = torch.randperm(len(pictures)).tolist()
-        shuffled = classifier.compare([pictures[row] for row in order]).relations
+        order = torch.randperm(len(images)).tolist()
+        shuffled = classifier.compare([images[row] for row in order]).relations
         assert torch.allclose(shuffled, relations[order][:, order], atol=1e-5)
 
-    def test_the_same_picture_twice_has_relation_one(self, classifier, pictures):
-        relations = classifier.compare([pictures[0], pictures[4], pictures[0]]).relations
+    def test_the_same_image_twice_has_relation_one(self, classifier, images):
+        relations = classifier.compare([images[0], images[4], images[0]]).relations
         assert relations[0, 2] == 1
         assert relations[0, 1] < 1
 
-    def test_map_and_table(self, app, classifier, pictures, picture_files):
-        names = [path.name for path in picture_files]
-        comparison = classifier.compare(pictures)
-        page = app.map_html(comparison, pictures, names)
+    def test_map_and_table(self, app, classifier, images, image_files):
+        names = [path.name for path in image_files]
+        comparison = classifier.compare(images)
+        page = app.map_html(comparison, images, names)
         cells = _cells(page)
-        others = ~torch.eye(len(pictures), dtype=torch.bool)
+        others = ~torch.eye(len(images), dtype=torch.bool)
         assert torch.allclose(cells[others], comparison.relations[others], atol=0.00501)
         assert cells[~others].isnan().all()
         rows = app.table_rows(comparison, names, classifier)
@@ -260,65 +260,65 @@ class TestSeveralPictures:
                 f"{100 * together.max():.1f}%",
             ]
 
-    def test_a_model_without_relations_gets_a_map_of_attention(self, app, model, model_folder, pictures, tmp_path):
+    def test_a_model_without_relations_gets_a_map_of_attention(self, app, model, model_folder, images, tmp_path):
         model.remove_references()
         model.config.relation_position_encoding = "none"
         model = RBIForImageClassification(model.config).eval()
         folder = _saved(model, model_folder, tmp_path)
-        comparison = app.Classifier(str(folder)).compare(pictures)
+        comparison = app.Classifier(str(folder)).compare(images)
         assert comparison.relations is None
-        page = app.map_html(comparison, pictures, [""] * len(pictures))
-        assert torch.allclose(_cells(page).sum(1), torch.ones(len(pictures)), atol=0.05)
+        page = app.map_html(comparison, images, [""] * len(images))
+        assert torch.allclose(_cells(page).sum(1), torch.ones(len(images)), atol=0.05)
 
-    def test_names_are_no_markup(self, app, classifier, pictures):
+    def test_names_are_no_markup(self, app, classifier, images):
         name = '<img src=x onerror="alert(1)">'
-        page = app.map_html(classifier.compare(pictures[:2]), pictures[:2], [name, name])
+        page = app.map_html(classifier.compare(images[:2]), images[:2], [name, name])
         assert "<img src=x" not in page
         assert page.count(html.escape(name)) == 4
 
 
 class TestOtherModels:
-    def test_grey(self, app, backbone_config, pictures, picture_files, tmp_path):
+    def test_gray(self, app, backbone_config, images, image_files, tmp_path):
         backbone_config.num_channels = 1
         config = RBIConfig.kernel(backbone_config=backbone_config, image_mean=[0.5], image_std=[0.5], num_labels=3)
         model = RBIForImageClassification(config).eval()
         image_processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.5])
-        grey = [picture.convert("L") for picture in pictures]
-        model.set_references([{"image": picture} for picture in grey[:4]], image_processor=image_processor)
+        gray = [image.convert("L") for image in images]
+        model.set_references([{"image": image} for image in gray[:4]], image_processor=image_processor)
         model.save_pretrained(tmp_path)
         image_processor.save_pretrained(tmp_path)
         classifier = app.Classifier(str(tmp_path))
-        answer = classifier.classify(app.read_picture(str(picture_files[0])))
-        related = ask(model, tmp_path, grey[:1], relation_scope="reference")
+        answer = classifier.classify(app.read_image(str(image_files[0])))
+        related = ask(model, tmp_path, gray[:1], relation_scope="reference")
         assert answer.with_references == pytest.approx(
             {f"LABEL_{number}": score for number, score in enumerate(related.logits[0].softmax(-1).tolist())}, abs=1e-6
         )
-        assert app.attention_html(answer, pictures[0]).count("<img") == 1 + len(answer.nearest)
-        together = ask(model, tmp_path, grey, relation_scope="batch").logits.softmax(-1)
-        assert torch.allclose(classifier.compare(pictures).together, together, atol=1e-6)
+        assert app.attention_html(answer, images[0]).count("<img") == 1 + len(answer.nearest)
+        together = ask(model, tmp_path, gray, relation_scope="batch").logits.softmax(-1)
+        assert torch.allclose(classifier.compare(images).together, together, atol=1e-6)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_saved_in_half_precision(self, app, model, model_folder, pictures, tmp_path, dtype):
+    def test_saved_in_half_precision(self, app, model, model_folder, images, tmp_path, dtype):
         folder = _saved(model.to(dtype), model_folder, tmp_path)
         classifier = app.Classifier(str(folder))
-        answer = classifier.classify(pictures[0])
-        expected = ask(model.float(), model_folder, pictures[:1], relation_scope="reference").logits[0].softmax(-1)
+        answer = classifier.classify(images[0])
+        expected = ask(model.float(), model_folder, images[:1], relation_scope="reference").logits[0].softmax(-1)
         assert sorted(answer.with_references.values()) == pytest.approx(sorted(expected.tolist()), abs=1e-5)
-        assert classifier.compare(pictures).together.isfinite().all()
+        assert classifier.compare(images).together.isfinite().all()
 
-    def test_run_in_half_precision(self, app, classifier, model, model_folder, pictures):
+    def test_run_in_half_precision(self, app, classifier, model, model_folder, images):
         classifier.model.to(torch.bfloat16)
-        answer = classifier.classify(pictures[0])
-        expected = ask(model, model_folder, pictures[:1], relation_scope="reference").logits[0].softmax(-1)
+        answer = classifier.classify(images[0])
+        expected = ask(model, model_folder, images[:1], relation_scope="reference").logits[0].softmax(-1)
         assert sorted(answer.with_references.values()) == pytest.approx(sorted(expected.tolist()), abs=0.05)
-        comparison = classifier.compare(pictures[:3])
+        comparison = classifier.compare(images[:3])
         names = ["a", "b", "c"]
-        assert app.map_html(comparison, pictures[:3], names).count("<td") == 10
+        assert app.map_html(comparison, images[:3], names).count("<td") == 10
         assert len(app.table_rows(comparison, names, classifier)) == 3
 
 
-def _pixels(picture: Image.Image) -> torch.Tensor:
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
 
 
 def _cells(page: str) -> torch.Tensor:
@@ -334,13 +334,13 @@ def _saved(model, model_folder: Path, folder: Path) -> Path:
     return folder
 
 
-def _file(picture: Image.Image, format: str = "PNG", **kwargs) -> bytes:
+def _file(image: Image.Image, format: str = "PNG", **kwargs) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **kwargs)
+    image.save(buffer, format, **kwargs)
     return buffer.getvalue()
 
 
-def _kinds_of_pictures() -> dict[str, bytes]:
+def _kinds_of_images() -> dict[str, bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 4), dtype=np.uint8)
     rgba = Image.fromarray(pixels).resize((40, 32), Image.Resampling.BICUBIC)
     rgb, palette = rgba.convert("RGB"), rgba.convert("RGB").quantize(16)
@@ -355,7 +355,7 @@ def _kinds_of_pictures() -> dict[str, bytes]:
         "transparent palette": _file(palette, transparency=3),
         "transparent RGB": _file(rgb, transparency=rgb.getpixel((0, 0))),
         "bilevel": _file(rgb.convert("1")),
-        "grey": _file(rgb.convert("L")),
+        "gray": _file(rgb.convert("L")),
         "16 bits": _file(Image.fromarray(deep)),
         "32 bits": _file(Image.fromarray(deep.astype(np.int32)), "TIFF"),
         "float": _file(Image.fromarray(deep.astype(np.float32) / 65535), "TIFF"),
@@ -373,40 +373,40 @@ def _kinds_of_pictures() -> dict[str, bytes]:
     return kinds
 
 
-KINDS_OF_PICTURES = _kinds_of_pictures()
+KINDS_OF_IMAGES = _kinds_of_images()
 
 
-class TestReadPicture:
-    def test_as_the_pipeline_reads_it(self, app, picture_files):
-        for path in picture_files[:2]:
-            assert app.read_picture(str(path)).tobytes() == Image.open(path).convert("RGB").tobytes()
+class TestReadImage:
+    def test_as_the_pipeline_reads_it(self, app, image_files):
+        for path in image_files[:2]:
+            assert app.read_image(str(path)).tobytes() == Image.open(path).convert("RGB").tobytes()
 
     @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the broken EXIF.
-    @pytest.mark.parametrize("name", KINDS_OF_PICTURES)
+    @pytest.mark.parametrize("name", KINDS_OF_IMAGES)
     def test_as_training_reads_it(self, app, tmp_path, name):
-        path = tmp_path / "picture"
-        path.write_bytes(KINDS_OF_PICTURES[name])
-        read, expected = app.read_picture(str(path)), decode_image(path)
+        path = tmp_path / "image"
+        path.write_bytes(KINDS_OF_IMAGES[name])
+        read, expected = app.read_image(str(path)), decode_image(path)
         assert (read.mode, read.size) == (expected.mode, expected.size)
         assert read.tobytes() == expected.tobytes()
 
     def test_16_bits_are_scaled_to_8(self, app, tmp_path):
         path = tmp_path / "deep.png"
         Image.fromarray(np.array([[0, 128, 129, 257 * 100, 65535]], dtype=np.uint16)).save(path)
-        assert [app.read_picture(str(path)).getpixel((x, 0))[0] for x in range(5)] == [0, 0, 1, 100, 255]
+        assert [app.read_image(str(path)).getpixel((x, 0))[0] for x in range(5)] == [0, 0, 1, 100, 255]
 
     def test_as_narrow_as_in_training(self, app, tmp_path):
         path = tmp_path / "narrow.png"
         Image.new("L", (200, 2)).save(path)
-        assert app.read_picture(str(path)).size == (200, 2)
+        assert app.read_image(str(path)).size == (200, 2)
 
     def test_upright(self, app, tmp_path):
-        picture = Image.new("RGB", (40, 20), "red")
-        picture.putpixel((0, 0), (0, 0, 255))
-        exif = picture.getexif()
+        image = Image.new("RGB", (40, 20), "red")
+        image.putpixel((0, 0), (0, 0, 255))
+        exif = image.getexif()
         exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-        picture.save(tmp_path / "turned.png", exif=exif)
-        read = app.read_picture(str(tmp_path / "turned.png"))
+        image.save(tmp_path / "turned.png", exif=exif)
+        read = app.read_image(str(tmp_path / "turned.png"))
         assert read.size == (20, 40)
         assert read.getpixel((19, 0)) == (0, 0, 255)
 
@@ -415,16 +415,16 @@ class TestReadPicture:
         Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode).save(
             tmp_path / "a.png", transparency=0 if mode == "P" else None
         )
-        assert app.read_picture(str(tmp_path / "a.png")).getpixel((4, 4)) == (255, 255, 255)
+        assert app.read_image(str(tmp_path / "a.png")).getpixel((4, 4)) == (255, 255, 255)
 
     # Pillow's own, below its limit.
     @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("notes.png", b"no picture", "no picture of a known format"),
-            ("empty.png", b"", "no picture of a known format"),
-            ("page.ps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture of a known format"),
+            ("notes.png", b"no image", "no image of a known format"),
+            ("empty.png", b"", "no image of a known format"),
+            ("page.ps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
             ("cut.png", "cut", "cut off"),
             ("huge.png", (25_000, 20_000), "more than 100,000,000 pixels"),
             ("large.png", (12_000, 10_000), "more than 100,000,000 pixels"),
@@ -444,7 +444,7 @@ class TestReadPicture:
             content = _file(Image.effect_noise((64, 64), 50))[:-1000]
         path.write_bytes(content)
         with pytest.raises(gr.Error) as caught:
-            app.read_picture(str(path))
+            app.read_image(str(path))
         assert name in caught.value.message
         assert message in caught.value.message
 
@@ -452,7 +452,7 @@ class TestReadPicture:
         path = tmp_path / "<b>.png"
         path.write_bytes(b"")
         with pytest.raises(gr.Error) as caught:
-            app.read_picture(str(path))
+            app.read_image(str(path))
         assert "<b>" not in caught.value.message
 
 
@@ -517,7 +517,7 @@ class TestFilesThatAClientNames:
         private = tmp_path / "private"
         private.mkdir()
         shutil.copy(examples[1], private / "secret.png")
-        (private / "notes.png").write_text("no picture")
+        (private / "notes.png").write_text("no image")
         (uploads / "link.png").symlink_to(private / "secret.png")
         (uploads / "linked").symlink_to(private)
         (uploads / "circle.png").symlink_to(uploads / "circle.png")
@@ -548,7 +548,7 @@ class TestFilesThatAClientNames:
             f"file://{private}/secret.png",
             "http://127.0.0.1:9/secret.png",
         ]
-        message = json.dumps("There is no such upload, or no longer: upload the picture again.")
+        message = json.dumps("There is no such upload, or no longer: upload the image again.")
         for path in map(str, paths):
             for asked in [(path,)] if name == "classify" else [(path, path), (str(own), path), (path, str(own))]:
                 event, answer = api(name, _request(name, *asked))
@@ -587,12 +587,12 @@ class TestFilesThatAClientNames:
     def test_a_folder_for_uploads_behind_a_link(self, app, examples, uploads, tmp_path, monkeypatch):
         uploads.mkdir()
         (tmp_path / "link").symlink_to(uploads)
-        shutil.copy(examples[0], uploads / "picture.png")
+        shutil.copy(examples[0], uploads / "image.png")
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "link"))
-        assert app.uploaded(str(tmp_path / "link" / "picture.png")) == str(uploads / "picture.png")
+        assert app.uploaded(str(tmp_path / "link" / "image.png")) == str(uploads / "image.png")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("GRADIO_TEMP_DIR", "uploads")
-        assert app.uploaded("uploads/picture.png") == str(uploads / "picture.png")
+        assert app.uploaded("uploads/image.png") == str(uploads / "image.png")
 
     def test_an_upload_that_is_deleted(self, api, examples):
         path = api.upload(examples[0])
@@ -736,15 +736,15 @@ def page(url, browser):
 
 
 def classify(page: Page, path: Path):
-    page.locator("#picture input[type=file]").set_input_files(path)
-    page.locator("#picture img").wait_for()
+    page.locator("#image input[type=file]").set_input_files(path)
+    page.locator("#image img").wait_for()
     page.get_by_role("button", name="Classify").click()
 
 
 def compare(page: Page, paths: list[Path]):
-    page.get_by_role("tab", name="Several pictures").click()
-    page.locator("#pictures input[type=file]").first.set_input_files(paths)
-    expect(page.locator("#pictures img")).to_have_count(len(paths))
+    page.get_by_role("tab", name="Several images").click()
+    page.locator("#images input[type=file]").first.set_input_files(paths)
+    expect(page.locator("#images img")).to_have_count(len(paths))
     page.get_by_role("button", name="Compare").click()
 
 
@@ -784,10 +784,10 @@ def examples(shapes_folder):
 
 @pytest.mark.slow
 class TestInTheBrowser:
-    def test_one_picture(self, page, app, shapes_folder, examples, answers):
+    def test_one_image(self, page, app, shapes_folder, examples, answers):
         for path in (examples[4], examples[0]):
             classify(page, path)
-            expected = app.Classifier(str(shapes_folder)).classify(app.read_picture(str(path)))
+            expected = app.Classifier(str(shapes_folder)).classify(app.read_image(str(path)))
             first = max(answers[path.name], key=answers[path.name].get)
             expect(page.locator("#with-references h2")).to_have_text(first)
             expect_scores(page, "with-references", answers[path.name])
@@ -802,7 +802,7 @@ class TestInTheBrowser:
                 ):
                     expect(card).to_contain_text(text)
                 expect(card.get_by_role("img", name=f"reference {reference.number + 1}")).to_be_visible()
-            # The next picture's answer is asked for, and must not be this one.
+            # The next image's answer is asked for, and must not be this one.
             page.get_by_role("button", name="Remove Image").click()
             expect(cards).to_have_count(0)
 
@@ -810,17 +810,17 @@ class TestInTheBrowser:
         page.locator("#examples").get_by_role("button").nth(2).click()
         expect(page.locator("#attention li").first).to_be_visible()
         expect_scores(page, "with-references", answers[examples[2].name])
-        page.get_by_role("tab", name="Several pictures").click()
+        page.get_by_role("tab", name="Several images").click()
         page.locator("#examples-of-several").get_by_role("button").first.click()
         expect(page.locator("#map").get_by_role("rowheader")).to_have_count(len(examples))
 
-    def test_several_pictures(self, page, app, shapes_folder, examples):
+    def test_several_images(self, page, app, shapes_folder, examples):
         chosen = examples[1:6]
         compare(page, chosen)
         expect(page.locator("#map td").first).to_be_visible()
         classifier = app.Classifier(str(shapes_folder))
         names = [path.name for path in chosen]
-        comparison = classifier.compare([app.read_picture(str(path)) for path in chosen])
+        comparison = classifier.compare([app.read_image(str(path)) for path in chosen])
         cells = _cells(page.locator("#map").inner_html())
         others = ~torch.eye(len(chosen), dtype=torch.bool)
         assert torch.allclose(cells[others], comparison.relations[others], atol=0.00501)
@@ -833,18 +833,18 @@ class TestInTheBrowser:
     @pytest.mark.parametrize("is_after_an_example", [False, True])
     def test_mistakes_get_a_message_and_the_page_goes_on(self, page, examples, answers, tmp_path, is_after_an_example):
         if is_after_an_example:
-            # Gradio makes the component of the picture anew for it.
+            # Gradio makes the component of the image anew for it.
             page.locator("#examples").get_by_role("button").first.click()
             expect(page.locator("#attention li").first).to_be_visible()
             page.get_by_role("button", name="Remove Image").click()
         page.get_by_role("button", name="Classify").click()
-        expect_error(page, "There is no picture yet")
+        expect_error(page, "There is no image yet")
         broken, notes = tmp_path / "broken.png", tmp_path / "notes.png"
         broken.write_bytes(examples[0].read_bytes()[:-2000])
-        notes.write_text("no picture")
-        for path, message in ((broken, "broken.png is broken or cut off"), (notes, "notes.png is no picture")):
-            page.locator("#picture input[type=file]").set_input_files(path)
-            expect(page.locator("#picture img")).to_have_attribute("src", re.compile(path.name))
+        notes.write_text("no image")
+        for path, message in ((broken, "broken.png is broken or cut off"), (notes, "notes.png is no image")):
+            page.locator("#image input[type=file]").set_input_files(path)
+            expect(page.locator("#image img")).to_have_attribute("src", re.compile(path.name))
             page.get_by_role("button", name="Classify").click()
             expect_error(page, message)
             page.get_by_role("button", name="Remove Image").click()
@@ -860,22 +860,22 @@ class TestInTheBrowser:
         for path in chosen:
             shutil.copy(examples[0], path)
         compare(page, chosen)
-        expect_error(page, "17 pictures are too many")
+        expect_error(page, "17 images are too many")
 
     def test_screenshots(self, page, examples, tmp_path):
         folder = Path(os.environ.get("SPACE_SCREENSHOTS", tmp_path))
         classify(page, examples[4])
         expect(page.locator("#attention li").first).to_be_visible()
-        _screenshot(page, folder / "space_one_picture.png")
+        _screenshot(page, folder / "space_one_image.png")
         compare(page, examples)
         expect(page.locator("#map td").first).to_be_visible()
-        _screenshot(page, folder / "space_several_pictures.png")
+        _screenshot(page, folder / "space_several_images.png")
 
 
 def _screenshot(page: Page, path: Path):
-    """The whole page, on which no wheel turns any more, in few enough colours to be small."""
+    """The whole page, on which no wheel turns any more, in few enough colors to be small."""
     expect(page.locator("[data-testid=status-tracker]:not(.hide)")).to_have_count(0)
     page.mouse.move(0, 0)
-    with Image.open(io.BytesIO(page.screenshot(full_page=True))) as picture:
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    with Image.open(io.BytesIO(page.screenshot(full_page=True))) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     assert path.stat().st_size <= 300_000

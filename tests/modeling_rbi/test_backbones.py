@@ -160,7 +160,7 @@ BACKBONES = {
     "timm_swinv2": _timm("swinv2_tiny_window8_256", 48, window_size=4, **_TIMM_WINDOWS),
 }
 
-# Those that are saved with references, too: with and without class tokens, batch normalisation, a pooler.
+# Those that are saved with references, too: with and without class tokens, batch normalization, a pooler.
 WITH_REFERENCES = ("vit", "dinov2", "swin", "convnext", "resnet", "efficientnet", "mobilenet_v2", "timm_densenet201")
 
 every_backbone = pytest.mark.parametrize(
@@ -178,12 +178,12 @@ def _build(name: str, preset: str = "paper", **kwargs) -> RBIForImageClassificat
     return RBIForImageClassification(config)
 
 
-def _pictures(name: str, batch_size: int = 6) -> torch.Tensor:
-    """Different smooth pictures, normalised with ImageNet's mean and std."""
+def _images(name: str, batch_size: int = 6) -> torch.Tensor:
+    """Different smooth images, normalized with ImageNet's mean and std."""
     size = BACKBONES[name].image_size
-    pictures = torch.nn.functional.interpolate(torch.rand(batch_size, 3, 4, 4), size=(size, size), mode="bilinear")
+    images = torch.nn.functional.interpolate(torch.rand(batch_size, 3, 4, 4), size=(size, size), mode="bilinear")
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (pictures - mean[:, None, None]) / std[:, None, None]
+    return (images - mean[:, None, None]) / std[:, None, None]
 
 
 def _labels(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -193,8 +193,8 @@ def _labels(pixel_values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _settle(model: RBIForImageClassification, pixel_values: torch.Tensor) -> RBIForImageClassification:
     """
-    Gives an untrained model answers that differ between pictures, in evaluation: BatchNorm's statistics become those
-    of the pictures, else most deep convolutional networks give 0 for all of them, and the classifier's weights grow.
+    Gives an untrained model answers that differ between images, in evaluation: BatchNorm's statistics become those
+    of the images, else most deep convolutional networks give 0 for all of them, and the classifier's weights grow.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -210,8 +210,8 @@ def _both_logits(model: Callable, pixel_values: torch.Tensor) -> dict[str, torch
 
 
 def _set_references(model: RBIForImageClassification, name: str):
-    pictures = [{"pixel_values": picture} for picture in _pictures(name, 5)]
-    model.set_references(pictures, batch_size=2)
+    images = [{"pixel_values": image} for image in _images(name, 5)]
+    model.set_references(images, batch_size=2)
 
 
 @dataclass
@@ -230,7 +230,7 @@ def saved_models(request, tmp_path_factory) -> dict[str, Saved]:
     saved = {}
     for index, name in enumerate(dict.fromkeys(filter(BACKBONES.get, names))):
         torch.manual_seed(index)
-        pixel_values = _pictures(name)
+        pixel_values = _images(name)
         model = _settle(_build(name, preset=("paper", "kernel")[index % 2]), pixel_values)
         model.save_pretrained(root / name)
         saved[name] = Saved(root / name, pixel_values, copy.deepcopy(model.config), _both_logits(model, pixel_values))
@@ -266,9 +266,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 torch.set_num_threads(1)
-pictures, answers_file = torch.load(sys.argv[1]), sys.argv[2]
+images, answers_file = torch.load(sys.argv[1]), sys.argv[2]
 answers = {}
-for folder, pixel_values in pictures.items():
+for folder, pixel_values in images.items():
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
@@ -292,11 +292,11 @@ torch.save(answers, answers_file)
 def remote_answers(saved_models, tmp_path_factory) -> dict[str, dict]:
     """What all saved folders answer in one other process, without the package, through the code they carry."""
     folder = tmp_path_factory.mktemp("remote")
-    torch.save({str(saved.folder): saved.pixel_values for saved in saved_models.values()}, folder / "pictures.pt")
+    torch.save({str(saved.folder): saved.pixel_values for saved in saved_models.values()}, folder / "images.pt")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "HF_MODULES_CACHE": str(folder / "modules")}
     process = subprocess.run(
-        [sys.executable, "-I", "-c", _LOAD_WITHOUT_PACKAGE, folder / "pictures.pt", folder / "answers.pt"],
+        [sys.executable, "-I", "-c", _LOAD_WITHOUT_PACKAGE, folder / "images.pt", folder / "answers.pt"],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -316,7 +316,7 @@ def _assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e
 @every_backbone
 def test_feature_size_is_measured(name):
     model = _build(name)
-    pixel_values = _pictures(name, 2)
+    pixel_values = _images(name, 2)
     assert BACKBONES[name].config().model_type == model.config.backbone_config.model_type
     with torch.no_grad():
         features, _ = model.eval().rbi.extract_features(pixel_values)
@@ -328,7 +328,7 @@ def test_feature_size_is_measured(name):
 @both_presets
 def test_forward_and_backward(name, preset):
     model = _build(name, preset).train()
-    pixel_values = _pictures(name).requires_grad_()
+    pixel_values = _images(name).requires_grad_()
     outputs = model(pixel_values, labels=_labels(pixel_values))
     assert outputs.logits.shape == (len(pixel_values), NUM_LABELS)
     outputs.loss.backward()
@@ -336,7 +336,7 @@ def test_forward_and_backward(name, preset):
     without_gradient = {key for key, parameter in model.named_parameters() if parameter.grad is None}
     assert without_gradient == {f"rbi.backbone.{key}" for key in BACKBONES[name].unused_parameters}
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    # The gradient passes through the whole backbone; also where the head is trained without neighbours.
+    # The gradient passes through the whole backbone; also where the head is trained without neighbors.
     alone = model(pixel_values, labels=_labels(pixel_values), relation_scope="self").loss
     for gradient in (pixel_values.grad, *torch.autograd.grad(alone, pixel_values)):
         assert gradient.isfinite().all()
@@ -347,7 +347,7 @@ def test_forward_and_backward(name, preset):
 @every_backbone
 @both_presets
 def test_scope_self_knows_no_batch(name, preset):
-    pixel_values = _pictures(name).double()
+    pixel_values = _images(name).double()
     model = _settle(_build(name, preset, relation_scope="self").double(), pixel_values)
     with torch.no_grad():
         logits = model(pixel_values).logits
@@ -359,14 +359,14 @@ def test_scope_self_knows_no_batch(name, preset):
 @every_backbone
 @both_presets
 def test_scope_batch_follows_a_permutation(name, preset):
-    pixel_values = _pictures(name).double()
+    pixel_values = _images(name).double()
     model = _settle(_build(name, preset, relation_scope="batch").double(), pixel_values)
     permutation = torch.tensor([3, 0, 5, 1, 4, 2])
     with torch.no_grad():
         logits = model(pixel_values).logits
         # RPE and attention are in float32 whatever the model is in.
         _assert_close(model(pixel_values[permutation]).logits, logits[permutation])
-        # And the neighbours do count.
+        # And the neighbors do count.
         assert (model(pixel_values[:2]).logits - logits[:2]).abs().max() > 1e-3
 
 
@@ -429,7 +429,7 @@ def test_references_go_with_the_model(name, saved_models, remote_answers):
 @backbones_with_references
 @both_presets
 def test_scope_reference_knows_no_batch(name, preset):
-    pixel_values = _pictures(name).double()
+    pixel_values = _images(name).double()
     model = _settle(_build(name, preset).double(), pixel_values)
     _set_references(model, name)
     with torch.no_grad():
@@ -442,7 +442,7 @@ def test_scope_reference_knows_no_batch(name, preset):
 @backbones_with_references
 def test_references_of_another_start_are_refused(name, tmp_path):
     """The features of a fixed pattern tell a backbone of random weights from another one."""
-    pixel_values = _pictures(name)
+    pixel_values = _images(name)
     model, other = (_settle(_build(name), pixel_values) for _ in range(2))
     _set_references(model, name)
     model.rbi.backbone.load_state_dict(other.rbi.backbone.state_dict())
@@ -483,7 +483,7 @@ def test_gradient_checkpointing(name):
             model.gradient_checkpointing_enable()
         return
 
-    pixel_values = _pictures(name)
+    pixel_values = _images(name)
     loss, gradients, again = _loss_and_gradients(model, pixel_values)
     assert again == 0
     model.gradient_checkpointing_enable()
@@ -498,7 +498,7 @@ def test_gradient_checkpointing(name):
 @every_backbone
 @both_scopes
 def test_bf16_is_finite(name, scope):
-    pixel_values = _pictures(name)
+    pixel_values = _images(name)
     model = _settle(_build(name), pixel_values).bfloat16()
     with torch.no_grad():
         logits = model(pixel_values.bfloat16(), relation_scope=scope).logits
@@ -513,7 +513,7 @@ _TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     "backbone_config, message",
     [
         pytest.param(BertConfig(**_TINY), "BertConfig, which is not that of a vision model", id="text"),
-        pytest.param(VideoMAEConfig(**_TINY), "VideoMAEModel for a picture of 224 x 224 pixels", id="video"),
+        pytest.param(VideoMAEConfig(**_TINY), "VideoMAEModel for an image of 224 x 224 pixels", id="video"),
         pytest.param(MgpstrConfig(**_TINY), "mgp-str gives no `last_hidden_state`", id="nothing-to-pool"),
         pytest.param(
             TimmWrapperConfig(architecture="resnet18", do_pooling=False),

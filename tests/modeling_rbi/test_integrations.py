@@ -76,14 +76,14 @@ def make_model(backbone: str = "convnext", preset: str = "kernel", **kwargs) -> 
 
 def make_pixel_values(batch_size: int = 7, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.rand(batch_size, 3, 4, 4, generator=generator)
-    pictures = torch.nn.functional.interpolate(pictures, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
+    images = torch.rand(batch_size, 3, 4, 4, generator=generator)
+    images = torch.nn.functional.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
     mean, std = torch.tensor(RBIConfig().image_mean), torch.tensor(RBIConfig().image_std)
-    return (pictures - mean[:, None, None]) / std[:, None, None]
+    return (images - mean[:, None, None]) / std[:, None, None]
 
 
-def make_picture(label: int, seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
-    """Noise with a tint of the label's colour."""
+def make_image(label: int, seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
+    """Noise with a tint of the label's color."""
     pixels = np.random.default_rng(seed).integers(0, 120, (*size, 3))
     pixels[..., label] += 60
     return Image.fromarray(pixels.astype("uint8"))
@@ -106,8 +106,8 @@ def make_model_with_references(backbone: str = "convnext", preset: str = "kernel
     """As `make_model`, and with 6 references, so that it is in scope "reference"."""
     model = make_model(backbone, preset, **kwargs)
     pixel_values = make_pixel_values(6, seed=10)
-    pictures = [{"pixel_values": picture, "label": index % 3} for index, picture in enumerate(pixel_values)]
-    model.set_references(pictures)
+    images = [{"pixel_values": image, "label": index % 3} for index, image in enumerate(pixel_values)]
+    model.set_references(images)
     return model
 
 
@@ -127,7 +127,7 @@ def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module):
 
 
 def assert_close_to_float32(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype):
-    """Closer to the float32 logits than those of different pictures are to each other, by far."""
+    """Closer to the float32 logits than those of different images are to each other, by far."""
     spread = expected.std(0).max()
     assert (logits.float() - expected).abs().max() <= (0.1 if dtype == torch.bfloat16 else 0.02) * spread
 
@@ -449,10 +449,10 @@ def test_no_gradient_checkpointing_without_the_backbones():
 # Trainer
 
 
-def make_dataset(num_pictures: int, seed: int) -> datasets.Dataset:
-    labels = [index % len(LABELS) for index in range(num_pictures)]
+def make_dataset(num_images: int, seed: int) -> datasets.Dataset:
+    labels = [index % len(LABELS) for index in range(num_images)]
     columns = {
-        "image": [make_picture(label, 1000 * seed + index) for index, label in enumerate(labels)],
+        "image": [make_image(label, 1000 * seed + index) for index, label in enumerate(labels)],
         "label": labels,
     }
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
@@ -460,8 +460,8 @@ def make_dataset(num_pictures: int, seed: int) -> datasets.Dataset:
     processor = make_image_processor()
 
     def transform(examples):
-        pictures = [picture.convert("RGB") for picture in examples["image"]]
-        return {**processor(pictures, return_tensors="pt"), "label": examples["label"]}
+        images = [image.convert("RGB") for image in examples["image"]]
+        return {**processor(images, return_tensors="pt"), "label": examples["label"]}
 
     dataset.set_transform(transform)
     return dataset
@@ -546,8 +546,8 @@ def test_trainer(tmp_path, train_dataset, eval_dataset, backbone, preset):
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "final")
     assert type(model) is RBIForImageClassification
     assert_same_weights(model, trainer.model)
-    pictures = list(eval_dataset.with_format(None)["image"])
-    answers = pipeline("image-classification", str(tmp_path / "final"), top_k=1)(pictures)
+    images = list(eval_dataset.with_format(None)["image"])
+    answers = pipeline("image-classification", str(tmp_path / "final"), top_k=1)(images)
     predicted = prediction.predictions.argmax(-1)
     assert [answer["label"] for (answer,) in answers] == [LABELS[index] for index in predicted]
 
@@ -638,9 +638,9 @@ def test_trainer_with_references(tmp_path, train_dataset, eval_dataset, backbone
     kwargs = {"references": None, "relation_scope": "self"} if backbone == "resnet" else {}
     best = AutoModelForImageClassification.from_pretrained(trainer.state.best_model_checkpoint, **kwargs)
     scope = "self" if backbone == "resnet" else None
-    for picture_values in pixel_values.split(4):
-        expected = best(picture_values).logits
-        torch.testing.assert_close(model(picture_values, relation_scope=scope).logits, expected)
+    for image_values in pixel_values.split(4):
+        expected = best(image_values).logits
+        torch.testing.assert_close(model(image_values, relation_scope=scope).logits, expected)
 
 
 def test_load_state_dict_takes_what_was_saved(tmp_path):
@@ -719,41 +719,41 @@ def classifier(saved_folder):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return [make_picture(index % 3, seed=index, size=(40 + index, 50 - index)) for index in range(7)]
+def images():
+    return [make_image(index % 3, seed=index, size=(40 + index, 50 - index)) for index in range(7)]
 
 
 def get_scores(answers) -> list[list[float]]:
-    """Scores in the order of LABELS, one row for each picture."""
+    """Scores in the order of LABELS, one row for each image."""
     by_label = [{answer["label"]: answer["score"] for answer in each} for each in answers]
     return [[each[label] for label in LABELS] for each in by_label]
 
 
-def test_pipeline(classifier, pictures):
+def test_pipeline(classifier, images):
     model, processor = make_model(), make_image_processor()
     with torch.no_grad():
-        expected = model(**processor(pictures, return_tensors="pt")).logits.softmax(-1)
-    single = get_scores([classifier(picture) for picture in pictures])
+        expected = model(**processor(images, return_tensors="pt")).logits.softmax(-1)
+    single = get_scores([classifier(image) for image in images])
     torch.testing.assert_close(torch.tensor(single), expected)
     for batch_size in (1, 2, 7):
-        scores = get_scores(classifier(pictures, batch_size=batch_size))
+        scores = get_scores(classifier(images, batch_size=batch_size))
         assert scores == [pytest.approx(row, abs=1e-6) for row in single]
     # Not that the answers were all the same.
     assert expected.std(0).max() > 0.01
 
 
-def test_pipeline_top_k(classifier, pictures):
-    every = classifier(pictures[0], top_k=3)
+def test_pipeline_top_k(classifier, images):
+    every = classifier(images[0], top_k=3)
     assert sorted(answer["label"] for answer in every) == sorted(LABELS)
     assert [answer["score"] for answer in every] == sorted((answer["score"] for answer in every), reverse=True)
     assert sum(answer["score"] for answer in every) == pytest.approx(1)
-    assert classifier(pictures[0], top_k=1) == every[:1]
-    assert [answers[:1] for answers in classifier(pictures, top_k=3)] == classifier(pictures, top_k=1)
+    assert classifier(images[0], top_k=1) == every[:1]
+    assert [answers[:1] for answers in classifier(images, top_k=3)] == classifier(images, top_k=1)
 
 
-def test_pipeline_answers_do_not_depend_on_the_company(tmp_path, classifier, pictures):
-    others = [make_picture(1, seed=index) for index in range(50, 56)]
-    first, second = ([pictures[0], *company] for company in (pictures[1:], others))
+def test_pipeline_answers_do_not_depend_on_the_company(tmp_path, classifier, images):
+    others = [make_image(1, seed=index) for index in range(50, 56)]
+    first, second = ([images[0], *company] for company in (images[1:], others))
     # Batches of the same size, so that not even the rounding differs.
     assert classifier(first, batch_size=7)[0] == classifier(second, batch_size=7)[0]
 
@@ -762,39 +762,39 @@ def test_pipeline_answers_do_not_depend_on_the_company(tmp_path, classifier, pic
     assert max(abs(score - other) for score, other in zip(*answers, strict=True)) > 1e-3
 
 
-def test_pipeline_with_references(tmp_path, classifier, pictures):
-    others = [make_picture(1, seed=index) for index in range(50, 56)]
+def test_pipeline_with_references(tmp_path, classifier, images):
+    others = [make_image(1, seed=index) for index in range(50, 56)]
     model = make_model_with_references()
     related = pipeline("image-classification", save(model, tmp_path))
     assert related.model.config.relation_scope == "reference"
-    first, second = ([pictures[0], *company] for company in (pictures[1:], others))
+    first, second = ([images[0], *company] for company in (images[1:], others))
     assert related(first, batch_size=7)[0] == related(second, batch_size=7)[0]
     with torch.no_grad():
-        expected = model(**make_image_processor()(pictures, return_tensors="pt")).logits.softmax(-1)
+        expected = model(**make_image_processor()(images, return_tensors="pt")).logits.softmax(-1)
     for batch_size in (1, 3, 7):
-        scores = get_scores(related(pictures, batch_size=batch_size))
+        scores = get_scores(related(images, batch_size=batch_size))
         assert scores == [pytest.approx(row, abs=1e-6) for row in expected.tolist()]
-    without = torch.tensor(get_scores(classifier(pictures)))
+    without = torch.tensor(get_scores(classifier(images)))
     assert (without - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16", "CMYK"])
-def test_pipeline_picture_modes(tmp_path, classifier, pictures, mode):
-    picture = pictures[0].convert("L").convert("I;16") if mode == "I;16" else pictures[0].convert(mode)
-    expected = classifier(picture.convert("RGB"))
-    assert classifier(picture) == expected
+def test_pipeline_image_modes(tmp_path, classifier, images, mode):
+    image = images[0].convert("L").convert("I;16") if mode == "I;16" else images[0].convert(mode)
+    expected = classifier(image.convert("RGB"))
+    assert classifier(image) == expected
     assert (
-        classifier([picture, pictures[1]], batch_size=2)[0]
-        == classifier([picture.convert("RGB"), pictures[1]], batch_size=2)[0]
+        classifier([image, images[1]], batch_size=2)[0]
+        == classifier([image.convert("RGB"), images[1]], batch_size=2)[0]
     )
     if mode != "CMYK":
-        picture.save(tmp_path / "picture.png")
-        assert classifier(str(tmp_path / "picture.png")) == expected
+        image.save(tmp_path / "image.png")
+        assert classifier(str(tmp_path / "image.png")) == expected
 
 
-def test_pipeline_low_precision(saved_folder, classifier, pictures):
-    low = get_scores(pipeline("image-classification", saved_folder, dtype=torch.bfloat16)(pictures))
-    full = get_scores(classifier(pictures))
+def test_pipeline_low_precision(saved_folder, classifier, images):
+    low = get_scores(pipeline("image-classification", saved_folder, dtype=torch.bfloat16)(images))
+    full = get_scores(classifier(images))
     assert low == [pytest.approx(row, abs=0.02) for row in full]
 
 
@@ -1002,7 +1002,7 @@ processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=True)
 classifier = pipeline("image-classification", source, trust_remote_code=True)
 report["classes"] = [type(each).__name__ for each in (config, model, base, processor, classifier.model)]
 report["modules"] = [type(each).__module__ for each in (config, model, base, classifier.model)]
-report["answers"] = classifier(os.path.join(os.path.dirname(inputs), "picture.png"))
+report["answers"] = classifier(os.path.join(os.path.dirname(inputs), "image.png"))
 with torch.no_grad():
     results = {"default": model(pixel_values).logits, "batch": model(pixel_values, relation_scope="batch").logits}
     results["base"] = base(pixel_values, relation_scope="batch").pooler_output
@@ -1021,7 +1021,7 @@ def load_without_package(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     script = work / "without_package.py"
     script.write_text(WITHOUT_PACKAGE)
-    make_picture(1, seed=5).save(work / "picture.png")
+    make_image(1, seed=5).save(work / "image.png")
     save_file({"pixel_values": make_pixel_values()}, work / "inputs.safetensors")
 
     def load(source, target):
@@ -1059,7 +1059,7 @@ def test_loads_where_the_package_is_not_installed(folders_without_package, class
             "batch": model(pixel_values, relation_scope="batch").logits,
             "base": model.rbi(pixel_values, relation_scope="batch").pooler_output,
         }
-    answers = classifier(make_picture(1, seed=5))
+    answers = classifier(make_image(1, seed=5))
     for _, report, results in folders_without_package:
         assert len(report["refusals"]) == 3
         assert all("trust_remote_code=True" in refusal for refusal in report["refusals"])
@@ -1102,7 +1102,7 @@ def test_references_load_where_the_package_is_not_installed(load_without_package
     assert (
         report["answers"]
         == again["answers"]
-        == pipeline("image-classification", str(tmp_path / "third"))(make_picture(1, seed=5))
+        == pipeline("image-classification", str(tmp_path / "third"))(make_image(1, seed=5))
     )
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "third")
     assert loaded.describe_references() == model.describe_references()

@@ -85,34 +85,34 @@ def features(pixel_values):
 # --- Relationship Position Encoding ---------------------------------------------------------------------------------
 
 
-def natural_pictures(number, size=48):
-    """Pictures with the 1/f spectrum of photographs, (number, 3, size, size) in [0, 1], float64."""
+def natural_images(number, size=48):
+    """Images with the 1/f spectrum of photographs, (number, 3, size, size) in [0, 1], float64."""
     frequency = (torch.fft.fftfreq(size)[:, None] ** 2 + torch.fft.rfftfreq(size)[None] ** 2).sqrt()
     spectrum = torch.fft.rfft2(torch.randn(number, 3, size, size)) / frequency.clamp(min=1 / size)
-    pictures = torch.fft.irfft2(spectrum, s=(size, size)).double()
-    low, high = pictures.amin((1, 2, 3), keepdim=True), pictures.amax((1, 2, 3), keepdim=True)
-    return (pictures - low) / (high - low)
+    images = torch.fft.irfft2(spectrum, s=(size, size)).double()
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (images - low) / (high - low)
 
 
 def line_drawings(number, size=48):
-    """Pictures of large areas, black or light: as much contrast as there is."""
+    """Images of large areas, black or light: as much contrast as there is."""
     areas = (torch.rand(number, 1, 6, 6) > 0.5).double() * 0.8
     return nn.functional.interpolate(areas, size=(size, size)).expand(-1, 3, -1, -1)
 
 
-def with_noise(pictures, decibels):
-    """Near-duplicates whose PSNR to the pictures is known."""
-    noise = torch.randn_like(pictures)
-    return pictures + noise * 10 ** (-decibels / 20) / noise.square().mean((1, 2, 3), keepdim=True).sqrt()
+def with_noise(images, decibels):
+    """Near-duplicates whose PSNR to the images is known."""
+    noise = torch.randn_like(images)
+    return images + noise * 10 ** (-decibels / 20) / noise.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
-def brightened(pictures, decibels):
+def brightened(images, decibels):
     """Near-duplicates off by the same in every pixel, where rounding errors add up instead of cancelling."""
-    return pictures + 10 ** (-decibels / 20)
+    return images + 10 ** (-decibels / 20)
 
 
-def normalize(pictures, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    return (pictures - mean) / std
+def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    return (images - mean) / std
 
 
 def oracle_errors(pixel_values, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -157,12 +157,12 @@ def matmul_precision(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make_pictures", [natural_pictures, line_drawings])
+@pytest.mark.parametrize("make_images", [natural_images, line_drawings])
 @pytest.mark.parametrize("make_duplicates", [with_noise, brightened])
-def test_psnr_is_that_of_float64(dtype, make_pictures, make_duplicates, matmul_precision):
-    pictures = make_pictures(3)
+def test_psnr_is_that_of_float64(dtype, make_images, make_duplicates, matmul_precision):
+    images = make_images(3)
     levels = [5, 10, 20, 30, 40, 45]
-    duplicates = torch.cat([pictures, *(make_duplicates(pictures, level) for level in levels)])
+    duplicates = torch.cat([images, *(make_duplicates(images, level) for level in levels)])
     pixel_values = normalize(duplicates).to(dtype)
     expected = decibels(oracle_errors(pixel_values)).clamp(0, 50)
     if dtype == torch.float32:
@@ -183,9 +183,9 @@ def test_psnr_is_that_of_float64(dtype, make_pictures, make_duplicates, matmul_p
 @pytest.mark.parametrize("psnr_max", [50.0, 120.0])
 @pytest.mark.parametrize("make_duplicates", [with_noise, brightened])
 def test_psnr_is_monotone_and_finite_beyond(dtype, psnr_max, make_duplicates):
-    pictures = torch.cat([natural_pictures(2), line_drawings(2)])
+    images = torch.cat([natural_images(2), line_drawings(2)])
     levels = range(50, 101, 5)
-    pixel_values = normalize(torch.cat([pictures, *(make_duplicates(pictures, level) for level in levels)])).to(dtype)
+    pixel_values = normalize(torch.cat([images, *(make_duplicates(images, level) for level in levels)])).to(dtype)
     errors = oracle_errors(pixel_values)
     similarities, _ = make_rpe(psnr_max=psnr_max)(pixel_values)
     assert similarities.isfinite().all() and similarities.min() >= 0 and similarities.max() <= 1
@@ -194,8 +194,8 @@ def test_psnr_is_monotone_and_finite_beyond(dtype, psnr_max, make_duplicates):
         assert row[row_errors.argsort(descending=True)].diff().min() * psnr_max > -0.01
     if dtype == torch.float32 and psnr_max > 100:
         # Strictly so: every step of 5 dB is seen.
-        for picture in range(4):
-            assert similarities[picture, picture::4][1:].diff().min() > 0
+        for image in range(4):
+            assert similarities[image, image::4][1:].diff().min() > 0
 
 
 def test_psnr_below_0_counts_as_0():
@@ -206,8 +206,8 @@ def test_psnr_below_0_counts_as_0():
 
 @pytest.mark.parametrize("bits", [10, 7], ids=["tf32", "bf16"])
 def test_psnr_withstands_tensor_cores(bits):
-    pictures = line_drawings(4)
-    pixel_values = normalize(torch.cat([pictures, *(brightened(pictures, level) for level in (20, 30, 40, 45))]))
+    images = line_drawings(4)
+    pixel_values = normalize(torch.cat([images, *(brightened(images, level) for level in (20, 30, 40, 45))]))
     pixel_values = pixel_values.float()
     expected = decibels(oracle_errors(pixel_values))
     compared = expected <= 45.001
@@ -218,11 +218,11 @@ def test_psnr_withstands_tensor_cores(bits):
     torch.testing.assert_close(similarities.double()[compared] * 50, expected[compared], atol=0.01, rtol=0)
 
     # The plain formula in float32 does not.
-    images = (pixel_values * IMAGENET_STD.float() + IMAGENET_MEAN.float()).flatten(1)
-    images = images - images.mean(0)
+    rows = (pixel_values * IMAGENET_STD.float() + IMAGENET_MEAN.float()).flatten(1)
+    rows = rows - rows.mean(0)
     with RoundedFactors(bits):
-        gram = images @ images.T
-    plain = decibels((gram.diagonal()[:, None] + gram.diagonal() - 2 * gram) / images.shape[1])
+        gram = rows @ rows.T
+    plain = decibels((gram.diagonal()[:, None] + gram.diagonal() - 2 * gram) / rows.shape[1])
     assert (plain - expected)[compared].abs().max() > 0.01
 
 
@@ -261,9 +261,9 @@ def test_psnr_is_in_float32_under_autocast(pixel_values):
     [([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]), ([0.0, 0.0, 0.0], [1 / 255] * 3), ([0.1, 0.5, 2], [3, 1, 0.2])],
 )
 def test_normalisation_is_undone(mean, std):
-    pictures = with_noise(natural_pictures(5), 15)
-    expected, _ = make_rpe()(normalize(pictures).float())
-    other = normalize(pictures, *(torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std)))
+    images = with_noise(natural_images(5), 15)
+    expected, _ = make_rpe()(normalize(images).float())
+    other = normalize(images, *(torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std)))
     similarities, _ = make_rpe(image_mean=mean, image_std=std)(other.float())
     torch.testing.assert_close(similarities, expected, atol=1e-5, rtol=0)
     # Statistics of another processor give another answer.
@@ -272,7 +272,7 @@ def test_normalisation_is_undone(mean, std):
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(48, 48, 16), (32, 48, 16), (48, 24, 12), (64, 16, 16)])
-def test_psnr_image_size_averages_the_pictures_down(height, width, size):
+def test_psnr_image_size_averages_the_images_down(height, width, size):
     pixel_values = torch.randn(4, 3, height, width)
     blocks = pixel_values.double().numpy().reshape(4, 3, size, height // size, size, width // size).mean((3, 5))
     expected = decibels(oracle_errors(torch.from_numpy(blocks))).clamp(0, 50) / 50
@@ -283,12 +283,12 @@ def test_psnr_image_size_averages_the_pictures_down(height, width, size):
 
 
 @pytest.mark.parametrize("size", [33, 224])
-def test_pictures_smaller_than_psnr_image_size_are_left_as_they_are(size):
+def test_images_smaller_than_psnr_image_size_are_left_as_they_are(size):
     pixel_values = torch.randn(4, 3, 32, 20)
     assert torch.equal(make_rpe(psnr_image_size=size)(pixel_values)[0], make_rpe()(pixel_values)[0])
 
 
-def test_pictures_smaller_than_psnr_image_size_in_one_direction():
+def test_images_smaller_than_psnr_image_size_in_one_direction():
     pixel_values = torch.randn(4, 3, 8, 64)
     blocks = pixel_values.double().numpy().reshape(4, 3, 8, 16, 4).mean(4)
     expected = decibels(oracle_errors(torch.from_numpy(blocks))).clamp(0, 50) / 50
@@ -319,7 +319,7 @@ def test_nearest_self_relation_passes_over_masked_images(pixel_values):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_pictures_that_are_not_finite_have_no_relations(pixel_values, bad):
+def test_images_that_are_not_finite_have_no_relations(pixel_values, bad):
     expected, _ = make_rpe()(pixel_values[1:])
     pixel_values[0, 1, 5, 5] = bad
     similarities, is_finite = make_rpe()(pixel_values)
@@ -373,7 +373,7 @@ def test_rra_is_transformer_conv_on_the_complete_graph(num_heads):
             gradients[f"{name}.{part}"] = (getattr(rra, name).get_parameter(part).grad, parameter.grad)
     assert len(gradients) == 1 + sum(1 for _ in rra.parameters())
     for name, (ours, theirs) in gradients.items():
-        if name != "key.bias":  # The same for each neighbour, so that the softmax takes it away but for the rounding.
+        if name != "key.bias":  # The same for each neighbor, so that the softmax takes it away but for the rounding.
             assert theirs.abs().max() > 1e-3, name
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -493,20 +493,20 @@ def test_standard_start(backbone_config):
 
 
 def test_untrained_kernel_is_the_kernel(backbone_config):
-    """Attention is softmax(cos / tau + g PSNR) of the pictures at 16 px, in float64 by other means."""
+    """Attention is softmax(cos / tau + g PSNR) of the images at 16 px, in float64 by other means."""
     model = RBIModel(RBIConfig.kernel(backbone_config=backbone_config)).eval()
-    pictures = torch.cat([natural_pictures(4, size=32), line_drawings(3, size=32)])
+    images = torch.cat([natural_images(4, size=32), line_drawings(3, size=32)])
     # Of two kinds, so that not every image looks at itself alone, and far from the origin.
     features = torch.randn(2, FEATURE_SIZE)[torch.arange(7) % 2] + 0.2 * torch.randn(7, FEATURE_SIZE) + 3
-    pixel_values = normalize(pictures).float()
+    pixel_values = normalize(images).float()
     outputs = model(pixel_values, image_features=features, relation_scope="batch", output_relations=True)
 
-    blocks = pictures.numpy().reshape(7, 3, 16, 2, 16, 2).mean((3, 5))
+    blocks = images.numpy().reshape(7, 3, 16, 2, 16, 2).mean((3, 5))
     psnr = decibels(torch.from_numpy(np.mean(np.square(blocks[:, None] - blocks[None]), (2, 3, 4)))).clamp(max=50)
     psnr.fill_diagonal_(0).diagonal().copy_(psnr.amax(1))
-    centred = (features - features.mean(0)).double().numpy()
-    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
-    expected = (torch.from_numpy(centred @ centred.T) / 0.2 + 0.5 * psnr).softmax(-1)
+    centered = (features - features.mean(0)).double().numpy()
+    centered /= np.linalg.norm(centered, axis=1, keepdims=True)
+    expected = (torch.from_numpy(centered @ centered.T) / 0.2 + 0.5 * psnr).softmax(-1)
     assert expected.diagonal().min() < 0.6
     torch.testing.assert_close(outputs.relation_attentions[:, 0].double(), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs.pooler_output.double(), expected @ features.double(), atol=1e-4, rtol=0)
@@ -544,7 +544,7 @@ def test_jacobian_across_images(model, pixel_values, scope):
 
 
 def test_scope_self_does_not_depend_on_the_batch_size(model):
-    pixel_values = normalize(natural_pictures(64, size=32)).float()
+    pixel_values = normalize(natural_images(64, size=32)).float()
     whole = logits_of(model, pixel_values, scope="self")
     assert whole.std(0).min() > 0.01
     for batch_size in (1, 2, 7, 64):
@@ -617,7 +617,7 @@ def test_masked_rows_have_no_effect_through_the_backbone(model, pixel_values):
     torch.testing.assert_close(logits[MASK], logits_of(model, pixel_values[MASK]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_masked_row_attends_to_itself_and_the_neighbours(model, pixel_values, features):
+def test_a_masked_row_attends_to_itself_and_the_neighbors(model, pixel_values, features):
     outputs = model(
         pixel_values, image_features=features, relation_scope="batch", relation_mask=MASK, output_relations=True
     )
@@ -656,12 +656,12 @@ def test_a_pairwise_mask_says_who_attends_to_whom(model, pixel_values, features)
     assert torch.equal(outputs.relation_attentions > 0, expected.expand_as(outputs.relation_attentions))
 
 
-# --- Neighbourhoods smaller than the batch ---------------------------------------------------------------------------
+# --- Neighborhoods smaller than the batch ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "groups"), [(7, [7]), (10, [7]), (4, [3, 4]), (3, [2, 2, 3]), (1, [1] * 7)])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
-def test_a_batch_is_split_into_equal_neighbourhoods(model, pixel_values, features, size, groups, mask):
+def test_a_batch_is_split_into_equal_neighborhoods(model, pixel_values, features, size, groups, mask):
     outputs = model(
         pixel_values,
         image_features=features,
@@ -703,7 +703,7 @@ def test_splits_that_make_no_sense_are_refused(model, pixel_values):
         model(pixel_values, relation_scope="batch", relation_batch_size=4)
 
 
-# --- Neighbourhoods of several processes -----------------------------------------------------------------------------
+# --- Neighborhoods of several processes -----------------------------------------------------------------------------
 
 
 def test_gathering_in_one_process_changes_nothing(model, pixel_values):
@@ -801,7 +801,7 @@ def test_a_row_that_is_not_finite_does_not_poison_the_others(model, pixel_values
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("scope", ["self", "batch"])
-def test_a_picture_that_is_not_finite_does_not_poison_the_others(model, pixel_values, scope, bad):
+def test_an_image_that_is_not_finite_does_not_poison_the_others(model, pixel_values, scope, bad):
     expected = logits_of(model, pixel_values[OTHERS], scope)
     pixel_values[BAD_ROW, 1, 4, 4] = bad
     logits = logits_of(model, pixel_values, scope)
@@ -985,7 +985,7 @@ def test_pixels_are_not_needed_without_relations(config, features):
         (lambda pixels: pixels.long(), r"torch\.int64, but must be float.*image processor"),
         (lambda pixels: None, r"You have to specify pixel_values"),
     ],
-    ids=["grey", "channels_last", "rank_3", "rank_5", "empty", "uint8", "int64", "none"],
+    ids=["gray", "channels_last", "rank_3", "rank_5", "empty", "uint8", "int64", "none"],
 )
 @pytest.mark.parametrize("scope", ["self", "batch"])
 def test_bad_pixels_are_refused(model, pixel_values, make_pixels, named, scope):
@@ -1182,7 +1182,7 @@ REFUSED = {"poolformer"}
 
 
 def make_classifier(name, pixel_values):
-    """A classifier of random weights whose logits differ between pictures."""
+    """A classifier of random weights whose logits differ between images."""
     config = copy.deepcopy(CLASSIFIERS[name])
     config.id2label, config.label2id = LABELS, {label: index for index, label in LABELS.items()}
     model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
@@ -1192,7 +1192,7 @@ def make_classifier(name, pixel_values):
         for parameter in classifier.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
-        # Statistics of the pictures for batch normalisation, without which deep networks give 0 for all of them.
+        # Statistics of the images for batch normalization, without which deep networks give 0 for all of them.
         for module in classifier.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0
@@ -1261,7 +1261,7 @@ def test_an_image_classifier_without_bias(pixel_values):
 
 
 def test_a_normalisation_before_the_classifier_is_refused(pixel_values):
-    with pytest.raises(ValueError, match=r"PoolFormerForImageClassification does more than pooling.*normalisation"):
+    with pytest.raises(ValueError, match=r"PoolFormerForImageClassification does more than pooling.*normalization"):
         RBIForImageClassification.from_image_classifier(make_classifier("poolformer", pixel_values))
 
 

@@ -22,7 +22,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modeling_rbi import MAX_REFERENCES, RBIConfig, RBIForImageClassification, RBIModel, choose_references
 from modeling_rbi import modeling_rbi as modeling
-from training.data.pictures import Pictures
+from training.data.image_dataset import ImageDataset
 
 
 FEATURE_SIZE = 24
@@ -37,20 +37,20 @@ IMAGENET_MEAN, IMAGENET_STD = (
 )
 
 
-def make_pictures(number, size=32, seed=1):
-    """Different smooth pictures, (number, 3, size, size), normalised with ImageNet's mean and std."""
-    pictures = torch.rand(number, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    pictures = nn.functional.interpolate(pictures, size=(size, size), mode="bilinear").double()
-    return ((pictures - IMAGENET_MEAN) / IMAGENET_STD).float()
+def make_images(number, size=32, seed=1):
+    """Different smooth images, (number, 3, size, size), normalized with ImageNet's mean and std."""
+    images = torch.rand(number, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    images = nn.functional.interpolate(images, size=(size, size), mode="bilinear").double()
+    return ((images - IMAGENET_MEAN) / IMAGENET_STD).float()
 
 
 def make_items(number, labels=None, **kwargs):
     """A data set of dicts, by default with labels in turn; -100 leaves the label out."""
     labels = [index % NUM_LABELS for index in range(number)] if labels is None else labels
-    pictures = make_pictures(number, **kwargs)
+    images = make_images(number, **kwargs)
     return [
-        {"pixel_values": picture} | ({} if label == -100 else {"labels": label})
-        for picture, label in zip(pictures, labels, strict=True)
+        {"pixel_values": image} | ({} if label == -100 else {"labels": label})
+        for image, label in zip(images, labels, strict=True)
     ]
 
 
@@ -82,7 +82,7 @@ def reference_features():
 
 @pytest.fixture
 def reference_pixels():
-    return make_pictures(NUM_REFERENCES, seed=2)
+    return make_images(NUM_REFERENCES, seed=2)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def bare_model(config):
 
 @pytest.fixture
 def model(bare_model):
-    """Both presets, with a bank of pictures that went through the backbone."""
+    """Both presets, with a bank of images that went through the backbone."""
     # Features that differ as those of a trained backbone do.
     for name, parameter in bare_model.rbi.backbone.named_parameters():
         if parameter.ndim > 1:
@@ -106,7 +106,7 @@ def model(bare_model):
 
 @pytest.fixture
 def resnet_model():
-    """It takes pictures of any size, and has batch normalisation."""
+    """It takes images of any size, and has batch normalization."""
     backbone_config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
     return make_model(RBIConfig.paper(backbone_config=backbone_config, feature_size=12, num_labels=NUM_LABELS))
 
@@ -146,14 +146,14 @@ def moved_(module, scale=1.0):
 
 
 def companies(number):
-    yield make_pictures(number, seed=11)
+    yield make_images(number, seed=11)
     yield torch.zeros(number, 3, 32, 32)
     yield 1e4 * torch.randn(number, 3, 32, 32)
     for bad in (math.nan, math.inf, -math.inf):
         yield torch.full((number, 3, 32, 32), bad)
-        pictures = make_pictures(number, seed=12)
-        pictures[:, 1, 5, 7] = bad
-        yield pictures
+        images = make_images(number, seed=12)
+        images[:, 1, 5, 7] = bad
+        yield images
 
 
 @pytest.mark.parametrize("place", [0, 3, 6])
@@ -181,7 +181,7 @@ def test_features_that_are_not_finite_reach_nobody_else(model, pixel_values, fea
     assert logits[2].isnan().all()
 
 
-def test_a_picture_that_is_not_finite_has_no_answer_and_no_gradient_through_others(model, pixel_values, features):
+def test_an_image_that_is_not_finite_has_no_answer_and_no_gradient_through_others(model, pixel_values, features):
     pixel_values[4, 0, 0, 0] = math.nan
     features.requires_grad_()
     logits = model.train()(pixel_values, image_features=features, relation_scope="reference").logits
@@ -207,7 +207,7 @@ def test_jacobian_across_images_is_zero(model, pixel_values, is_training):
 
 
 def test_the_answer_does_not_depend_on_the_batch_size(model):
-    pixel_values = make_pictures(256, seed=3)
+    pixel_values = make_images(256, seed=3)
     whole = logits_of(model, pixel_values)
     assert whole.std(0).min() > 0.01
     for batch_size in (1, 2, 3, 7, 32, 100, 255):
@@ -216,7 +216,7 @@ def test_the_answer_does_not_depend_on_the_batch_size(model):
 
 
 def test_any_batch_size_of_the_head_gives_the_same(model):
-    pixel_values, features = make_pictures(256, seed=3), torch.randn(256, FEATURE_SIZE)
+    pixel_values, features = make_images(256, seed=3), torch.randn(256, FEATURE_SIZE)
     whole = logits_of(model, pixel_values, image_features=features)
     for batch_size in range(1, 257, 3):
         part = logits_of(model, pixel_values[:batch_size], image_features=features[:batch_size])
@@ -230,7 +230,7 @@ def test_the_answers_follow_a_permutation(model, pixel_values):
 
 
 def test_the_order_of_the_references_is_of_no_account(config, pixel_values, features, reference_features):
-    reference_pixels, order = make_pictures(NUM_REFERENCES), torch.randperm(NUM_REFERENCES)
+    reference_pixels, order = make_images(NUM_REFERENCES), torch.randperm(NUM_REFERENCES)
     model = make_model(config, reference_features, reference_pixels)
     expected = logits_of(model, pixel_values, image_features=features)
     model.set_reference_features(reference_features[order], reference_pixels[order])
@@ -273,7 +273,7 @@ def test_a_model_without_a_bank_says_how_to_make_one(bare_model, pixel_values):
 
 
 def block_means(images, size):
-    """Pictures, (n, C, H, W), averaged down by a whole factor."""
+    """Images, (n, C, H, W), averaged down by a whole factor."""
     factor = images.shape[-1] // size
     return images.reshape(*images.shape[:2], size, factor, size, factor).mean((3, 5))
 
@@ -424,7 +424,7 @@ def test_the_answer_is_its_formula(
 @pytest.mark.parametrize("size", [32, 64])
 def test_the_presets_are_their_formula(config, reference_features, size):
     """Through the backbone, and with PSNR of full size at 32 px."""
-    pixel_values, reference_pixels = make_pictures(5, size, seed=4), make_pictures(NUM_REFERENCES, size, seed=5)
+    pixel_values, reference_pixels = make_images(5, size, seed=4), make_images(NUM_REFERENCES, size, seed=5)
     model = make_model(config, reference_features, reference_pixels)
     with torch.no_grad():
         features, _ = model.rbi.extract_features(pixel_values)
@@ -460,7 +460,7 @@ def test_gradients_in_training_are_those_of_the_formula(
 def test_the_untrained_kernel_gives_a_quarter_to_the_nearest(backbone_config, pixel_values, features):
     """The kernel preset as it starts: softmax of cosine over 0.3 and PSNR in dB, over the 8 nearest references."""
     model = RBIForImageClassification(RBIConfig.kernel(backbone_config=backbone_config)).eval()
-    references, pixels = torch.randn(12, FEATURE_SIZE), make_pictures(12, seed=2)
+    references, pixels = torch.randn(12, FEATURE_SIZE), make_images(12, seed=2)
     model.set_reference_features(references, pixels)
     mean = references.mean(0)
     cosines = torch.cosine_similarity(features[:, None] - mean, references - mean, dim=-1)
@@ -470,7 +470,7 @@ def test_the_untrained_kernel_gives_a_quarter_to_the_nearest(backbone_config, pi
     attention = scores.masked_fill(scores.argsort(descending=True).argsort() >= 8, -math.inf).softmax(-1)
     with torch.no_grad():
         outputs = model.rbi(pixel_values, image_features=features, output_relations=True)
-    # The bank keeps 8 bits of its pictures.
+    # The bank keeps 8 bits of its images.
     torch.testing.assert_close(outputs.relation_attentions[:, 0, 1:], attention / 4, atol=1e-3, rtol=5e-3)
     torch.testing.assert_close(outputs.relation_attentions[:, 0, 0], torch.full((7,), 0.75))
     expected = 0.75 * features + 0.25 * attention @ references
@@ -523,7 +523,7 @@ def test_only_the_nearest_references_are_attended_to(model, pixel_values, num_ne
     assert (least >= left_out).all()
 
 
-def test_a_picture_of_the_bank_has_the_relation_1_to_itself(model):
+def test_an_image_of_the_bank_has_the_relation_1_to_itself(model):
     pixel_values = torch.stack([item["pixel_values"] for item in make_items(NUM_REFERENCES, seed=2)])
     with torch.no_grad():
         relations = model(pixel_values, output_relations=True).relation_similarities[:, 1:]
@@ -625,14 +625,14 @@ def test_gradients_of_votes(voting_model, pixel_values, features):
         assert name == "key.bias" or parameter.grad.abs().max() > 0, name
 
 
-def new_pictures(number=4, labels=None):
+def new_images(number=4, labels=None):
     return make_items(number, [index % 2 for index in range(number)] if labels is None else labels, seed=21)
 
 
 def test_classes_are_added(voting_model, pixel_values):
     model, state = voting_model, voting_model.classifier.state_dict()
     before = {scope: logits_of(model, pixel_values, relation_scope=scope) for scope in ("self", "batch")}
-    model.add_classes(["owl", "crow"], new_pictures())
+    model.add_classes(["owl", "crow"], new_images())
     config = model.config
     assert config.num_labels == model.num_labels == 7 and config.num_added_classes == 2
     assert (config.id2label[5], config.id2label[6]) == ("owl", "crow")
@@ -657,10 +657,10 @@ def test_classes_are_added(voting_model, pixel_values):
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(7))
 
 
-def test_pictures_of_a_new_class_are_known_again(backbone_config):
+def test_images_of_a_new_class_are_known_again(backbone_config):
     """By an untrained kernel, whose votes go by likeness."""
     model = RBIForImageClassification(RBIConfig.kernel(backbone_config=backbone_config, num_labels=NUM_LABELS)).eval()
-    items = new_pictures()
+    items = new_images()
     model.set_references(make_items(20, seed=2))
     model.add_classes(["owl", "crow"], items)
     pixel_values = torch.stack([item["pixel_values"] for item in items])
@@ -670,13 +670,13 @@ def test_pictures_of_a_new_class_are_known_again(backbone_config):
 
 def test_a_frozen_classifier_stays_so(voting_model):
     voting_model.classifier.requires_grad_(False)
-    voting_model.add_classes(["owl", "crow"], new_pictures())
+    voting_model.add_classes(["owl", "crow"], new_images())
     assert not any(parameter.requires_grad for parameter in voting_model.classifier.parameters())
 
 
 def test_classes_are_added_again_and_saved(voting_model, pixel_values, tmp_path):
-    voting_model.add_classes(["owl"], new_pictures(2, [0, 0]))
-    voting_model.add_classes(["crow"], new_pictures(3, [0, 0, 0]))
+    voting_model.add_classes(["owl"], new_images(2, [0, 0]))
+    voting_model.add_classes(["crow"], new_images(3, [0, 0, 0]))
     assert voting_model.config.num_added_classes == 2 and voting_model.config.id2label[6] == "crow"
     logits = logits_of(voting_model, pixel_values)
     voting_model.save_pretrained(tmp_path)
@@ -689,14 +689,14 @@ def test_classes_are_added_again_and_saved(voting_model, pixel_values, tmp_path)
 @pytest.mark.parametrize(
     ("names", "make_arguments", "message"),
     [
-        ([], new_pictures, "must be new and differ"),
-        (["owl", "owl"], new_pictures, "must be new and differ"),
-        (["LABEL_3", "owl"], new_pictures, "must be new and differ"),
-        (["owl", "crow"], lambda: new_pictures(3, [0, 0, 0]), "'crow'"),
-        (["owl"], lambda: new_pictures(3, [0, 0, 1]), r"label 1, but the model's classes are 0\.\.0"),
-        (["owl"], lambda: new_pictures(3, [0, 0, -100]), "1 have none"),
-        (["owl"], lambda: new_pictures(3, [-100] * 3), "needs labels"),
-        (["owl"], lambda: [], "no pictures"),
+        ([], new_images, "must be new and differ"),
+        (["owl", "owl"], new_images, "must be new and differ"),
+        (["LABEL_3", "owl"], new_images, "must be new and differ"),
+        (["owl", "crow"], lambda: new_images(3, [0, 0, 0]), "'crow'"),
+        (["owl"], lambda: new_images(3, [0, 0, 1]), r"label 1, but the model's classes are 0\.\.0"),
+        (["owl"], lambda: new_images(3, [0, 0, -100]), "1 have none"),
+        (["owl"], lambda: new_images(3, [-100] * 3), "needs labels"),
+        (["owl"], lambda: [], "no images"),
     ],
 )
 def test_classes_that_cannot_be_added_are_refused(voting_model, names, make_arguments, message):
@@ -710,31 +710,31 @@ def test_classes_that_cannot_be_added_are_refused(voting_model, names, make_argu
 def test_classes_are_not_added_to_a_bank_without_labels_of_the_others(voting_model, reference_features):
     voting_model.rbi.references.labels[LABELS == 3] = -100
     with pytest.raises(ValueError, match="1 classes have none in the bank, for instance 'LABEL_3'"):
-        voting_model.add_classes(["owl"], new_pictures(2, [0, 0]))
+        voting_model.add_classes(["owl"], new_images(2, [0, 0]))
     voting_model.remove_references()
     with pytest.raises(ValueError, match=r"no reference bank to add classes to.*`set_references`"):
-        voting_model.add_classes(["owl"], new_pictures(2, [0, 0]))
+        voting_model.add_classes(["owl"], new_images(2, [0, 0]))
 
 
-# --- Pictures in 8 bits ---------------------------------------------------------------------------------------------
+# --- Images in 8 bits ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_8_bits_keep_psnr(config, size):
-    """At most half a grey level of 256 off by the triangle inequality, and in dB what rounding noise makes of it."""
-    pictures = make_pictures(20, size, seed=6)
+    """At most half a gray level of 256 off by the triangle inequality, and in dB what rounding noise makes of it."""
+    images = make_images(20, size, seed=6)
     decibels = torch.linspace(5, 50, 46)
-    noise = torch.randn(46, *pictures.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(46, *images.shape, generator=torch.Generator().manual_seed(0))
     scale = (10 ** (-decibels / 20))[:, None, None, None, None] / IMAGENET_STD
     # Noise in blocks, which averaging down leaves.
     noise = nn.functional.interpolate(noise.flatten(0, 2)[:, None, :16, :16], size=(size, size)).view_as(noise)
-    images = (pictures + noise * scale).flatten(0, 1).float()
-    model = make_model(config, torch.randn(20, FEATURE_SIZE), pictures)
+    noisy = (images + noise * scale).flatten(0, 1).float()
+    model = make_model(config, torch.randn(20, FEATURE_SIZE), images)
     with torch.no_grad():
-        relations = model.rbi.rpe.relate_to_references(images, model.rbi.references, len(images))[0][:, 1:]
+        relations = model.rbi.rpe.relate_to_references(noisy, model.rbi.references, len(noisy))[0][:, 1:]
     small = min(size, config.psnr_image_size or 32)
     exact, references = (
-        block_means(pixels.double() * IMAGENET_STD + IMAGENET_MEAN, small) for pixels in (images, pictures)
+        block_means(pixels.double() * IMAGENET_STD + IMAGENET_MEAN, small) for pixels in (noisy, images)
     )
     for reference in range(20):
         error = (exact - references[reference]).square().mean((1, 2, 3))
@@ -748,8 +748,8 @@ def test_8_bits_keep_psnr(config, size):
         assert (psnr < 45).sum() > 100 and ((psnr > 35) & (psnr < 45)).any()
 
 
-def test_small_pictures_are_the_averaged_ones(config):
-    pixel_values = make_pictures(6, 64)
+def test_small_images_are_the_averaged_ones(config):
+    pixel_values = make_images(6, 64)
     model = make_model(config, torch.randn(6, FEATURE_SIZE), pixel_values)
     size = config.psnr_image_size or 32
     expected = block_means(pixel_values.double() * IMAGENET_STD + IMAGENET_MEAN, size)
@@ -758,15 +758,15 @@ def test_small_pictures_are_the_averaged_ones(config):
     assert (images.double() - expected * 255).abs().max() <= 0.5 + 1e-3
 
 
-def test_pictures_beyond_8_bits_are_cut(config):
+def test_images_beyond_8_bits_are_cut(config):
     pixel_values = torch.stack([torch.full((3, 32, 32), value) for value in (-100.0, 100.0)])
     model = make_model(config, torch.randn(2, FEATURE_SIZE), pixel_values)
     assert (model.rbi.references.images[0] == 0).all() and (model.rbi.references.images[1] == 255).all()
 
 
-def test_pictures_that_are_averaged_down_already(config):
-    """Those of cached features: averaging commutes with the normalisation."""
-    pixel_values, features = make_pictures(6, 64), torch.randn(6, FEATURE_SIZE)
+def test_images_that_are_averaged_down_already(config):
+    """Those of cached features: averaging commutes with the normalization."""
+    pixel_values, features = make_images(6, 64), torch.randn(6, FEATURE_SIZE)
     small = nn.functional.adaptive_avg_pool2d(pixel_values, config.psnr_image_size or 32)
     models = [make_model(copy.deepcopy(config), features, pixels) for pixels in (pixel_values, small)]
     images, other_images = (model.rbi.references.images.int() for model in models)
@@ -788,7 +788,7 @@ def test_masked_references_get_no_attention(model, pixel_values):
 
 
 def test_masked_references_do_not_enter(bare_model, pixel_values, features, reference_features, reference_pixels):
-    """Neither by their pictures nor, but for the mean that cosines are taken off, by their features."""
+    """Neither by their images nor, but for the mean that cosines are taken off, by their features."""
     mask = torch.ones(7, NUM_REFERENCES, dtype=torch.bool)
     mask[:, [2, 5]] = False
     others, other_pixels = reference_features.clone(), reference_pixels.clone()
@@ -827,7 +827,7 @@ def test_a_mask_of_another_shape_is_refused(model, pixel_values, shape):
         model(pixel_values, reference_mask=torch.ones(shape))
 
 
-def test_pictures_are_needed_for_psnr(model, features):
+def test_images_are_needed_for_psnr(model, features):
     with pytest.raises(ValueError, match=r"`pixel_values` are needed for PSNR with `relation_scope=\"reference\"`"):
         model(image_features=features)
 
@@ -923,10 +923,10 @@ def test_attention_dropout_acts_in_training_alone(config, pixel_values, referenc
     assert 0.2 < (attention == 0).float().mean() < 0.8
 
 
-# --- A bank without pictures ----------------------------------------------------------------------------------------
+# --- A bank without images ----------------------------------------------------------------------------------------
 
 
-def test_without_pictures_no_pixels_are_needed(bare_model, pixel_values):
+def test_without_images_no_pixels_are_needed(bare_model, pixel_values):
     bare_model.set_references(make_items(NUM_REFERENCES), strategy="random", keep_images=False)
     assert bare_model.rbi.references.images is None and bare_model.config.references["image_shape"] is None
     with torch.no_grad():
@@ -936,11 +936,11 @@ def test_without_pictures_no_pixels_are_needed(bare_model, pixel_values):
     # Pixels have no part in it.
     other = logits_of(bare_model, pixel_values.flip(0), image_features=features)
     assert torch.equal(other, expected)
-    with pytest.raises(ValueError, match="keeps no pictures"):
+    with pytest.raises(ValueError, match="keeps no images"):
         bare_model.rbi.references.unit_range_images()
 
 
-def test_without_pictures_the_kernel_attends_by_features_alone(backbone_config, features, reference_features):
+def test_without_images_the_kernel_attends_by_features_alone(backbone_config, features, reference_features):
     models = []
     for encoding in ("bias", "none"):
         torch.manual_seed(0)
@@ -957,7 +957,7 @@ def test_without_pictures_the_kernel_attends_by_features_alone(backbone_config, 
     assert (related.relation_similarities.amax(1) == related.relation_similarities.amin(1)).all()
 
 
-def test_without_pictures_all_relations_are_the_mean_one(bare_model, pixel_values):
+def test_without_images_all_relations_are_the_mean_one(bare_model, pixel_values):
     items = make_items(NUM_REFERENCES)
     bare_model.set_references(items, strategy="random")
     expected = bare_model.config.references["mean_similarity"]
@@ -972,28 +972,29 @@ def test_without_pictures_all_relations_are_the_mean_one(bare_model, pixel_value
 
 
 def test_the_mean_relation_of_a_large_bank_is_close(monkeypatch, bare_model):
-    pictures, features = make_pictures(300), torch.randn(300, FEATURE_SIZE)
-    bare_model.set_reference_features(features, pictures)
+    images, features = make_images(300), torch.randn(300, FEATURE_SIZE)
+    bare_model.set_reference_features(features, images)
     exact = bare_model.config.references["mean_similarity"]
     monkeypatch.setattr(modeling, "_NUM_MEAN_REFERENCES", 60)
-    bare_model.set_reference_features(features, pictures)
+    bare_model.set_reference_features(features, images)
     assert bare_model.config.references["mean_similarity"] == pytest.approx(exact, abs=0.01)
     assert bare_model.config.references["mean_similarity"] != exact
 
 
-def test_the_mean_relation_is_that_of_the_pictures(bare_model):
-    pictures = make_pictures(NUM_REFERENCES)
-    bare_model.set_reference_features(torch.randn(NUM_REFERENCES, FEATURE_SIZE), pictures)
+def test_the_mean_relation_is_that_of_the_images(bare_model):
+    images = make_images(NUM_REFERENCES)
+    bare_model.set_reference_features(torch.randn(NUM_REFERENCES, FEATURE_SIZE), images)
     size = bare_model.config.psnr_image_size or 32
-    images = block_means(pictures.double() * IMAGENET_STD + IMAGENET_MEAN, size)
+    small_images = block_means(images.double() * IMAGENET_STD + IMAGENET_MEAN, size)
     relations = [
-        -10 * (first - second).square().mean().log10() / 50 for first, second in itertools.combinations(images, 2)
+        -10 * (first - second).square().mean().log10() / 50
+        for first, second in itertools.combinations(small_images, 2)
     ]
     expected = torch.stack(relations).mean().item()
     assert bare_model.config.references["mean_similarity"] == pytest.approx(expected, abs=1e-3)
 
 
-# --- Which pictures are chosen --------------------------------------------------------------------------------------
+# --- Which images are chosen --------------------------------------------------------------------------------------
 
 
 def numbers_of_each(chosen, labels):
@@ -1063,8 +1064,8 @@ def test_the_seed_makes_the_choice(strategy):
 
 
 @pytest.mark.parametrize("kwargs", [{"num_references": 12, "strategy": "random"}, {"per_class": 4}])
-def test_every_picture_has_the_same_chance(kwargs):
-    """By Hoeffding's inequality the bound fails for one of 15 pictures once in 10^8."""
+def test_every_image_has_the_same_chance(kwargs):
+    """By Hoeffding's inequality the bound fails for one of 15 images once in 10^8."""
     labels = torch.arange(15) % NUM_LABELS if "strategy" in kwargs else torch.arange(30) % NUM_LABELS
     share = {15: 12 / 15, 30: 4 / 6}[len(labels)]
     chosen = torch.cat([choose_references(labels, CLASS_NAMES, seed=seed, **kwargs) for seed in range(1000)])
@@ -1080,7 +1081,7 @@ def test_random_pays_no_heed_to_classes():
 
 
 def greedy_herding(features):
-    """The order of iCaRL's construction of an exemplar set, by trying each picture, in float64."""
+    """The order of iCaRL's construction of an exemplar set, by trying each image, in float64."""
     features = features.double().numpy()
     features = features / np.linalg.norm(features, axis=1, keepdims=True)
     mean, order = features.mean(0), []
@@ -1106,7 +1107,7 @@ def test_herding_is_the_greedy_choice(per_class):
         assert chosen.tolist() == sorted(expected)
 
 
-def test_herding_without_labels_is_of_all_pictures():
+def test_herding_without_labels_is_of_all_images():
     features = torch.randn(30, 8) + 1
     chosen = choose_references(
         torch.full((30,), -100), CLASS_NAMES, num_references=6, strategy="herding", features=features
@@ -1135,7 +1136,7 @@ def test_herding_comes_closer_to_the_mean_than_chance():
         ([0, 1, 2, 3, 4], {"per_class": 1, "num_references": 5}, "`per_class` or `num_references`, not both"),
         ([0, 1, 2, 3, 4], {"per_class": 0}, "`per_class` must be at least 1, got 0"),
         ([0, 1, 2, 3, 4], {"num_references": -3}, "`num_references` must be at least 1, got -3"),
-        ([], {}, "no pictures"),
+        ([], {}, "no images"),
         ([0, 1, 2, 3, 4, 5], {}, r"label 5, but the model's classes are 0\.\.4 \(-100: no label\)"),
         ([0, 1, 2, -1], {}, "label -1"),
         ([0, 1, -7, 9], {"strategy": "random"}, "label 9"),
@@ -1143,8 +1144,8 @@ def test_herding_comes_closer_to_the_mean_than_chance():
         ([-100, -100], {"per_class": 1}, "give `num_references` instead"),
         ([0, 1, 2, 3, 4, -100], {"strategy": "balanced"}, "1 have none.*`add_references`"),
         ([0, 1, 2, 3, 4, -100, -100], {"strategy": "herding"}, "2 have none.*`add_references`"),
-        ([-100, -100], {"strategy": "balanced"}, "needs labels, and no picture has one"),
-        ([0, 1, 4, 4], {}, "2 of the model's classes have no picture, for instance 'class 2'"),
+        ([-100, -100], {"strategy": "balanced"}, "needs labels, and no image has one"),
+        ([0, 1, 4, 4], {}, "2 of the model's classes have no image, for instance 'class 2'"),
         ([0, 1, 2, 3, 4], {"strategy": "herding"}, "needs `features`"),
         ([0] * (MAX_REFERENCES + 1), {"strategy": "random"}, f"{MAX_REFERENCES + 1} references .*{MAX_REFERENCES}"),
     ],
@@ -1177,13 +1178,13 @@ def transformers_log(caplog):
 def test_small_classes_are_warned_of(caplog):
     with transformers_log(caplog):
         choose_references(uneven_labels(), CLASS_NAMES, per_class=6)
-        assert "2 classes have fewer than 6 pictures" in caplog.text
+        assert "2 classes have fewer than 6 images" in caplog.text
     with transformers_log(caplog):
         choose_references(uneven_labels(), CLASS_NAMES, per_class=2)
         assert caplog.text == ""
 
 
-# --- What pictures are read from ------------------------------------------------------------------------------------
+# --- What images are read from ------------------------------------------------------------------------------------
 
 
 NAMES = list(CLASS_NAMES.values())
@@ -1215,13 +1216,13 @@ def collate(items):
     }
 
 
-def pil_pictures(number, size=(40, 36)):
+def pil_images(number, size=(40, 36)):
     pixels = np.random.default_rng(0).integers(0, 256, (number, 4, 4, 3)).astype("uint8")
     return [Image.fromarray(each).resize(size, Image.Resampling.BILINEAR) for each in pixels]
 
 
 def pil_dataset(number, column="label"):
-    columns = {"image": pil_pictures(number), column: [index % NUM_LABELS for index in range(number)]}
+    columns = {"image": pil_images(number), column: [index % NUM_LABELS for index in range(number)]}
     features = datasets.Features({"image": datasets.Image(), column: datasets.ClassLabel(names=NAMES)})
     return datasets.Dataset.from_dict(columns, features=features)
 
@@ -1239,13 +1240,13 @@ def assert_same_bank(bank, other):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-@pytest.mark.parametrize("form", ["list", "dataset", "labelled dataset", "generator", "loader", "batches", "numpy"])
-def test_pictures_come_in_several_forms(bare_model, form, batch_size):
+@pytest.mark.parametrize("form", ["list", "dataset", "labeled dataset", "generator", "loader", "batches", "numpy"])
+def test_images_come_in_several_forms(bare_model, form, batch_size):
     items = make_items(23)
-    pictures = {
+    images = {
         "list": lambda: items,
         "dataset": lambda: CountingDataset(items),
-        "labelled dataset": lambda: CountingDataset(items, [item["labels"] for item in items]),
+        "labeled dataset": lambda: CountingDataset(items, [item["labels"] for item in items]),
         "generator": lambda: iter(items),
         "loader": lambda: DataLoader(CountingDataset(items), batch_size=5, collate_fn=collate),
         "batches": lambda: [collate(items[:20]), collate(items[20:])],
@@ -1253,7 +1254,7 @@ def test_pictures_come_in_several_forms(bare_model, form, batch_size):
             {"pixel_values": each["pixel_values"].numpy(), "labels": np.int64(each["labels"])} for each in items
         ],
     }[form]()
-    bare_model.set_references(pictures, batch_size=batch_size)
+    bare_model.set_references(images, batch_size=batch_size)
     bank = bank_of(bare_model)
     pixel_values = torch.stack([item["pixel_values"] for item in items])
     with torch.no_grad():
@@ -1274,7 +1275,7 @@ def test_batches_are_as_large_as_asked_for(bare_model):
 
 
 @pytest.mark.parametrize("column", ["label", "labels"])
-def test_pictures_of_a_hugging_face_data_set(bare_model, column):
+def test_images_of_a_hugging_face_data_set(bare_model, column):
     split = pil_dataset(20, column)
     bare_model.set_references(split, image_processor=PROCESSOR)
     bank = bank_of(bare_model)
@@ -1286,7 +1287,7 @@ def test_pictures_of_a_hugging_face_data_set(bare_model, column):
     assert bank["labels"].tolist() == split[column][:]
 
 
-def test_only_the_chosen_pictures_of_a_hugging_face_data_set_are_decoded(bare_model):
+def test_only_the_chosen_images_of_a_hugging_face_data_set_are_decoded(bare_model):
     decoded = []
 
     def transform(examples):
@@ -1306,14 +1307,14 @@ def test_only_the_chosen_pictures_of_a_hugging_face_data_set_are_decoded(bare_mo
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, None], [None] * 6])
 def test_unknown_labels_of_a_hugging_face_data_set(bare_model, labels):
     split = datasets.Dataset.from_dict(
-        {"image": pil_pictures(6), "label": labels},
+        {"image": pil_images(6), "label": labels},
         features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
     )
     bare_model.set_references(split, image_processor=PROCESSOR)
     assert bare_model.rbi.references.labels.tolist() == [-100 if label is None else label for label in labels]
 
 
-def test_pictures_of_a_stream(bare_model):
+def test_images_of_a_stream(bare_model):
     split = pil_dataset(12)
     bare_model.set_references(split.to_iterable_dataset(), image_processor=PROCESSOR)
     bank = bank_of(bare_model)
@@ -1322,15 +1323,15 @@ def test_pictures_of_a_stream(bare_model):
 
 
 def test_an_attribute_labels_that_is_something_else_is_passed_over(bare_model):
-    pictures = CountingDataset(make_items(20), labels=NAMES)
-    bare_model.set_references(pictures, per_class=1)
-    assert len(pictures.read) == 20 and len(bare_model.rbi.references) == 5
+    images = CountingDataset(make_items(20), labels=NAMES)
+    bare_model.set_references(images, per_class=1)
+    assert len(images.read) == 20 and len(bare_model.rbi.references) == 5
 
 
-def test_pictures_of_the_training_package(bare_model):
+def test_images_of_the_training_package(bare_model):
     split = pil_dataset(30)
-    pictures = Pictures(split, lambda picture: PROCESSOR(picture, return_tensors="pt")["pixel_values"][0])
-    bare_model.set_references(pictures, per_class=2, seed=1)
+    images = ImageDataset(split, lambda image: PROCESSOR(image, return_tensors="pt")["pixel_values"][0])
+    bare_model.set_references(images, per_class=2, seed=1)
     bank = bank_of(bare_model)
     bare_model.set_references(split, per_class=2, seed=1, image_processor=PROCESSOR)
     assert_same_bank(bank, bank_of(bare_model))
@@ -1339,41 +1340,41 @@ def test_pictures_of_the_training_package(bare_model):
 @pytest.mark.parametrize(
     "kwargs", [{"per_class": 2}, {"num_references": 7}, {"num_references": 7, "strategy": "random"}]
 )
-def test_only_the_chosen_pictures_are_read_where_labels_are_known(bare_model, kwargs):
+def test_only_the_chosen_images_are_read_where_labels_are_known(bare_model, kwargs):
     items = make_items(40)
     labels = torch.tensor([item["labels"] for item in items])
-    pictures = CountingDataset(items, labels.tolist())
-    bare_model.set_references(pictures, seed=3, **kwargs)
+    images = CountingDataset(items, labels.tolist())
+    bare_model.set_references(images, seed=3, **kwargs)
     expected = choose_references(labels, CLASS_NAMES, seed=3, **kwargs).tolist()
-    assert pictures.read == expected
+    assert images.read == expected
     bank = bank_of(bare_model)
     # Where they are not, all are read, and the choice is the same.
-    unlabelled = CountingDataset(items)
-    bare_model.set_references(unlabelled, seed=3, **kwargs)
-    assert unlabelled.read == list(range(40))
+    unlabeled = CountingDataset(items)
+    bare_model.set_references(unlabeled, seed=3, **kwargs)
+    assert unlabeled.read == list(range(40))
     assert_same_bank(bank, bank_of(bare_model))
 
 
 def test_herding_reads_all_and_keeps_the_greedy_choice(bare_model):
     items = make_items(40)
     labels = torch.tensor([item["labels"] for item in items])
-    pictures = CountingDataset(items, labels.tolist())
-    bare_model.set_references(pictures, per_class=3, strategy="herding")
-    assert pictures.read == list(range(40))
+    images = CountingDataset(items, labels.tolist())
+    bare_model.set_references(images, per_class=3, strategy="herding")
+    assert images.read == list(range(40))
     with torch.no_grad():
         features, _ = bare_model.rbi.extract_features(torch.stack([item["pixel_values"] for item in items]))
     expected = choose_references(labels, CLASS_NAMES, 3, strategy="herding", features=features)
     torch.testing.assert_close(bank_of(bare_model)["features"], features[expected], atol=1e-5, rtol=1e-5)
 
 
-def test_pictures_without_labels(bare_model, pixel_values):
-    bare_model.set_references([{"pixel_values": picture} for picture in pixel_values])
+def test_images_without_labels(bare_model, pixel_values):
+    bare_model.set_references([{"pixel_values": image} for image in pixel_values])
     assert (bare_model.rbi.references.labels == -100).all()
     facts = bare_model.config.references
-    assert (facts["num_references"], facts["num_labelled"], facts["strategy"]) == (7, 0, "random")
+    assert (facts["num_references"], facts["num_labeled"], facts["strategy"]) == (7, 0, "random")
     bare_model.set_references(make_items(9, [0, 1, 2, -100, 3, -100, 4, 0, -100]))
-    assert bare_model.config.references["num_labelled"] == 6
-    bare_model.set_references([{"pixel_values": picture, "label": None} for picture in pixel_values])
+    assert bare_model.config.references["num_labeled"] == 6
+    bare_model.set_references([{"pixel_values": image, "label": None} for image in pixel_values])
     assert (bare_model.rbi.references.labels == -100).all()
 
 
@@ -1386,9 +1387,9 @@ def test_labels_have_no_part_in_the_answer(bare_model, pixel_values, features, r
 
 
 def test_the_bank_is_made_in_evaluation_mode(resnet_model):
-    """Statistics of batch normalisation are neither used by the batch nor changed."""
+    """Statistics of batch normalization are neither used by the batch nor changed."""
     model = resnet_model
-    model.train()(make_pictures(8))
+    model.train()(make_images(8))
     before = state_of(model)
     model.set_references(make_items(10), batch_size=3)
     after = state_of(model)
@@ -1396,12 +1397,12 @@ def test_the_bank_is_made_in_evaluation_mode(resnet_model):
     assert model.training and all(module.training for module in model.modules())
     features = model.rbi.references.features
     with torch.no_grad():
-        expected, _ = model.eval().rbi.extract_features(make_pictures(10))
+        expected, _ = model.eval().rbi.extract_features(make_images(10))
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_parts_that_are_frozen_in_evaluation_mode_stay_so(resnet_model, tmp_path):
-    """As statistics of batch normalisation are, when a pretrained backbone is fine-tuned on small batches."""
+    """As statistics of batch normalization are, when a pretrained backbone is fine-tuned on small batches."""
     model = resnet_model.train()
     frozen = [module for module in model.rbi.backbone.modules() if isinstance(module, nn.BatchNorm2d)][::2]
     for module in frozen:
@@ -1413,7 +1414,7 @@ def test_parts_that_are_frozen_in_evaluation_mode_stay_so(resnet_model, tmp_path
     model.add_references(make_items(5))
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not finite"):
-        model.add_references(bad_pictures("not finite"))
+        model.add_references(bad_images("not finite"))
     model.rbi.references.train()
     assert [module.training for module in model.modules() if module is not model.rbi.references] == modes
 
@@ -1429,10 +1430,10 @@ def test_parts_that_are_frozen_in_evaluation_mode_stay_so(resnet_model, tmp_path
     ],
 )
 def test_arguments_are_checked_before_anything_is_read(bare_model, kwargs):
-    pictures = CountingDataset(make_items(10))
+    images = CountingDataset(make_items(10))
     with pytest.raises(ValueError, match=r"strategy|per_class|num_references"):
-        bare_model.set_references(pictures, **kwargs)
-    assert pictures.read == []
+        bare_model.set_references(images, **kwargs)
+    assert images.read == []
 
 
 def raising(items):
@@ -1440,23 +1441,21 @@ def raising(items):
     raise OSError("the disk is gone")
 
 
-def bad_pictures(form):
+def bad_images(form):
     items = make_items(10)
     return {
         "no dicts": [item["pixel_values"] for item in items],
         "no pixels": [{"pixels": item["pixel_values"]} for item in items],
-        "pil without processor": [{"image": picture} for picture in pil_pictures(3)],
+        "pil without processor": [{"image": image} for image in pil_images(3)],
         "two axes": [{"pixel_values": torch.zeros(32, 32)}],
         "five axes": [{"pixel_values": torch.zeros(1, 2, 3, 32, 32)}],
         "channels": [{"pixel_values": torch.zeros(1, 32, 32)}],
         "bytes": [{"pixel_values": torch.zeros(3, 32, 32, dtype=torch.uint8)}],
-        "labels for one picture": [{"pixel_values": torch.zeros(3, 32, 32), "labels": [0, 1]}],
+        "labels for one image": [{"pixel_values": torch.zeros(3, 32, 32), "labels": [0, 1]}],
         "labels for a batch": [{"pixel_values": torch.zeros(4, 3, 32, 32), "labels": torch.zeros(3).long()}],
         "labels with a fraction": [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0.5}],
         "labels in words": [{"pixel_values": torch.zeros(3, 32, 32), "labels": "red"}],
-        "labels of a column in words": datasets.Dataset.from_dict(
-            {"image": pil_pictures(2), "label": ["red", "blue"]}
-        ),
+        "labels of a column in words": datasets.Dataset.from_dict({"image": pil_images(2), "label": ["red", "blue"]}),
         "labels of an attribute with a fraction": CountingDataset(items, [0.5] * 10),
         "a batch": collate(items),
         "several splits": datasets.DatasetDict(train=pil_dataset(5)),
@@ -1481,20 +1480,20 @@ def bad_pictures(form):
         ("five axes", ValueError, r"batch \(B, C, H, W\), got \(1, 2, 3, 32, 32\)"),
         ("channels", ValueError, "have 1 channels, but the model takes 3"),
         ("bytes", ValueError, "torch.uint8, but must be float"),
-        ("labels for one picture", ValueError, r"one whole number for each picture, got torch.int64 \(2,\)"),
-        ("labels for a batch", ValueError, r"one whole number for each picture, got torch.int64 \(3,\)"),
-        ("labels with a fraction", ValueError, "one whole number for each picture, got torch.float32"),
-        ("labels in words", ValueError, "one whole number for each picture, got 'red'"),
-        ("labels of a column in words", ValueError, r"one whole number for each picture, got \['red', 'blue'\]"),
-        ("labels of an attribute with a fraction", ValueError, "one whole number for each picture, got torch.float32"),
+        ("labels for one image", ValueError, r"one whole number for each image, got torch.int64 \(2,\)"),
+        ("labels for a batch", ValueError, r"one whole number for each image, got torch.int64 \(3,\)"),
+        ("labels with a fraction", ValueError, "one whole number for each image, got torch.float32"),
+        ("labels in words", ValueError, "one whole number for each image, got 'red'"),
+        ("labels of a column in words", ValueError, r"one whole number for each image, got \['red', 'blue'\]"),
+        ("labels of an attribute with a fraction", ValueError, "one whole number for each image, got torch.float32"),
         ("a batch", ValueError, "keys pixel_values, labels: pass one of its data sets, or, if it is a batch, a list"),
         ("several splits", ValueError, "a DatasetDict with the keys train: pass one of its data sets"),
         ("one after the other of several sizes", ValueError, "several sizes: pass them through the model's image"),
         ("label out of range", ValueError, r"label 5, but the model's classes are 0\.\.4"),
-        ("nothing", ValueError, "no pictures"),
-        ("nothing to come", ValueError, "no pictures"),
-        ("not finite", ValueError, "Picture 10 has features that are not finite"),
-        ("missing class", ValueError, "1 of the model's classes have no picture, for instance 'LABEL_4'"),
+        ("nothing", ValueError, "no images"),
+        ("nothing to come", ValueError, "no images"),
+        ("not finite", ValueError, "Image 10 has features that are not finite"),
+        ("missing class", ValueError, "1 of the model's classes have no image, for instance 'LABEL_4'"),
         ("broken", OSError, "the disk is gone"),
     ],
 )
@@ -1507,13 +1506,13 @@ def test_a_failed_call_leaves_the_model_as_it_was(bare_model, call, has_bank, fo
     bare_model.train(form in ("not finite", "broken", "missing class"))
     before, bank = state_of(bare_model), bare_model.rbi.references
     with pytest.raises(error, match=message):
-        getattr(bare_model, call)(bad_pictures(form), batch_size=4)
+        getattr(bare_model, call)(bad_images(form), batch_size=4)
     assert_same_state(state_of(bare_model), before)
     assert bare_model.rbi.references is bank
     assert bare_model.rbi.backbone.training == bare_model.training
 
 
-def test_pictures_of_several_sizes_are_refused(resnet_model):
+def test_images_of_several_sizes_are_refused(resnet_model):
     model = resnet_model
     batches = [collate(make_items(5, size=size)) for size in (32, 24)]
     before = state_of(model)
@@ -1532,7 +1531,7 @@ def test_the_config_lists_what_the_bank_holds(bare_model):
     assert 0 < facts.pop("mean_similarity") < 1
     assert facts == {
         "num_references": 15,
-        "num_labelled": 15,
+        "num_labeled": 15,
         "image_shape": [3, size, size],
         "strategy": "balanced",
         "per_class": 3,
@@ -1576,7 +1575,7 @@ def test_references_are_added(bare_model, keep_images):
     labels = torch.full((6,), -100)
     rows = choose_references(labels, CLASS_NAMES, num_references=4, seed=2)
     facts = bare_model.config.references
-    assert (facts["num_references"], facts["num_labelled"], facts["seed"]) == (14, 10, 8)
+    assert (facts["num_references"], facts["num_labeled"], facts["seed"]) == (14, 10, 8)
     bank = bank_of(bare_model)
     assert ("images" in bank) == keep_images
     bare_model.set_references([*first, *(second[row] for row in rows)], strategy="random", keep_images=keep_images)
@@ -1588,10 +1587,10 @@ def test_references_are_added(bare_model, keep_images):
 
 
 def test_the_strategy_that_is_noted_is_the_one_that_chose(bare_model):
-    """Pictures drawn at random may all have labels."""
+    """Images drawn at random may all have labels."""
     labels = [0, 1, 2, 3, 4] * 8 + [-100]
     bare_model.set_references(make_items(41, labels), num_references=2, seed=1)
-    assert bare_model.config.references["num_labelled"] == 2
+    assert bare_model.config.references["num_labeled"] == 2
     assert bare_model.config.references["strategy"] == "random"
 
 
@@ -1600,13 +1599,13 @@ def test_nothing_is_added_to_references_of_another_backbone(bare_model):
     bare_model.set_references(make_items(10))
     moved_(bare_model.rbi.backbone, 0.3)
     before = state_of(bare_model)
-    for add in (bare_model.add_references, lambda pictures: bare_model.add_classes(["owl"], pictures)):
+    for add in (bare_model.add_references, lambda images: bare_model.add_classes(["owl"], images)):
         with pytest.raises(ValueError, match=r"trained since the references were set.*`set_references`"):
             add(make_items(3, [0, 0, 0]))
     assert_same_state(state_of(bare_model), before)
 
 
-def test_pictures_of_another_size_are_not_added(resnet_model):
+def test_images_of_another_size_are_not_added(resnet_model):
     model = resnet_model
     model.set_references(make_items(5, size=32))
     before = state_of(model)
@@ -1635,7 +1634,7 @@ def test_the_bank_is_described(bare_model, keep_images, tmp_path):
     bare_model.save_pretrained(tmp_path / "with")
     facts = bare_model.describe_references()
     assert facts.items() >= bare_model.config.references.items()
-    assert facts["has_pictures"] == keep_images
+    assert facts["has_images"] == keep_images
     assert facts["references_per_class"] == {"LABEL_0": 3, "LABEL_1": 3, "LABEL_2": 1, "LABEL_3": 1, "LABEL_4": 4}
     without, with_bank = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("without", "with"))
     # Beside the header, which names the tensors.
@@ -1677,10 +1676,10 @@ def test_references_from_features(bare_model, pixel_values):
         (lambda: (torch.randn(5, 7),), r"must have the shape \(N, 24\), N at least 1, got \(5, 7\)"),
         (lambda: (torch.randn(24),), r"must have the shape \(N, 24\)"),
         (lambda: (torch.randn(0, 24),), r"N at least 1, got \(0, 24\)"),
-        (lambda: (torch.randn(5, 24).log(), make_pictures(5)), "features of reference 0 are not finite"),
-        (lambda: (torch.randn(5, 24), make_pictures(4)), "hold 4 images, but `image_features` 5"),
-        (lambda: (torch.randn(5, 24), make_pictures(5)[:, :1]), "have 1 channels, but the model takes 3"),
-        (lambda: (torch.randn(3, 24), make_pictures(3)[0]), r"shape \(batch_size, num_channels, height, width\)"),
+        (lambda: (torch.randn(5, 24).log(), make_images(5)), "features of reference 0 are not finite"),
+        (lambda: (torch.randn(5, 24), make_images(4)), "hold 4 images, but `image_features` 5"),
+        (lambda: (torch.randn(5, 24), make_images(5)[:, :1]), "have 1 channels, but the model takes 3"),
+        (lambda: (torch.randn(3, 24), make_images(3)[0]), r"shape \(batch_size, num_channels, height, width\)"),
         (lambda: (torch.randn(5, 24), None, torch.zeros(4).long()), "`labels` are for 4 references, but .* hold 5"),
         (lambda: (torch.randn(5, 24), None, torch.full((5,), 9)), "label 9"),
     ],

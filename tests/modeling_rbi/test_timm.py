@@ -24,7 +24,7 @@ from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, load_im
 IMAGE_SIZE = 64
 NUM_LABELS = 5
 
-# Width and height of pictures: larger and smaller than the crop, upright, long, and one short of the resize to 73.
+# Width and height of images: larger and smaller than the crop, upright, long, and one short of the resize to 73.
 SIZES = [(64, 64), (83, 121), (100, 80), (333, 97), (50, 61), (97, 64), (72, 73), (320, 240)]
 
 
@@ -38,7 +38,7 @@ def _photograph(width: int, height: int) -> Image.Image:
 
 
 def _timm_config(architecture: str = "mobilenetv3_small_100", model_args: dict | None = None, **pretrained_cfg):
-    """As the `config.json` of timm's repositories has it, for pictures of 64 x 64."""
+    """As the `config.json` of timm's repositories has it, for images of 64 x 64."""
     import timm
 
     pretrained_cfg = timm.get_pretrained_cfg(architecture).to_dict() | {
@@ -51,7 +51,7 @@ def _timm_config(architecture: str = "mobilenetv3_small_100", model_args: dict |
 
 
 def _classifier(config: TimmWrapperConfig) -> TimmWrapperForImageClassification:
-    """Untrained, but with answers that differ: BatchNorm's statistics are those of pictures."""
+    """Untrained, but with answers that differ: BatchNorm's statistics are those of images."""
     model = TimmWrapperForImageClassification(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -80,19 +80,19 @@ def rbi_folder(timm_folder, tmp_path_factory) -> Path:
     return folder
 
 
-def _grey_levels(pixel_values: torch.Tensor, processor) -> torch.Tensor:
+def _gray_levels(pixel_values: torch.Tensor, processor) -> torch.Tensor:
     """Pixel values as the levels 0..255 that they come from."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     return (pixel_values * std + mean) * 255
 
 
-def _timm_transform(timm_processor, picture: Image.Image) -> tuple[torch.Tensor, bool]:
+def _timm_transform(timm_processor, image: Image.Image) -> tuple[torch.Tensor, bool]:
     """
     timm's own evaluation transform, but for the corner of the crop, which is rounded down as transformers does; and
     whether timm itself crops there.
     """
     resize, crop, *rest = timm_processor.val_transforms.transforms
-    resized = resize(picture)
+    resized = resize(image)
     corner = [(length - IMAGE_SIZE) // 2 for length in resized.size]
     cropped = resized.crop((*corner, *(start + IMAGE_SIZE for start in corner)))
     is_timms = all(
@@ -115,16 +115,16 @@ def test_image_processor_does_as_timms(crop_mode, interpolation, crop_pct, tmp_p
     pil, torchvision = (load_image_processor(tmp_path, backend=backend) for backend in ("pil", "torchvision"))
     num_equal = 0
     for size in SIZES:
-        picture = _photograph(*size)
-        expected, is_timms = _timm_transform(timm_processor, picture)
-        actual = pil(picture, return_tensors="pt")["pixel_values"][0]
+        image = _photograph(*size)
+        expected, is_timms = _timm_transform(timm_processor, image)
+        actual = pil(image, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
         if is_timms:
             num_equal += 1
-            torch.testing.assert_close(actual, timm_processor(picture)["pixel_values"][0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(actual, timm_processor(image)["pixel_values"][0], atol=1e-5, rtol=0)
 
-        actual = torchvision(picture, return_tensors="pt")["pixel_values"][0]
-        difference = (_grey_levels(actual, pil) - _grey_levels(expected, pil)).abs()
+        actual = torchvision(image, return_tensors="pt")["pixel_values"][0]
+        difference = (_gray_levels(actual, pil) - _gray_levels(expected, pil)).abs()
         # torchvision's resize against PIL's, which timm uses; measured: at most 2 levels of 255, mean 0.25.
         assert difference.max() < 2.01
         assert difference.mean() < 0.3
@@ -148,25 +148,25 @@ def test_image_processor_refuses_what_it_cannot_do(transform, tmp_path):
 @pytest.mark.timm
 def test_image_processor_reloads_beside_the_model(rbi_folder, timm_folder):
     assert (rbi_folder / "preprocessor_config.json").exists()
-    picture = _photograph(90, 70)
-    expected = load_image_processor(timm_folder)(picture, return_tensors="pt")["pixel_values"]
+    image = _photograph(90, 70)
+    expected = load_image_processor(timm_folder)(image, return_tensors="pt")["pixel_values"]
     for processor in (AutoImageProcessor.from_pretrained(rbi_folder), load_image_processor(rbi_folder)):
-        torch.testing.assert_close(processor(picture, return_tensors="pt")["pixel_values"], expected)
+        torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"], expected)
 
 
 @pytest.mark.timm
 def test_image_processor_backends_give_like_logits(rbi_folder):
     model = AutoModelForImageClassification.from_pretrained(rbi_folder)
-    pictures = [_photograph(*size) for size in SIZES]
+    images = [_photograph(*size) for size in SIZES]
     logits = {}
     for backend, suffix in (("pil", "Pil"), ("torchvision", "")):
         processor = AutoImageProcessor.from_pretrained(rbi_folder, backend=backend)
         assert type(processor).__name__ == f"CLIPImageProcessor{suffix}"
         with torch.no_grad():
-            logits[backend] = model(**processor(pictures, return_tensors="pt")).logits
+            logits[backend] = model(**processor(images, return_tensors="pt")).logits
     spread = logits["pil"].std(0).mean()
     difference = (logits["pil"] - logits["torchvision"]).abs()
-    # Measured: 2 % of the spread between pictures.
+    # Measured: 2 % of the spread between images.
     assert difference.max() < 0.1 * spread
 
 
@@ -174,13 +174,13 @@ def test_image_processor_backends_give_like_logits(rbi_folder):
 def test_pipeline_with_torchvision(rbi_folder):
     classify = pipeline("image-classification", model=str(rbi_folder), trust_remote_code=True)
     assert type(classify.image_processor).__name__ == "CLIPImageProcessor"
-    pictures = [_photograph(*size) for size in SIZES]
+    images = [_photograph(*size) for size in SIZES]
     model = AutoModelForImageClassification.from_pretrained(rbi_folder)
     processor = AutoImageProcessor.from_pretrained(rbi_folder)
     with torch.no_grad():
-        probabilities = model(**processor(pictures, return_tensors="pt")).logits.softmax(-1)
+        probabilities = model(**processor(images, return_tensors="pt")).logits.softmax(-1)
     for batch_size in (1, 3):
-        answers = classify(pictures, batch_size=batch_size, top_k=NUM_LABELS)
+        answers = classify(images, batch_size=batch_size, top_k=NUM_LABELS)
         for answer, expected in zip(answers, probabilities, strict=True):
             for entry in answer:
                 index = model.config.label2id[entry["label"]]
@@ -231,7 +231,7 @@ def test_from_backbone_pretrained_keeps_the_weights(timm_folder):
 
 
 @pytest.mark.timm
-def test_grey_pictures():
+def test_gray_images():
     backbone_config = TimmWrapperConfig(architecture="mobilenetv3_small_100", model_args={"in_chans": 1})
     with pytest.raises(Exception, match="`image_mean` has 3 values, but the backbone takes 1 channels"):
         RBIConfig(backbone_config=backbone_config)

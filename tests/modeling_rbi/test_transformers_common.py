@@ -145,7 +145,7 @@ def test_common_tests_are_there():
 
 
 class RBIModelTester:
-    """A small model and random pictures, under the names that the common tests read."""
+    """A small model and random images, under the names that the common tests read."""
 
     batch_size = 3
     is_training = True

@@ -26,8 +26,8 @@ MEAN, STD = (torch.tensor(values)[:, None, None] for values in ([0.485, 0.456, 0
 LABELS = torch.tensor([0, 1, -100, 3, 3, 1, 4, -100, 0, 3, -100])
 
 
-def make_pictures(number, seed=1, size=32):
-    """Smooth pictures, normalised, (number, 3, size, size)."""
+def make_images(number, seed=1, size=32):
+    """Smooth images, normalized, (number, 3, size, size)."""
     patterns = torch.rand(number, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return (nn.functional.interpolate(patterns, size=(size, size), mode="bilinear") - MEAN) / STD
 
@@ -72,7 +72,7 @@ def features(pixel_values):
 def with_bank(model, labels=LABELS, rows=None, weight=0.0):
     """The model with references of these labels, or with some rows of them."""
     rows = torch.arange(len(labels)) if rows is None else rows
-    model.set_reference_features(make_features(len(labels))[rows], make_pictures(len(labels))[rows], labels[rows])
+    model.set_reference_features(make_features(len(labels))[rows], make_images(len(labels))[rows], labels[rows])
     model.config.reference_vote_weight = weight
     return model
 
@@ -97,7 +97,7 @@ def oracle(model, pixel_values, features, labels=LABELS):
     references, size = make_features(len(labels)).double(), config.psnr_image_size or 32
     own, kept = (
         nn.functional.avg_pool2d(pixels.double() * STD + MEAN, pixels.shape[-1] // size)
-        for pixels in (pixel_values, make_pictures(len(labels)))
+        for pixels in (pixel_values, make_images(len(labels)))
     )
     kept = (kept.clamp(0, 1) * 255).round() / 255
     psnr = -10 * (own[:, None] - kept[None]).square().mean((2, 3, 4)).log10().clamp(min=-config.psnr_max / 10)
@@ -205,11 +205,11 @@ def sharpen_(model):
 
 
 @pytest.mark.parametrize("is_sharp", [False, True])
-def test_unlabelled_references_have_no_say(model, pixel_values, features, is_sharp):
+def test_unlabeled_references_have_no_say(model, pixel_values, features, is_sharp):
     """However like an image they are."""
     if is_sharp:
         sharpen_(model)
-    references, pixels = make_features(len(LABELS)), make_pictures(len(LABELS))
+    references, pixels = make_features(len(LABELS)), make_images(len(LABELS))
     is_known = LABELS != -100
     model.set_reference_features(references[is_known], pixels[is_known], LABELS[is_known])
     expected = votes_of(model, pixel_values, features)
@@ -238,7 +238,7 @@ def test_a_class_without_references_keeps_its_answer(model, pixel_values, featur
     assert mixed.isfinite().all()
 
 
-def test_images_without_labelled_references_answer_as_the_classifier(model, pixel_values, features):
+def test_images_without_labeled_references_answer_as_the_classifier(model, pixel_values, features):
     with_bank(model)
     mask = (LABELS == -100).repeat(7, 1)
     mask[3:] = True
@@ -274,13 +274,13 @@ NEW = ["owl", "crow"]
 
 @pytest.fixture
 def voting_model(model):
-    """With labelled references of all five classes, through the backbone."""
-    model.set_references(items_of(make_pictures(15, seed=5), [index % NUM_LABELS for index in range(15)]))
+    """With labeled references of all five classes, through the backbone."""
+    model.set_references(items_of(make_images(15, seed=5), [index % NUM_LABELS for index in range(15)]))
     return model
 
 
 def new_items(labels=(0, 1, 0, 1), seed=21):
-    return items_of(make_pictures(len(labels), seed), labels)
+    return items_of(make_images(len(labels), seed), labels)
 
 
 def state_of(model):
@@ -332,14 +332,14 @@ def kernel(backbone_config):
                 parameter.normal_(std=0.3)
             elif "layer_scale" in name:
                 parameter.fill_(1)
-    model.set_references(items_of(make_pictures(20, seed=5), [index % NUM_LABELS for index in range(20)]))
+    model.set_references(items_of(make_images(20, seed=5), [index % NUM_LABELS for index in range(20)]))
     return model
 
 
 def test_twins_of_new_references_are_of_the_new_classes(kernel):
     """And those of the others of theirs."""
     kernel.add_classes(NEW, new_items())
-    pixel_values = torch.cat([make_pictures(4, seed=21), make_pictures(20, seed=5)])
+    pixel_values = torch.cat([make_images(4, seed=21), make_images(20, seed=5)])
     answers = logits_of(kernel, pixel_values + 0.02 * torch.randn_like(pixel_values)).argmax(1)
     assert answers.tolist() == [5, 6, 5, 6] + 4 * list(range(NUM_LABELS))
 
@@ -349,7 +349,7 @@ def test_twins_of_new_references_are_of_the_new_classes(kernel):
 def test_the_other_scopes_never_answer_a_new_class(voting_model, pixel_values, scope, dtype):
     model = voting_model
     # The new references themselves among them.
-    pixel_values = torch.cat([pixel_values, make_pictures(4, seed=21)])
+    pixel_values = torch.cat([pixel_values, make_images(4, seed=21)])
     before = logits_of(model, pixel_values, relation_scope=scope)
     model.add_classes(NEW, new_items())
     model.to(dtype).eval()
@@ -362,7 +362,7 @@ def test_the_other_scopes_never_answer_a_new_class(voting_model, pixel_values, s
 def test_references_that_come_later_vote_for_new_classes(kernel):
     """Also by `add_references`, under the new numbers."""
     kernel.add_classes(NEW, new_items())
-    later = make_pictures(2, seed=30)
+    later = make_images(2, seed=30)
     kernel.add_references(items_of(later, [6, 6]), strategy="random")
     assert logits_of(kernel, later).argmax(1).tolist() == [6, 6]
     assert kernel.describe_references()["references_per_class"]["crow"] == 4
@@ -371,10 +371,10 @@ def test_references_that_come_later_vote_for_new_classes(kernel):
 def test_adding_twice_is_as_adding_at_once(voting_model, pixel_values, tmp_path):
     voting_model.save_pretrained(tmp_path)
     other = RBIForImageClassification.from_pretrained(tmp_path)
-    labels, pictures = (0, 0, 1, 1), make_pictures(4, seed=21)
-    voting_model.add_classes(NEW, items_of(pictures, labels))
-    other.add_classes(NEW[:1], items_of(pictures[:2], (0, 0)))
-    other.add_classes(iter(NEW[1:]), items_of(pictures[2:], (0, 0)))
+    labels, images = (0, 0, 1, 1), make_images(4, seed=21)
+    voting_model.add_classes(NEW, items_of(images, labels))
+    other.add_classes(NEW[:1], items_of(images[:2], (0, 0)))
+    other.add_classes(iter(NEW[1:]), items_of(images[2:], (0, 0)))
     for name in ("references", "id2label", "label2id", "num_added_classes"):
         assert getattr(other.config, name) == getattr(voting_model.config, name)
     torch.testing.assert_close(logits_of(other, pixel_values), logits_of(voting_model, pixel_values))
@@ -385,15 +385,15 @@ def test_adding_twice_is_as_adding_at_once(voting_model, pixel_values, tmp_path)
 def test_the_order_of_new_classes_is_of_no_account(voting_model, pixel_values, tmp_path):
     voting_model.save_pretrained(tmp_path)
     other = RBIForImageClassification.from_pretrained(tmp_path)
-    pictures = make_pictures(4, seed=21)
-    voting_model.add_classes(["owl", "crow"], items_of(pictures, (0, 1, 0, 1)))
-    other.add_classes(["crow", "owl"], items_of(pictures, (1, 0, 1, 0)))
+    images = make_images(4, seed=21)
+    voting_model.add_classes(["owl", "crow"], items_of(images, (0, 1, 0, 1)))
+    other.add_classes(["crow", "owl"], items_of(images, (1, 0, 1, 0)))
     logits = logits_of(other, pixel_values)
     torch.testing.assert_close(logits[:, [0, 1, 2, 3, 4, 6, 5]], logits_of(voting_model, pixel_values))
 
 
 def test_the_classifier_learns_on(voting_model, pixel_values):
-    """Through the bank, with pictures of new classes too."""
+    """Through the bank, with images of new classes too."""
     voting_model.add_classes(NEW, new_items())
     voting_model.config.self_loss_weight = 0.0
     output = voting_model.train()(pixel_values, labels=torch.arange(7), relation_scope="reference")
@@ -435,16 +435,16 @@ def test_a_pipeline_names_new_classes(kernel, tmp_path):
     processor = ViTImageProcessorPil(
         size={"height": 32, "width": 32}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
     )
-    pictures = [
+    images = [
         Image.fromarray((pixels * STD + MEAN).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy())
-        for pixels in make_pictures(2, seed=21)
+        for pixels in make_images(2, seed=21)
     ]
-    items = [{"image": picture, "label": label} for label, picture in enumerate(pictures)]
+    items = [{"image": image, "label": label} for label, image in enumerate(images)]
     kernel.add_classes(NEW, items, image_processor=processor)
     kernel.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     classify = pipeline("image-classification", model=str(tmp_path), top_k=1)
-    assert [answer[0]["label"] for answer in classify(pictures)] == NEW
+    assert [answer[0]["label"] for answer in classify(images)] == NEW
 
 
 WITHOUT_PACKAGE = """
@@ -461,9 +461,9 @@ import torch
 from transformers import AutoModelForImageClassification
 
 torch.set_num_threads(1)
-folder, pictures, answers = sys.argv[1:]
+folder, images, answers = sys.argv[1:]
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-pixel_values = torch.load(pictures)
+pixel_values = torch.load(images)
 with torch.no_grad():
     first = model(pixel_values).logits
 model.add_classes(["jay"], [{"pixel_values": pixel_values[0], "labels": 0}])
@@ -478,8 +478,8 @@ def test_new_classes_without_the_package(kernel, pixel_values, tmp_path):
     """The code that goes with the model knows them, and adds others."""
     kernel.add_classes(NEW, new_items())
     kernel.save_pretrained(tmp_path / "model")
-    torch.save(pixel_values, tmp_path / "pictures.pt")
-    arguments = [tmp_path / "model", tmp_path / "pictures.pt", tmp_path / "answers.pt"]
+    torch.save(pixel_values, tmp_path / "images.pt")
+    arguments = [tmp_path / "model", tmp_path / "images.pt", tmp_path / "answers.pt"]
     result = subprocess.run(
         [sys.executable, "-I", "-c", WITHOUT_PACKAGE, *arguments],
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
@@ -502,18 +502,18 @@ def test_new_classes_without_the_package(kernel, pixel_values, tmp_path):
         ([], new_items, r"must be new and differ from each other, got \[\]"),
         (["LABEL_0"], lambda: new_items((0,)), "must be new and differ"),
         (["owl", "owl"], new_items, "must be new and differ"),
-        (["owl", "crow", "jay"], new_items, "1 of the model's classes have no picture, for instance 'jay'"),
+        (["owl", "crow", "jay"], new_items, "1 of the model's classes have no image, for instance 'jay'"),
         (["owl"], new_items, r"label 1, but the model's classes are 0\.\.0"),
-        (NEW, lambda: new_items((0, 1, -100)), "needs a label for each picture, but 1 have none"),
-        (NEW, lambda: [{"pixel_values": pixels} for pixels in make_pictures(2)], "needs labels"),
-        (NEW, lambda: items_of(make_pictures(2, size=16)[:, :1], (0, 1)), "have 1 channels"),
+        (NEW, lambda: new_items((0, 1, -100)), "needs a label for each image, but 1 have none"),
+        (NEW, lambda: [{"pixel_values": pixels} for pixels in make_images(2)], "needs labels"),
+        (NEW, lambda: items_of(make_images(2, size=16)[:, :1], (0, 1)), "have 1 channels"),
         (
             NEW,
             lambda: [{"image": Image.new("RGB", (32, 32)), "label": label} for label in (0, 1)],
             "`image_processor`",
         ),
-        (NEW, lambda: items_of(torch.full((2, 3, 32, 32), math.nan), (0, 1)), "Picture 0 has features that are not"),
-        (NEW, lambda: [], "There are no pictures"),
+        (NEW, lambda: items_of(torch.full((2, 3, 32, 32), math.nan), (0, 1)), "Image 0 has features that are not"),
+        (NEW, lambda: [], "There are no images"),
     ],
 )
 def test_what_cannot_be_added_leaves_the_model_as_it_was(voting_model, pixel_values, names, make_items, message):
@@ -536,7 +536,7 @@ def test_more_than_a_bank_holds_leaves_the_model_as_it_was(voting_model, monkeyp
 
 
 @pytest.mark.parametrize("labels", [LABELS, torch.full((11,), -100)])
-def test_old_classes_need_labelled_references(model, labels):
+def test_old_classes_need_labeled_references(model, labels):
     with_bank(model, labels)
     state = state_of(model)
     with pytest.raises(ValueError, match=r"classes have none in the bank, for instance 'LABEL_\d': add some with"):

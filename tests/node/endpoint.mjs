@@ -2,20 +2,20 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Asks an endpoint through @huggingface/inference, and prints what came of it as JSON:
-//     node endpoint.mjs ADDRESS PICTURE BROKEN_PICTURE
+//     node endpoint.mjs ADDRESS IMAGE BROKEN_IMAGE
 
 import { readFile } from "node:fs/promises";
 
 import { imageClassification } from "@huggingface/inference";
 
-const [address, picturePath, brokenPath] = process.argv.slice(2);
-const [picture, broken] = await Promise.all([picturePath, brokenPath].map((path) => readFile(path)));
+const [address, imagePath, brokenPath] = process.argv.slice(2);
+const [image, broken] = await Promise.all([imagePath, brokenPath].map((path) => readFile(path)));
 
 function asBlob(file, type = "image/png") {
     return new Blob([file], { type });
 }
 
-// The client sends `inputs` as the whole body, and `parameters` beside a picture not at all.
+// The client sends `inputs` as the whole body, and `parameters` beside an image not at all.
 function asJson(file, parameters) {
     const body = { inputs: file.toString("base64"), parameters };
     return new Blob([JSON.stringify(body)], { type: "application/json" });
@@ -30,13 +30,13 @@ async function ask(inputs, query = "") {
 }
 
 const results = {
-    plain: await ask(asBlob(picture)),
-    bytes: await ask(asBlob(picture, "application/octet-stream")),
-    query: await ask(asBlob(picture), "/?top_k=2&function_to_apply=sigmoid"),
-    json: await ask(asJson(picture, { top_k: 2, function_to_apply: "sigmoid" })),
+    plain: await ask(asBlob(image)),
+    bytes: await ask(asBlob(image, "application/octet-stream")),
+    query: await ask(asBlob(image), "/?top_k=2&function_to_apply=sigmoid"),
+    json: await ask(asJson(image, { top_k: 2, function_to_apply: "sigmoid" })),
     broken_json: await ask(asJson(broken, { top_k: 2 })),
     broken_bytes: await ask(asBlob(broken, "application/octet-stream")),
-    wrong_top_k: await ask(asBlob(picture), "/?top_k=0"),
+    wrong_top_k: await ask(asBlob(image), "/?top_k=0"),
     too_large: await ask(asBlob(Buffer.alloc(5_000_000))),
 };
 console.log(JSON.stringify(results));

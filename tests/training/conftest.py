@@ -20,14 +20,14 @@ TINY_CONVNEXT = {
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """4 classes, 10 training and 10 test pictures of each, in the layout of CUB-200-2011."""
+    """4 classes, 10 training and 10 test images of each, in the layout of CUB-200-2011."""
     return make_published("cub_200_2011", tmp_path_factory.mktemp("published"), num_classes=4, images_per_class=20)
 
 
 @pytest.fixture(scope="session")
-def unlabelled_dir(tmp_path_factory):
-    """A folder of 15 pictures without labels."""
-    folder, rng = tmp_path_factory.mktemp("unlabelled"), np.random.default_rng(1)
+def unlabeled_dir(tmp_path_factory):
+    """A folder of 15 images without labels."""
+    folder, rng = tmp_path_factory.mktemp("unlabeled"), np.random.default_rng(1)
     for number in range(15):
         Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64)).save(
             folder / f"{number}.png"

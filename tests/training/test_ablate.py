@@ -68,7 +68,7 @@ def test_by_default_the_output_goes_by_the_recipe(monkeypatch):
         (["--arms", "plain", "rbi-kernal"], 2, "There is no arm `rbi-kernal`: did you mean `rbi-kernel`?"),
         (["--num_seed", "3"], 2, "There is no argument --num_seed: did you mean `--num_seeds`?"),
         (["--num_seeds", "1"], 2, "--num_seeds must be at least 2, got 1."),
-        (["--num_unlabelled", "99"], 1, "--num_unlabelled 99: the test has 40 pictures"),
+        (["--num_unlabeled", "99"], 1, "--num_unlabeled 99: the test has 40 images"),
         (["--num_folds", "3"], 1, "--num_folds cannot be used in an ablation"),
     ],
 )

@@ -46,7 +46,7 @@ def test_it_reaches_the_loss_of_the_trainer(arguments, loop_arguments, tmp_path)
     torch.testing.assert_close(load_file(tmp_path / "loop" / "model.safetensors"), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_it_mixes_pictures_as_the_trainer_does(arguments, loop_arguments, tmp_path):
+def test_it_mixes_images_as_the_trainer_does(arguments, loop_arguments, tmp_path):
     options = {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}
     assert train.main(arguments(tmp_path / "trainer", optim="adamw_torch", **options)) == 0
     accelerate_loop.main(loop_arguments(tmp_path / "loop", **options))
@@ -96,7 +96,7 @@ def test_without_validation_there_is_nothing_to_choose_by(loop_arguments, tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_are_one(loop_arguments, tmp_path):
-    """Launched as users do; 32 training pictures in batches of 6, of 3 on each process."""
+    """Launched as users do; 32 training images in batches of 6, of 3 on each process."""
     accelerate_loop.main(loop_arguments(tmp_path / "one", per_device_train_batch_size=6))
     line = loop_arguments(tmp_path / "two", per_device_train_batch_size=3, gather_across_processes=True)
     config = ROOT / "training" / "accelerate" / "multi_cpu.yaml"

@@ -9,7 +9,7 @@ import pytest
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.assess import main
-from training.data.reading import DataArguments, load_pictures
+from training.data.reading import DataArguments, load_images
 from training.fine_tuning.models import ModelArguments, load_model
 
 
@@ -21,7 +21,7 @@ def words(published, backbone_config, tmp_path, monkeypatch, tmp_path_factory):
     """The command line for an RBI model with random weights, and the small data set."""
     monkeypatch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     data = ["--dataset_format", "cub_200_2011", "--dataset_dir", str(published)]
-    names = load_pictures(DataArguments(dataset_format=data[1], dataset_dir=data[3]), seed=0)["test"].features["label"]
+    names = load_images(DataArguments(dataset_format=data[1], dataset_dir=data[3]), seed=0)["test"].features["label"]
     config = RBIConfig.kernel(backbone_config=backbone_config, id2label=dict(enumerate(names.names)))
     RBIForImageClassification(config).save_pretrained(tmp_path / "model")
     processor = load_model(ModelArguments(backbone_config='{"model_type": "convnext"}', image_size=32), ["a", "b"])[1]
@@ -39,7 +39,7 @@ def test_as_a_command(words, tmp_path):
         "sorted - shuffled",
         "macro-F1",
         "Left out: reference, since the model has no reference bank",
-        "40 pictures of 4 classes",
+        "40 images of 4 classes",
         "times one pass of the backbone",
         str(tmp_path / "out"),
     ):
@@ -55,7 +55,7 @@ def test_as_a_command(words, tmp_path):
     ("more", "code", "message"),
     [
         (["--protocols", "reference"], 1, "--protocols reference: the model has no reference bank"),
-        (["--batch_sizes", "64"], 1, "--batch_sizes 64 is more than the 40 pictures"),
+        (["--batch_sizes", "64"], 1, "--batch_sizes 64 is more than the 40 images"),
         (["--model", "/nowhere"], 1, "--model /nowhere: there is no such folder"),
         (["--num_shuffles", "1"], 2, "--num_shuffles must be at least 2"),
         (["--protocols", "alone"], 2, "invalid choice: 'alone'"),

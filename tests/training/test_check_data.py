@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from training.check_data import main
-from training.data.reading import DataArguments, fingerprint, load_pictures
+from training.data.reading import DataArguments, fingerprint, load_images
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_as_a_command(folder, tmp_path):
     result = subprocess.run([*command, "--report", str(tmp_path / "r.json")], capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     text = result.stdout.replace("\n", "")
-    for words in ("train: 11 pictures", "zero_size", "hidden_file", "1 findings stop a training, 1 are notes"):
+    for words in ("train: 11 images", "zero_size", "hidden_file", "1 findings stop a training, 1 are notes"):
         assert words in text
     assert "[bold]x" in text
     report = json.loads((tmp_path / "r.json").read_text())
@@ -44,13 +44,13 @@ def test_clean(folder, tmp_path, capsys):
     assert "0 findings stop a training" in capsys.readouterr().out
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["arguments"]["train_dir"] == str(folder)
-    assert report["fingerprint"] == fingerprint(load_pictures(DataArguments(train_dir=str(folder)), 3))
-    assert report["pictures"] == {"train": 10, "validation": 2}
+    assert report["fingerprint"] == fingerprint(load_images(DataArguments(train_dir=str(folder)), 3))
+    assert report["images"] == {"train": 10, "validation": 2}
 
 
 def test_notes_do_not_stop(folder, capsys):
     assert main(["--train_dir", str(folder), "--min_per_class", "100"]) == 0
-    assert "few_pictures" in capsys.readouterr().out
+    assert "few_images" in capsys.readouterr().out
 
 
 def test_missing_classes_are_found_beside_the_rest(folder, tmp_path, capsys):

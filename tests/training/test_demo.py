@@ -33,7 +33,7 @@ def _result(single, shuffled, validation_accuracy=50.0, validation_loss=1.0):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with pictures and weights in the cache and no network: the arguments, the folder and what was printed."""
+    """A run with images and weights in the cache and no network: the arguments, the folder and what was printed."""
     load_orl_faces()
     demo.load_mobilenet_v2()
     output_dir = tmp_path_factory.mktemp("demo") / "out"
@@ -111,7 +111,7 @@ def test_a_failure_leaves_the_earlier_folder_and_no_draft(tmp_path, monkeypatch)
 
 
 def test_refuses_a_folder_that_holds_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "load_pictures", _refuse)
+    monkeypatch.setattr(demo, "load_images", _refuse)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no earlier demo"):
         demo.main(_small(tmp_path))

@@ -28,14 +28,14 @@ COMMANDS = "".join(re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)).spli
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with what the commands name: pictures, a checkpoint, and the project's `training`."""
+    """A folder with what the commands name: images, a checkpoint, and the project's `training`."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "training").symlink_to(ROOT / "training")
     for place, name in enumerate(("cat", "dog", "fox")):
-        (folder / "pictures" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for number in range(20):
-            colour = (90 * place, 10 * number, 99)
-            Image.new("RGB", (40, 48), colour).save(folder / "pictures" / name / f"{number}.png")
+            color = (90 * place, 10 * number, 99)
+            Image.new("RGB", (40, 48), color).save(folder / "images" / name / f"{number}.png")
     (folder / "camera").mkdir()
     for number in range(4):
         Image.new("RGB", (40, 48), (9, 60 * number, 9)).save(folder / "camera" / f"{number}.png")
@@ -66,14 +66,14 @@ def test_the_commands_run_in_their_order(workplace):
             record.write_text(record.read_text().replace('"status": "finished"', '"status": "running"'))
             shutil.rmtree(max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
         if "training.references" in line:
-            line += ["--force"]  # three held-out pictures show nothing
+            line += ["--force"]  # three held-out images show nothing
         if "training.ablate" in line:
             line += ["--num_seeds", "2", "--frozen_steps", "2"]
         elif any(part.endswith("orl_faces.yaml") for part in line):
             line += ["--num_train_epochs", "1"]
         result = subprocess.run(line, cwd=workplace, env=environment, capture_output=True, text=True, timeout=600)
         is_check = "training.check_data" in line
-        assert result.returncode == 0 or (is_check and "few_pictures" in result.stdout), f"{command}\n{result.stderr}"
+        assert result.returncode == 0 or (is_check and "few_images" in result.stdout), f"{command}\n{result.stderr}"
 
 
 def test_arguments_that_the_text_names_are_there():

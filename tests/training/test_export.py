@@ -19,14 +19,14 @@ def test_as_a_command(model_folder, tmp_path, capsys):
     for part in ("Scope self", "onnx/model.onnx", f"{difference:.1e}", "largest difference of logits"):
         assert part in text, part
     assert difference <= 1e-4 and not printed.err
-    assert "Written:" in text and "reference pictures" not in text  # none are in a file of this scope
+    assert "Written:" in text and "reference images" not in text  # none are in a file of this scope
 
 
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
         (["--model", "/nowhere"], 1, "--model /nowhere: there is no such folder"),
-        (["--dtype", "int8"], 1, "--dtype int8 needs pictures"),
+        (["--dtype", "int8"], 1, "--dtype int8 needs images"),
         (["--split", "validation"], 1, "--split validation is of data"),
         (["--scope", "all"], 2, "invalid choice: 'all'"),
         (["--format", "tflite"], 2, "invalid choice: 'tflite'"),

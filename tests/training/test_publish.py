@@ -45,14 +45,14 @@ for argv, environment in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def assessed(model_folder, picture_files, tmp_path_factory):
-    """The model's pictures in folders, and its assessment on them."""
+def assessed(model_folder, image_files, tmp_path_factory):
+    """The model's images in folders, and its assessment on them."""
     folder = tmp_path_factory.mktemp("assessed")
-    for path in picture_files:
-        place = folder / "pictures" / path.stem.split("_")[0]
+    for path in image_files:
+        place = folder / "images" / path.stem.split("_")[0]
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-    data = ["--train_dir", str(folder / "pictures"), "--split", "train", "--output_dir", str(folder / "assessment")]
+    data = ["--train_dir", str(folder / "images"), "--split", "train", "--output_dir", str(folder / "assessment")]
     more = ["--batch_sizes", "4", "--resamples", "100", "--use_cpu", "--disable_tqdm"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RBI_CACHE", str(folder / "cache"))
@@ -61,12 +61,12 @@ def assessed(model_folder, picture_files, tmp_path_factory):
 
 
 @pytest.fixture
-def command(model_folder, assessed, picture_files):
+def command(model_folder, assessed, image_files):
     """Gives the words of a publication's command line."""
 
     def make(repo_id="alice/pets", *more):
-        facts = ["--config", str(CARD), "--assessment", str(assessed / "assessment"), "--share_pictures"]
-        examples = ["--examples", *(str(path) for path in picture_files[2::3])]
+        facts = ["--config", str(CARD), "--assessment", str(assessed / "assessment"), "--share_images"]
+        examples = ["--examples", *(str(path) for path in image_files[2::3])]
         return ["--model", str(model_folder), "--repo_id", repo_id, *facts, *examples, *more]
 
     return make
@@ -206,7 +206,7 @@ def test_a_dry_run_that_would_be_refused_says_why(command, tmp_path, capsys):
 
 
 def test_wrong_arguments_end_with_2(command, capsys):
-    assert main([*command(), "--licence", "mit"]) == 2
+    assert main([*command(), "--license", "mit"]) == 2
     assert "--license" in capsys.readouterr().err
     assert main(command("pets")) == 2
     assert "user/name" in capsys.readouterr().err

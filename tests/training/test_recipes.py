@@ -113,7 +113,7 @@ def test_each_backbone_of_timm_trains_a_step(model, monkeypatch, tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_recipe_of_real_photographs(tmp_path):
-    """Eight epochs on the ORL faces, with pictures and pretrained weights that install by package name."""
+    """Eight epochs on the ORL faces, with images and pretrained weights that install by package name."""
     line = ["--config", str(RECIPES / "orl_faces.yaml"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     assert train.main([*line, "--num_train_epochs", "8", "--disable_tqdm", "True"]) == 0
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())

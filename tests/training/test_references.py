@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m training.references`: what it chooses on planted pictures, and that it writes what it measured."""
+"""`python -m training.references`: what it chooses on planted images, and that it writes what it measured."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training import references
-from training.data import pictures as reading
-from training.evaluation.features import CachedPictures, EightBitPixels
+from training.data import images as reading
+from training.evaluation.features import CachedImages, EightBitPixels
 from training.evaluation.metrics import compute_metrics
 from training.evaluation.reference_settings import (
     KERNELS,
@@ -46,7 +46,7 @@ from training.evaluation.reference_settings import (
 CLASSES = ("cat", "dog", "fox")
 # Not the data's, which is alphabetical.
 MODEL_CLASSES = ("fox", "cat", "dog")
-COLOURS = {"cat": (200, 60, 60), "dog": (60, 200, 60), "fox": (60, 60, 200)}
+COLORS = {"cat": (200, 60, 60), "dog": (60, 200, 60), "fox": (60, 60, 200)}
 NUM_TRAIN = {"cat": 4, "dog": 5, "fox": 6}
 NUM_VALIDATION = 34  # of each class: enough to choose by
 
@@ -69,8 +69,8 @@ def one_hot(labels, size=FEATURE_SIZE):
     return nn.functional.one_hot(labels, size).float()
 
 
-def pictures_of(labels, noise=0.05):
-    """Pictures, normalised, (n, 3, 16, 16), that are alike where the labels are the same."""
+def images_of(labels, noise=0.05):
+    """Images, normalized, (n, 3, 16, 16), that are alike where the labels are the same."""
     patterns = torch.rand(NUM_LABELS, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     return ((patterns[labels] + noise * torch.randn(len(labels), 3, 16, 16)).clamp(0, 1) - 0.5) / 0.25
 
@@ -99,22 +99,22 @@ def clear_bank(noise=0.1):
 
 def noisy_held_out(pixel_labels=LABELS, noise=0.6):
     features = one_hot(LABELS) + noise * torch.randn(NUM_HELD_OUT, FEATURE_SIZE)
-    return CachedPictures(pictures_of(pixel_labels), features, LABELS)
+    return CachedImages(images_of(pixel_labels), features, LABELS)
 
 
 def test_clear_references_of_the_same_class_get_the_largest_share(backbone_config):
     model = make_model(backbone_config)
-    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS))
+    model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS))
     best = best_of(model, noisy_held_out())
     assert best.scope == "reference" and best.settings.share == max(SHARES) and best.settings.vote_weight == 0
 
 
-def test_the_gain_follows_the_worth_of_the_pictures(backbone_config):
-    """Where pictures are like those of another class, features tell more than PSNR; where features are noise, less."""
+def test_the_gain_follows_the_worth_of_the_images(backbone_config):
+    """Where images are like those of another class, features tell more than PSNR; where features are noise, less."""
     model = make_model(backbone_config)
     # The classifier does not read all that attention does.
     more = 3 * one_hot(REFERENCE_LABELS + NUM_LABELS)
-    model.set_reference_features(clear_bank() + more, pictures_of(REFERENCE_LABELS, noise=0.2))
+    model.set_reference_features(clear_bank() + more, images_of(REFERENCE_LABELS, noise=0.2))
     candidates = [Settings(0.5, 0.3, gain) for gain in (0.0, 0.25, 1.0)]
     lying = noisy_held_out((LABELS + 1) % NUM_LABELS)
     lying = dataclasses.replace(lying, features=lying.features + 3 * one_hot(LABELS + NUM_LABELS))
@@ -127,14 +127,14 @@ def test_labels_vote_where_the_classifier_knows_nothing(backbone_config):
     model = make_model(backbone_config)
     with torch.no_grad():
         model.classifier.weight.zero_()
-    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), REFERENCE_LABELS)
     best = best_of(model, noisy_held_out())
     assert best.settings.vote_weight == max(VOTE_WEIGHTS) and best.metrics["accuracy"] > 0.9
 
 
 def test_no_votes_where_the_labels_of_the_bank_are_wrong(backbone_config):
     model = make_model(backbone_config)
-    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), (REFERENCE_LABELS + 1) % NUM_LABELS)
+    model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), (REFERENCE_LABELS + 1) % NUM_LABELS)
     best = best_of(model, noisy_held_out())
     assert best.scope == "reference" and best.settings.vote_weight == 0
 
@@ -144,9 +144,9 @@ def test_none_is_best_where_the_nearest_are_of_other_classes(backbone_config):
     model = make_model(backbone_config)
     next_class = (REFERENCE_LABELS + 1) % NUM_LABELS
     model.set_reference_features(
-        one_hot(next_class) + 5 * one_hot(REFERENCE_LABELS + NUM_LABELS), pictures_of(REFERENCE_LABELS), next_class
+        one_hot(next_class) + 5 * one_hot(REFERENCE_LABELS + NUM_LABELS), images_of(REFERENCE_LABELS), next_class
     )
-    held_out = CachedPictures(pictures_of(LABELS), one_hot(LABELS) + 5 * one_hot(LABELS + NUM_LABELS), LABELS)
+    held_out = CachedImages(images_of(LABELS), one_hot(LABELS) + 5 * one_hot(LABELS + NUM_LABELS), LABELS)
     results = fit_references(model, held_out, candidates_for(model))
     best = min(results, key=lambda result: result.loss)
     assert best is results[0] and best.scope == "self" and best.settings == Settings()
@@ -158,7 +158,7 @@ def test_confidence_alone_is_no_gain(backbone_config):
     model = make_model(backbone_config)
     with torch.no_grad():
         model.classifier.weight.mul_(8)
-    model.set_reference_features(torch.zeros(1, FEATURE_SIZE), pictures_of(LABELS[:1]))
+    model.set_reference_features(torch.zeros(1, FEATURE_SIZE), images_of(LABELS[:1]))
     held_out = noisy_held_out()
     alone, halved = fit_references(model, held_out, [Settings(0.5, 0.3, 1.0)])
     assert halved.metrics["accuracy"] == alone.metrics["accuracy"]
@@ -170,12 +170,12 @@ def test_confidence_alone_is_no_gain(backbone_config):
 
 
 @pytest.mark.parametrize("preset", ["kernel", "paper"])
-def test_the_order_of_the_held_out_pictures_is_of_no_account(backbone_config, preset, monkeypatch):
+def test_the_order_of_the_held_out_images_is_of_no_account(backbone_config, preset, monkeypatch):
     monkeypatch.setattr(references, "_STEP", 50)
     model = make_model(backbone_config, preset)
-    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), REFERENCE_LABELS)
     held_out, order = noisy_held_out(), torch.randperm(NUM_HELD_OUT)
-    moved = CachedPictures(held_out.pixel_values[order], held_out.features[order], held_out.labels[order])
+    moved = CachedImages(held_out.pixel_values[order], held_out.features[order], held_out.labels[order])
     results = [fit_references(model, each, candidates_for(model)) for each in (held_out, moved)]
     for one, other in zip(*results, strict=True):
         assert one.settings == other.settings
@@ -186,7 +186,7 @@ def test_the_order_of_the_held_out_pictures_is_of_no_account(backbone_config, pr
 def test_results_are_those_of_the_settings(backbone_config):
     """Of each candidate, from the answers of a model that has its settings."""
     model = make_model(backbone_config)
-    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), REFERENCE_LABELS)
     held_out = noisy_held_out()
     candidates = [Settings(0.25, 0.1, 0.25, 0.5), Settings(0.5, 0.5, 1.0)]
     results = fit_references(model, held_out, candidates)
@@ -201,7 +201,7 @@ def test_results_are_those_of_the_settings(backbone_config):
             }
         other = make_model(backbone_config, **fields)
         bank = model.rbi.references
-        other.set_reference_features(bank.features, pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+        other.set_reference_features(bank.features, images_of(REFERENCE_LABELS), REFERENCE_LABELS)
         other.rbi.references.images.copy_(bank.images)
         with torch.no_grad():
             logits = other(
@@ -227,7 +227,7 @@ def test_the_fit_leaves_the_model_as_it_was(backbone_config, preset, is_interrup
         # A share, a temperature and a gain that are learned, to which the candidates have others.
         fields |= {"reference_share": None, "reference_temperature": None, "reference_gain": None}
     model = make_model(backbone_config, "paper" if preset == "paper" else "kernel", **fields)
-    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS), REFERENCE_LABELS)
+    model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), REFERENCE_LABELS)
     held_out, candidates = noisy_held_out(), candidates_for(model)
     (config, state), answers = state_of(model), scores_with_references(model, held_out, "reference")
     if is_interrupted:
@@ -251,7 +251,7 @@ def test_the_fit_leaves_the_model_as_it_was(backbone_config, preset, is_interrup
 
 
 def test_what_there_is_to_choose_from(backbone_config):
-    features, pixels = clear_bank(), pictures_of(REFERENCE_LABELS)
+    features, pixels = clear_bank(), images_of(REFERENCE_LABELS)
 
     def kernels_and_votes(model):
         candidates = candidates_for(model)
@@ -274,13 +274,13 @@ def test_what_there_is_to_choose_from(backbone_config):
 @pytest.mark.parametrize("psnr_max", [20, 50, 80])
 @pytest.mark.parametrize("keep_images", [True, False])
 @pytest.mark.parametrize("psnr_image_size", [16, None])
-def test_a_held_out_picture_does_not_attend_to_itself(backbone_config, keep_images, psnr_image_size, psnr_max):
-    """Whichever PSNR counts as that of the same picture."""
+def test_a_held_out_image_does_not_attend_to_itself(backbone_config, keep_images, psnr_image_size, psnr_max):
+    """Whichever PSNR counts as that of the same image."""
     model = make_model(backbone_config, psnr_image_size=psnr_image_size, psnr_max=psnr_max, reference_vote_weight=0.4)
     held_out = noisy_held_out()
     in_bank = torch.tensor([3, 50, 77])
     labels = torch.cat([REFERENCE_LABELS, LABELS[in_bank]])
-    pixels = torch.cat([pictures_of(REFERENCE_LABELS), held_out.pixel_values[in_bank]])
+    pixels = torch.cat([images_of(REFERENCE_LABELS), held_out.pixel_values[in_bank]])
     # Another batch size rounds otherwise.
     features = torch.cat([clear_bank(), held_out.features[in_bank] * (1 + 1e-6)])
     model.set_reference_features(features, pixels if keep_images else None, labels)
@@ -296,7 +296,7 @@ def test_a_held_out_picture_does_not_attend_to_itself(backbone_config, keep_imag
     assert ((with_itself - expected).abs().amax(1) > 1e-4).nonzero().flatten().tolist() == in_bank.tolist()
 
 
-def test_8_bit_pictures_are_known_again(backbone_config):
+def test_8_bit_images_are_known_again(backbone_config):
     model = make_model(backbone_config, "paper")
     held_out = noisy_held_out()
     model.set_reference_features(held_out.features[:5], held_out.pixel_values[:5])
@@ -311,7 +311,7 @@ def test_8_bit_pictures_are_known_again(backbone_config):
 
 def test_the_gain_is_paired(backbone_config):
     model = make_model(backbone_config, reference_share=0.5)
-    model.set_reference_features(clear_bank(), pictures_of(REFERENCE_LABELS))
+    model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS))
     held_out = noisy_held_out()
     hits = [
         (scores_with_references(model, held_out, scope).argmax(1) == LABELS).float() for scope in ("self", "reference")
@@ -328,32 +328,32 @@ def test_the_gain_is_paired(backbone_config):
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def save_picture(path, colour, rng):
-    """A smooth pattern around a colour."""
-    small = rng.normal(colour, 40, (4, 4, 3)).clip(0, 255).astype(np.uint8)
+def save_image(path, color, rng):
+    """A smooth pattern around a color."""
+    small = rng.normal(color, 40, (4, 4, 3)).clip(0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(small).resize((32, 32), Image.Resampling.BILINEAR).save(path)
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Folders of the classes, in `train`, `validation` and `test`; the colour of a picture tells its class."""
+    """Folders of the classes, in `train`, `validation` and `test`; the color of an image tells its class."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split in ("train", "validation", "test"):
         for name in CLASSES:
             number = {"train": NUM_TRAIN[name], "validation": NUM_VALIDATION, "test": 2}[split]
             for index in range(number):
-                save_picture(folder / split / name / f"{index}.png", COLOURS[name], rng)
+                save_image(folder / split / name / f"{index}.png", COLORS[name], rng)
     return folder
 
 
 @pytest.fixture(scope="module")
 def camera(tmp_path_factory):
-    """7 pictures without labels, one of them in a folder of its own."""
+    """7 images without labels, one of them in a folder of its own."""
     folder, rng = tmp_path_factory.mktemp("camera"), np.random.default_rng(1)
     for index in range(6):
-        save_picture(folder / f"{index}.png", (128, 128, 128), rng)
-    save_picture(folder / "more" / "deeper" / "6.png", (128, 128, 128), rng)
+        save_image(folder / f"{index}.png", (128, 128, 128), rng)
+    save_image(folder / "more" / "deeper" / "6.png", (128, 128, 128), rng)
     return folder
 
 
@@ -456,7 +456,7 @@ def everything_in(folder):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "rbi"])
-def test_unlabelled_pictures(kind, classifier_dir, rbi_dir, camera, data_dir, command, tmp_path, capsys):
+def test_unlabeled_images(kind, classifier_dir, rbi_dir, camera, data_dir, command, tmp_path, capsys):
     source = {"classifier": classifier_dir, "rbi": rbi_dir}[kind]
     before = everything_in(source)
     assert command(model=source, images=camera) == 0
@@ -464,7 +464,7 @@ def test_unlabelled_pictures(kind, classifier_dir, rbi_dir, camera, data_dir, co
     record = record_of(tmp_path / "out")
     assert record["model"] == source and record["arguments"]["images"] == [str(camera)]
     assert record["run"] is None, "it was not trained by `training.train`"
-    assert record["references"]["num_references"] == 7 and record["references"]["num_labelled"] == 0
+    assert record["references"]["num_references"] == 7 and record["references"]["num_labeled"] == 0
     assert record["settings"]["share"] == (0.25 if kind == "classifier" else None)
     assert "candidates" not in record and record["environment"]["hardware"]["device"] == "cpu"
     printed = " ".join(capsys.readouterr().out.split())
@@ -475,7 +475,7 @@ def test_unlabelled_pictures(kind, classifier_dir, rbi_dir, camera, data_dir, co
         str(tmp_path / "out"),
     ):
         assert part in printed, part
-    # The bank is that of the pictures in the folder, in any order.
+    # The bank is that of the images in the folder, in any order.
     paths = sorted(camera.rglob("*.png"))
     expected = (
         RBIForImageClassification.from_pretrained(source)
@@ -490,7 +490,7 @@ def test_unlabelled_pictures(kind, classifier_dir, rbi_dir, camera, data_dir, co
 
 @pytest.fixture(scope="module")
 def fitted(classifier_dir, camera, data_dir, tmp_path_factory):
-    """The folder of a run with both kinds of pictures, for a classifier that knows nothing, and the files it read."""
+    """The folder of a run with both kinds of images, for a classifier that knows nothing, and the files it read."""
     folder = tmp_path_factory.mktemp("fitted") / "out"
     words = ["--model", classifier_dir, "--images", camera, "--train_dir", data_dir, "--output_dir", folder]
     with pytest.MonkeyPatch.context() as patch:
@@ -509,7 +509,7 @@ def fitted(classifier_dir, camera, data_dir, tmp_path_factory):
 def test_the_record_says_what_was_tried(fitted):
     record = record_of(fitted[0])
     number = 3 * NUM_VALIDATION
-    assert record["held_out_pictures"] == number and record["fitted"]
+    assert record["held_out_images"] == number and record["fitted"]
     first, *others = record["candidates"]
     assert first["scope"] == "self" and set(first["settings"].values()) == {None, 0.0}
     tried = [tuple(each["settings"].values()) for each in others]
@@ -533,16 +533,16 @@ def test_labels_are_matched_by_name(fitted, data_dir):
     assert record_of(fitted[0])["references"]["references_per_class"] == NUM_TRAIN
     assert (bank.labels == -100).sum() == 7
     for name in CLASSES:
-        # By the colour that each class has most of.
+        # By the color that each class has most of.
         strongest = bank.images[bank.labels == MODEL_CLASSES.index(name)].float().mean((2, 3)).argmax(1)
         assert (strongest == CLASSES.index(name)).all()
-    # The votes know the test pictures, and each has the number that the model's classes have.
+    # The votes know the test images, and each has the number that the model's classes have.
     paths = sorted((data_dir / "test").rglob("*.png"))
     answers = answers_of(model, pixels_of(paths)).argmax(1).tolist()
     assert [MODEL_CLASSES[label] for label in answers] == [path.parent.name for path in paths]
 
 
-def test_test_pictures_are_not_read(fitted):
+def test_test_images_are_not_read(fitted):
     """The backbone sees each of the others once."""
     _, read = fitted
     splits = [path.parent.parent.name for path in read if path.parent.name in CLASSES]
@@ -567,10 +567,10 @@ import torch
 from transformers import AutoModelForImageClassification
 
 torch.set_num_threads(1)
-folder, pictures, answers = sys.argv[1:]
+folder, images, answers = sys.argv[1:]
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
-    torch.save(model(torch.load(pictures)).logits, answers)
+    torch.save(model(torch.load(images)).logits, answers)
 assert "modeling_rbi" not in sys.modules
 """
 
@@ -578,9 +578,9 @@ assert "modeling_rbi" not in sys.modules
 @pytest.mark.slow
 def test_it_loads_without_the_package(fitted, data_dir, tmp_path):
     pixel_values = pixels_of(sorted((data_dir / "test").rglob("*.png")))
-    torch.save(pixel_values, tmp_path / "pictures.pt")
+    torch.save(pixel_values, tmp_path / "images.pt")
     result = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_PACKAGE, fitted[0], tmp_path / "pictures.pt", tmp_path / "answers.pt"],
+        [sys.executable, "-I", "-c", WITHOUT_PACKAGE, fitted[0], tmp_path / "images.pt", tmp_path / "answers.pt"],
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
         cwd=tmp_path,
         capture_output=True,
@@ -593,7 +593,7 @@ def test_it_loads_without_the_package(fitted, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("keep_images", [True, False])
-def test_the_papers_form_with_labelled_data(rbi_dir, data_dir, camera, command, tmp_path, keep_images, capsys):
+def test_the_papers_form_with_labeled_data(rbi_dir, data_dir, camera, command, tmp_path, keep_images, capsys):
     arguments = {"model": rbi_dir, "train_dir": data_dir, "images": camera, "keep_images": keep_images, "force": True}
     assert command(**arguments) == 0
     record, model = record_of(tmp_path / "out"), command.model
@@ -602,7 +602,7 @@ def test_the_papers_form_with_labelled_data(rbi_dir, data_dir, camera, command, 
     assert Settings(**record["settings"]) == Settings.of(model)
     pixel_values = pixels_of(sorted((data_dir / "test").rglob("*.png")))
     assert_it_loads(tmp_path / "out", model, pixel_values)
-    assert record["references"]["has_pictures"] == keep_images
+    assert record["references"]["has_images"] == keep_images
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert any(name.endswith("references.images") for name in weights) == keep_images
     assert any(value.dtype == torch.uint8 for value in weights.values()) == keep_images
@@ -639,21 +639,21 @@ def test_nothing_is_written_where_relations_hurt(data_dir, tmp_path, command, ca
     assert_it_loads(tmp_path / "out", command.model, pixels_of(paths["train"][:3]))
 
 
-def test_few_held_out_pictures_choose_nothing(classifier_dir, data_dir, tmp_path, command, capsys):
+def test_few_held_out_images_choose_nothing(classifier_dir, data_dir, tmp_path, command, capsys):
     assert command(model=classifier_dir, train_dir=data_dir, max_eval_samples=99, force=True) == 0
     record = record_of(tmp_path / "out")
-    assert record["held_out_pictures"] == 99 and not record["fitted"]
+    assert record["held_out_images"] == 99 and not record["fitted"]
     assert len(record["candidates"]) == 1 and record["candidates"][0]["scope"] == "self"
     assert Settings(**record["settings"]) == Settings.of(command.model) == Settings(0.25, 0.3, 1.0, 0.0)
     assert record["gains"].keys() == {"accuracy", "macro_f1"}
     printed = " ".join(capsys.readouterr().out.split())
-    assert "99 held-out pictures are too few to choose by" in printed and "optimistic" not in printed
+    assert "99 held-out images are too few to choose by" in printed and "optimistic" not in printed
     assert command(model=classifier_dir, train_dir=data_dir, max_eval_samples=100, output_dir=tmp_path / "more") == 0
     assert record_of(tmp_path / "more")["fitted"]
     assert "optimistic" in capsys.readouterr().out
 
 
-def test_without_held_out_pictures_nothing_is_measured(classifier_dir, data_dir, tmp_path, command, capsys):
+def test_without_held_out_images_nothing_is_measured(classifier_dir, data_dir, tmp_path, command, capsys):
     data = {"train_dir": data_dir / "train", "train_val_split": 0}
     assert command(model=classifier_dir, **data, references_per_class=3, strategy="herding") == 0
     record = record_of(tmp_path / "out")
@@ -676,7 +676,7 @@ def test_labels_do_not_vote_where_they_are_not_to(classifier_dir, data_dir, tmp_
         assert record["settings"]["vote_weight"] == command.model.config.reference_vote_weight == 0
 
 
-def test_the_number_of_unlabelled_pictures(classifier_dir, camera, data_dir, tmp_path, command):
+def test_the_number_of_unlabeled_images(classifier_dir, camera, data_dir, tmp_path, command):
     """Of each folder, as many as there are at most, by chance and by the seed."""
     folders = [camera, data_dir / "test"]
     assert command(model=classifier_dir, images=folders, num_references=5) == 0
@@ -722,34 +722,34 @@ def test_added_classes_keep_references(with_bank, camera, data_dir, tmp_path, co
     rng = np.random.default_rng(3)
     lines = [f"{path},{path.parent.name}" for path in sorted((data_dir / "train").rglob("*.png"))]
     for index in range(4):
-        save_picture(tmp_path / "wolf" / f"{index}.png", (200, 200, 60), rng)
+        save_image(tmp_path / "wolf" / f"{index}.png", (200, 200, 60), rng)
         lines.append(f"wolf/{index}.png,wolf")
     (tmp_path / "train.csv").write_text("\n".join(["image,label", *lines]))
     assert command(model=source, train_file=tmp_path / "train.csv", train_val_split=0) == 0
-    save_picture(tmp_path / "other.png", (200, 200, 60), rng)
+    save_image(tmp_path / "other.png", (200, 200, 60), rng)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert model.config.id2label[int(answers_of(model, pixels_of([tmp_path / "other.png"])).argmax())] == "wolf"
 
 
-def test_bad_pictures_are_named_or_left_out(classifier_dir, camera, tmp_path, command, capsys):
+def test_bad_images_are_named_or_left_out(classifier_dir, camera, tmp_path, command, capsys):
     for index, path in enumerate(sorted(camera.rglob("*.png"))):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        (tmp_path / "pictures" / f"{index}.png").write_bytes(path.read_bytes()[: -40 if index == 3 else None])
-    arguments = {"model": classifier_dir, "images": tmp_path / "pictures"}
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{index}.png").write_bytes(path.read_bytes()[: -40 if index == 3 else None])
+    arguments = {"model": classifier_dir, "images": tmp_path / "images"}
     assert command(**arguments) == 1
     error = capsys.readouterr().err
-    assert str(tmp_path / "pictures" / "3.png") in error and "--skip_bad_images" in error
+    assert str(tmp_path / "images" / "3.png") in error and "--skip_bad_images" in error
     assert not (tmp_path / "out").exists()
     assert command(**arguments, skip_bad_images=True) == 0
     record = record_of(tmp_path / "out")
     assert record["references"]["num_references"] == 6 and record["arguments"]["skip_bad_images"]
 
 
-def test_bad_pictures_are_left_out_beside_labelled_ones(classifier_dir, data_dir, tmp_path, command, capsys):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
-    Image.new("RGB", (32, 32), "teal").save(tmp_path / "pictures" / "good.png")
-    arguments = {"model": classifier_dir, "images": tmp_path / "pictures", "train_dir": data_dir}
+def test_bad_images_are_left_out_beside_labeled_ones(classifier_dir, data_dir, tmp_path, command, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bad.png").write_bytes(b"no image")
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "images" / "good.png")
+    arguments = {"model": classifier_dir, "images": tmp_path / "images", "train_dir": data_dir}
     assert command(**arguments) == 1
     assert "bad.png" in capsys.readouterr().err
     assert command(**arguments, skip_bad_images=True) == 0
@@ -757,7 +757,7 @@ def test_bad_pictures_are_left_out_beside_labelled_ones(classifier_dir, data_dir
 
 
 def test_unlike_classifiers_are_refused(camera, tmp_path, command, capsys):
-    """PoolFormer has a normalisation before its classifier."""
+    """PoolFormer has a normalization before its classifier."""
     config = PoolFormerConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
     source = saved(PoolFormerForImageClassification(config), tmp_path / "model")
     assert command(model=source, images=camera) == 1
@@ -773,23 +773,23 @@ def places(classifier_dir, camera, data_dir, tmp_path):
     (tmp_path / "empty").mkdir()
     rng = np.random.default_rng(4)
     for index in range(8):
-        save_picture(tmp_path / "others" / ("cat", "yak")[index % 2] / f"{index}.png", (99, 99, 99), rng)
+        save_image(tmp_path / "others" / ("cat", "yak")[index % 2] / f"{index}.png", (99, 99, 99), rng)
     return {"model": classifier_dir, "camera": camera, "data": data_dir, "tmp": tmp_path}
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ({}, 1, "Name pictures for the bank: --images FOLDER, or labelled data"),
-        ({"images": "{tmp}/empty"}, 1, "holds no pictures"),
+        ({}, 1, "Name images for the bank: --images FOLDER, or labeled data"),
+        ({"images": "{tmp}/empty"}, 1, "holds no images"),
         ({"images": "{tmp}/nowhere"}, 1, "nowhere is not a folder"),
         ({"images": "{camera}", "output_dir": "{tmp}/full"}, 1, "full is there already: name a new folder"),
         ({"images": "{camera}", "output_dir": "{tmp}/full/note.txt"}, 1, "note.txt is there already"),
         ({"images": "{camera}", "model": "{tmp}/nowhere"}, 1, "there is no such folder"),
         ({"images": "{camera}", "model": "{camera}"}, 1, "config.json"),
         ({"train_dir": "{tmp}/others"}, 1, "1 of the 2 labels of the data are none of the model's (yak"),
-        ({"images": "{camera}", "references_per_class": 2}, 1, "--references_per_class is for training pictures"),
-        ({"images": "{camera}", "strategy": "herding"}, 1, "--strategy is for training pictures"),
+        ({"images": "{camera}", "references_per_class": 2}, 1, "--references_per_class is for training images"),
+        ({"images": "{camera}", "strategy": "herding"}, 1, "--strategy is for training images"),
         (
             {"train_dir": "{data}", "references_per_class": 2, "strategy": "random"},
             2,
@@ -817,9 +817,9 @@ def test_the_bank_has_a_limit(classifier_dir, camera, data_dir, tmp_path, comman
     monkeypatch.setattr(references, "MAX_REFERENCES", 14)
     monkeypatch.setattr(RBIForImageClassification, "set_references", None)
     for arguments, counts in (
-        ({"train_dir": data_dir}, "15 training pictures and 0 of --images"),
-        ({"train_dir": data_dir, "images": camera, "references_per_class": 4}, "12 training pictures and 7 of"),
-        ({"images": [camera, camera, camera], "num_references": 5}, "0 training pictures and 15 of"),
+        ({"train_dir": data_dir}, "15 training images and 0 of --images"),
+        ({"train_dir": data_dir, "images": camera, "references_per_class": 4}, "12 training images and 7 of"),
+        ({"images": [camera, camera, camera], "num_references": 5}, "0 training images and 15 of"),
     ):
         assert command(model=classifier_dir, **arguments) == 1
         error = capsys.readouterr().err

@@ -20,9 +20,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from training import train
 from training.data import checks
+from training.data.image_dataset import ImageDataset
 from training.data.layouts import LAYOUTS
-from training.data.pictures import Pictures
-from training.data.reading import read_unlabelled
+from training.data.reading import read_unlabeled
 from training.data.transforms import EvalTransform
 from training.fine_tuning import run as fine_tuning
 from training.fine_tuning.arguments import Arguments
@@ -71,7 +71,7 @@ class TestWhatARunLeaves:
             answers = model(processor(images, return_tensors="pt")["pixel_values"]).logits.argmax(-1)
         accuracy = (answers == torch.tensor(test["label"])).float().mean().item()
         assert accuracy == pytest.approx(record["results"]["test_single"]["accuracy"])
-        assert accuracy > 0.5  # 4 classes by colour
+        assert accuracy > 0.5  # 4 classes by color
         assert list(model.config.id2label.values()) == test.features["label"].names == record["data"]["label_names"]
 
     def test_a_record_of_all_there_is_to_know(self, finished):
@@ -100,7 +100,7 @@ class TestWhatARunLeaves:
 
     def test_validation_is_held_out_and_the_test_untouched(self, finished, published):
         record = json.loads((finished / "run.json").read_text())
-        sizes = {name: split["pictures"] for name, split in record["data"]["fingerprint"]["splits"].items()}
+        sizes = {name: split["images"] for name, split in record["data"]["fingerprint"]["splits"].items()}
         assert sizes["train"] + sizes["validation"] == 40 and sizes["validation"] == 8 and sizes["test"] == 40
 
     def test_a_finished_run_is_not_run_over(self, finished, published, capsys):
@@ -127,9 +127,9 @@ HARD = {
     "lr_scheduler_type": "cosine",
     "save_total_limit": 2,
     "self_loss_weight": 0.3,
-    "unlabelled_per_batch": 4,
+    "unlabeled_per_batch": 4,
     "references_per_class": 2,
-    "unlabelled_references": 5,
+    "unlabeled_references": 5,
     "rbi_config": '{"attention_dropout": 0.2, "classifier_dropout": 0.2}',
 }
 
@@ -145,9 +145,9 @@ def comparable(record):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["training.train", "training.accelerate_loop"])
-def test_killed_in_mid_epoch_it_goes_on_to_the_bit(arguments, tmp_path, unlabelled_dir, module):
+def test_killed_in_mid_epoch_it_goes_on_to_the_bit(arguments, tmp_path, unlabeled_dir, module):
     if module == "training.train":
-        options, resume = HARD | {"unlabelled_dir": unlabelled_dir}, ["--resume_from_checkpoint", "last"]
+        options, resume = HARD | {"unlabeled_dir": unlabeled_dir}, ["--resume_from_checkpoint", "last"]
     else:
         options = {"num_train_epochs": 4, "checkpointing_steps": 1, "rand_augment_num_ops": 1}
         options |= {"rbi_config": HARD["rbi_config"]}
@@ -265,14 +265,14 @@ def test_it_does_not_go_on_with_other_data_or_processes(arguments, tmp_path, sto
     assert everything_in(tmp_path / "out") == before
 
 
-def test_it_does_not_go_on_with_other_unlabelled_pictures(arguments, tmp_path, unlabelled_dir, stop_at, capsys):
-    line = arguments(tmp_path / "out", unlabelled_dir=tmp_path / "others", unlabelled_per_batch=4)
-    shutil.copytree(unlabelled_dir, tmp_path / "others")
+def test_it_does_not_go_on_with_other_unlabeled_images(arguments, tmp_path, unlabeled_dir, stop_at, capsys):
+    line = arguments(tmp_path / "out", unlabeled_dir=tmp_path / "others", unlabeled_per_batch=4)
+    shutil.copytree(unlabeled_dir, tmp_path / "others")
     go_on = stop_at(7, KeyboardInterrupt())
     assert train.main(line) == 130
     go_on()
     before = everything_in(tmp_path / "out")
-    make_picture(tmp_path / "others" / "another.png")
+    make_image(tmp_path / "others" / "another.png")
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 1
     assert "The data are not those" in capsys.readouterr().err
     assert everything_in(tmp_path / "out") == before
@@ -280,9 +280,9 @@ def test_it_does_not_go_on_with_other_unlabelled_pictures(arguments, tmp_path, u
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
 
 
-def test_stopped_after_its_last_step_it_has_the_same_bank(arguments, tmp_path, unlabelled_dir, monkeypatch):
-    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 4, "num_train_epochs": 1}
-    options |= {"references_per_class": 2, "unlabelled_references": 5}
+def test_stopped_after_its_last_step_it_has_the_same_bank(arguments, tmp_path, unlabeled_dir, monkeypatch):
+    options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 4, "num_train_epochs": 1}
+    options |= {"references_per_class": 2, "unlabeled_references": 5}
     assert train.main(arguments(tmp_path / "whole", **options)) == 0
 
     def fail(*args):
@@ -337,19 +337,19 @@ def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, caps
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
 
 
-def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path, published, monkeypatch, capsys):
+def test_an_image_that_breaks_during_the_training_is_named(arguments, tmp_path, published, monkeypatch, capsys):
     """It was whole when the data were checked, and the training can go on from the last checkpoint."""
-    original = checks.check_pictures
+    original = checks.check_images
     broken = {}
 
-    def check_then_break(pictures, **kwargs):
-        report = original(pictures, **kwargs)
-        path = Path(pictures["train"][3]["image"]["path"])
+    def check_then_break(images, **kwargs):
+        report = original(images, **kwargs)
+        path = Path(images["train"][3]["image"]["path"])
         broken[path] = path.read_bytes()
         path.write_bytes(broken[path][: len(broken[path]) // 2])
         return report
 
-    monkeypatch.setattr(checks, "check_pictures", check_then_break)
+    monkeypatch.setattr(checks, "check_images", check_then_break)
     try:
         assert train.main(arguments(tmp_path / "out", dataloader_num_workers=1)) == 1
     finally:
@@ -362,16 +362,16 @@ def test_a_picture_that_breaks_during_the_training_is_named(arguments, tmp_path,
 # --- Bad data, and what is done about it -----------------------------------------------------------------------------
 
 
-def make_picture(path, colour=(1, 2, 3)):
-    Image.new("RGB", (40, 40), colour).save(path)
+def make_image(path, color=(1, 2, 3)):
+    Image.new("RGB", (40, 40), color).save(path)
 
 
 def make_folder(folder, classes=("a", "b"), number=6):
-    """A folder of pictures that differ."""
+    """A folder of images that differ."""
     for place, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for count in range(number):
-            make_picture(folder / name / f"{count}.png", (80 * place, 5 * count, 90))
+            make_image(folder / name / f"{count}.png", (80 * place, 5 * count, 90))
     return folder
 
 
@@ -383,8 +383,8 @@ def folder_arguments(arguments, folder, output_dir, **more):
     return line
 
 
-def test_bad_pictures_are_refused_or_skipped_and_recorded(arguments, tmp_path, capsys):
-    folder = make_folder(tmp_path / "pictures")
+def test_bad_images_are_refused_or_skipped_and_recorded(arguments, tmp_path, capsys):
+    folder = make_folder(tmp_path / "images")
     (folder / "a" / "3.png").write_bytes((folder / "a" / "3.png").read_bytes()[:60])
     line = folder_arguments(arguments, folder, tmp_path / "out")
     assert train.main(line) == 1
@@ -392,20 +392,20 @@ def test_bad_pictures_are_refused_or_skipped_and_recorded(arguments, tmp_path, c
     assert not (tmp_path / "out").exists()
     assert train.main([*line, "--skip_bad_images"]) == 0
     skipped = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["skipped"]
-    assert len(skipped) == 1 and skipped[0]["pictures"][0].endswith("3.png")
+    assert len(skipped) == 1 and skipped[0]["images"][0].endswith("3.png")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"train_dir": "nothing"}, "nothing"),
-        ({"classes": ()}, "no pictures|No pictures|empty|no folder"),
+        ({"classes": ()}, "no images|No images|empty|no folder"),
         ({"classes": ("a",)}, "one class|only"),
         ({"number": 1}, "validation"),
     ],
 )
 def test_bad_data_are_refused_before_any_work(arguments, tmp_path, capsys, change, message):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     make_folder(folder, **{name: value for name, value in change.items() if name != "train_dir"})
     line = folder_arguments(arguments, change.get("train_dir", folder), tmp_path / "out")
@@ -415,50 +415,50 @@ def test_bad_data_are_refused_before_any_work(arguments, tmp_path, capsys, chang
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_unlabelled_pictures_are_refused_or_skipped(arguments, tmp_path, unlabelled_dir, capsys):
-    shutil.copytree(unlabelled_dir, tmp_path / "others")
+def test_bad_unlabeled_images_are_refused_or_skipped(arguments, tmp_path, unlabeled_dir, capsys):
+    shutil.copytree(unlabeled_dir, tmp_path / "others")
     (tmp_path / "others" / "broken.png").write_bytes(b"nothing")
-    line = arguments(tmp_path / "out", unlabelled_dir=tmp_path / "others", unlabelled_per_batch=4, num_train_epochs=1)
+    line = arguments(tmp_path / "out", unlabeled_dir=tmp_path / "others", unlabeled_per_batch=4, num_train_epochs=1)
     assert train.main(line) == 1
     assert "broken.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert train.main([*line, "--skip_bad_images"]) == 0
-    assert splits_of(tmp_path / "out")["unlabelled"]["pictures"] == 15
+    assert splits_of(tmp_path / "out")["unlabeled"]["images"] == 15
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"unlabelled_dir": "nothing"}, "nothing is not a folder"),
+        ({"unlabeled_dir": "nothing"}, "nothing is not a folder"),
         (
-            {"unlabelled_per_batch": 16},
-            "has 15 pictures, fewer than the 16 that --unlabelled_per_batch asks for: lower",
+            {"unlabeled_per_batch": 16},
+            "has 15 images, fewer than the 16 that --unlabeled_per_batch asks for: lower",
         ),
-        ({"unlabelled_references": 16, "unlabelled_per_batch": 2}, "the 16 that --unlabelled_references asks for"),
+        ({"unlabeled_references": 16, "unlabeled_per_batch": 2}, "the 16 that --unlabeled_references asks for"),
         (
-            {"references_per_class": 5, "unlabelled_references": 1},
-            "would have 21 pictures, more than a model carries (20)",
+            {"references_per_class": 5, "unlabeled_references": 1},
+            "would have 21 images, more than a model carries (20)",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_pictures_that_are_not_there_are_not_asked_for(
-    arguments, tmp_path, unlabelled_dir, monkeypatch, capsys, options, message
+def test_images_that_are_not_there_are_not_asked_for(
+    arguments, tmp_path, unlabeled_dir, monkeypatch, capsys, options, message
 ):
     monkeypatch.setattr(fine_tuning, "MAX_REFERENCES", 20)
-    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 2} | options
+    options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 2} | options
     assert train.main(arguments(tmp_path / "out", **options)) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bank_without_training_pictures_of_a_class_is_refused(arguments, tmp_path):
+def test_a_bank_without_training_images_of_a_class_is_refused(arguments, tmp_path):
     args = Arguments.parse(arguments(tmp_path / "out", references_per_class=2))
-    pictures, data_record = load_data(args)
-    rows = [row for row, label in enumerate(pictures["train"]["label"]) if label != 2]
-    pictures["train"] = pictures["train"].select(rows)
+    images, data_record = load_data(args)
+    rows = [row for row, label in enumerate(images["train"]["label"]) if label != 2]
+    images["train"] = images["train"].select(rows)
     with pytest.raises(ValueError, match=f"{data_record['label_names'][2]} has none to train on: add some, or leave"):
-        fine_tuning.train(args, pictures, data_record)
+        fine_tuning.train(args, images, data_record)
     assert not (tmp_path / "out").exists()
 
 
@@ -482,7 +482,7 @@ def test_what_is_trained_is_not_lost_where_it_cannot_be_published(arguments, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"early_stopping_patience": 1, "train_val_split": 0}, "needs validation pictures"),
+        ({"early_stopping_patience": 1, "train_val_split": 0}, "needs validation images"),
         ({"early_stopping_patience": 1, "eval_strategy": "no", "load_best_model_at_end": False}, "needs evaluations"),
         ({"push_to_hub": True, "hub_strategy": "every_save"}, "leave it at end"),
         ({"push_to_hub": True, "num_folds": 2}, "publish the one that you want"),
@@ -541,7 +541,7 @@ def test_cross_validation_gives_mean_and_spread(arguments, tmp_path, capsys):
     assert summary["std"] == pytest.approx(abs(folds[0] - folds[1]) / 2**0.5)
     assert "±" in capsys.readouterr().out
     records = [json.loads((tmp_path / "out" / f"fold-{number}" / "run.json").read_text()) for number in (1, 2)]
-    assert [record["data"]["fingerprint"]["splits"]["validation"]["pictures"] for record in records] == [20, 20]
+    assert [record["data"]["fingerprint"]["splits"]["validation"]["images"] for record in records] == [20, 20]
 
 
 def test_finished_folds_are_not_trained_again(arguments, tmp_path, stop_at):
@@ -582,11 +582,11 @@ def splits_of(folder):
 
 
 @pytest.fixture(scope="module")
-def with_bank(published, unlabelled_dir, tmp_path_factory):
-    """The folder of a run whose model has a bank: 2 training pictures of each class, and 5 without labels."""
+def with_bank(published, unlabeled_dir, tmp_path_factory):
+    """The folder of a run whose model has a bank: 2 training images of each class, and 5 without labels."""
     output_dir = tmp_path_factory.mktemp("bank") / "out"
     line = [*_arguments(published, output_dir), "--preset", "kernel", "--references_per_class", "2"]
-    line += ["--unlabelled_dir", str(unlabelled_dir), "--unlabelled_per_batch", "4", "--unlabelled_references", "5"]
+    line += ["--unlabeled_dir", str(unlabeled_dir), "--unlabeled_per_batch", "4", "--unlabeled_references", "5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         assert train.main(line) == 0
@@ -600,7 +600,7 @@ def load(folder):
 
 
 def pixels_and_labels(split, processor):
-    items = [Pictures(split, EvalTransform(processor))[row] for row in range(len(split))]
+    items = [ImageDataset(split, EvalTransform(processor))[row] for row in range(len(split))]
     return torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
 
 
@@ -608,14 +608,14 @@ class TestBank:
     def test_the_record_says_what_is_in_it(self, with_bank):
         record = json.loads((with_bank / "run.json").read_text())
         references = record["model"]["references"]
-        assert references["num_references"] == 13 and references["num_labelled"] == 8
+        assert references["num_references"] == 13 and references["num_labeled"] == 8
         assert list(references["references_per_class"].values()) == [2] * 4
         assert list(references["references_per_class"]) == record["data"]["label_names"]
-        assert {name: split["pictures"] for name, split in splits_of(with_bank).items()} == {
+        assert {name: split["images"] for name, split in splits_of(with_bank).items()} == {
             "train": 32,
             "validation": 8,
             "test": 40,
-            "unlabelled": 15,
+            "unlabeled": 15,
         }
 
     def test_the_model_loads_and_answers_with_it(self, with_bank, published):
@@ -645,13 +645,13 @@ class TestBank:
         for name in ("accuracy", "loss"):
             assert record["results"]["validation"][name] == pytest.approx(best[f"eval_{name}"], abs=1e-5)
 
-    def test_it_is_of_training_and_unlabelled_pictures(self, with_bank, published, unlabelled_dir):
+    def test_it_is_of_training_and_unlabeled_images(self, with_bank, published, unlabeled_dir):
         """Each reference is one of them, once, with its label; none is of the validation or the test."""
         model, processor = load(with_bank)
         args = Arguments.parse(_arguments(published, with_bank))
-        pictures, _ = load_data(args)
+        images, _ = load_data(args)
         bank, rows = model.rbi.references, {}
-        for name, split in (*pictures.items(), ("unlabelled", read_unlabelled(unlabelled_dir))):
+        for name, split in (*images.items(), ("unlabeled", read_unlabeled(unlabeled_dir))):
             pixel_values, labels = pixels_and_labels(split, processor)
             with torch.no_grad():
                 features = model.rbi.extract_features(pixel_values)[0]
@@ -664,22 +664,22 @@ class TestBank:
             "train": 8,
             "validation": 0,
             "test": 0,
-            "unlabelled": 5,
+            "unlabeled": 5,
         }
         assert sorted(row for found in rows.values() for row, _ in found) == list(range(13))
 
 
-def test_a_bank_of_unlabelled_pictures_alone(arguments, tmp_path, unlabelled_dir):
-    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 1, "unlabelled_references": 6}
+def test_a_bank_of_unlabeled_images_alone(arguments, tmp_path, unlabeled_dir):
+    options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 1, "unlabeled_references": 6}
     assert train.main(arguments(tmp_path / "out", num_train_epochs=1, **options)) == 0
     references = json.loads((tmp_path / "out" / "run.json").read_text())["model"]["references"]
-    assert (references["num_references"], references["num_labelled"]) == (6, 0)
+    assert (references["num_references"], references["num_labeled"]) == (6, 0)
     assert "test_reference" in results_of(tmp_path / "out")
     assert load(tmp_path / "out")[0].config.relation_scope == "reference"
 
 
-def test_each_fold_has_its_bank(arguments, tmp_path, unlabelled_dir):
-    options = {"unlabelled_dir": unlabelled_dir, "unlabelled_per_batch": 4, "references_per_class": 2}
+def test_each_fold_has_its_bank(arguments, tmp_path, unlabeled_dir):
+    options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 4, "references_per_class": 2}
     assert train.main(arguments(tmp_path / "out", num_folds=2, num_train_epochs=1, **options)) == 0
     summary = json.loads((tmp_path / "out" / "run.json").read_text())["results"]
     assert {"validation", "validation_reference", "test_reference"} <= summary.keys()
@@ -760,13 +760,13 @@ def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_goes_through_unlabelled_pictures_and_the_bank(arguments, tmp_path, monkeypatch):
+def test_dry_run_goes_through_unlabeled_images_and_the_bank(arguments, tmp_path, monkeypatch):
     """With made-up ones: the folder need not be there."""
     monkeypatch.chdir(tmp_path)
-    options = {"unlabelled_dir": "nothing", "unlabelled_references": 50, "references_per_class": 40}
+    options = {"unlabeled_dir": "nothing", "unlabeled_references": 50, "references_per_class": 40}
     record = dry_run(Arguments.parse([*arguments(tmp_path / "out", **options), "--dry_run"]))
-    assert record["data"]["fingerprint"]["splits"]["unlabelled"]["pictures"] > 0
-    assert record["model"]["references"]["num_references"] == record["model"]["references"]["num_labelled"] + 1
+    assert record["data"]["fingerprint"]["splits"]["unlabeled"]["images"] > 0
+    assert record["model"]["references"]["num_references"] == record["model"]["references"]["num_labeled"] + 1
     assert "test_reference" in record["results"]
     assert list(tmp_path.iterdir()) == []
 

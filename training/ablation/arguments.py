@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
-from modeling_rbi import RBIConfig
+from modeling_rbi import RBIConfig, UserError
 
 from ..cli import default_output_dir, find_recipes, parse_arguments
 from ..data.reading import DataArguments
@@ -33,14 +33,14 @@ class AblationOptions:
         metadata={"help": f"Arms to run, with their controls ({', '.join(ARMS)}); all of them by default."},
     )
     num_seeds: int = field(default=5, metadata={"help": "Number of seeds, from --seed on. At least 2."})
-    num_unlabelled: int = field(
+    num_unlabeled: int = field(
         default=0,
         metadata={
-            "help": "Pictures of the bank beside those of the training, drawn without their labels from those that "
+            "help": "Images of the bank beside those of the training, drawn without their labels from those that "
             "the recipe leaves unused or, where it leaves none, from the test, which is then without them."
         },
     )
-    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the test pictures. At least 2."})
+    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the test images. At least 2."})
     frozen_steps: int = field(default=100, metadata={"help": "With --freeze_backbone: training steps of each head."})
     frozen_learning_rate: float = field(
         default=1e-3, metadata={"help": "With --freeze_backbone: learning rate of the classifier."}
@@ -50,9 +50,9 @@ class AblationOptions:
     )
 
     def __post_init__(self):
-        for name, least in (("num_seeds", 2), ("num_shuffles", 2), ("num_unlabelled", 0), ("frozen_steps", 1)):
+        for name, least in (("num_seeds", 2), ("num_shuffles", 2), ("num_unlabeled", 0), ("frozen_steps", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
         choose_arms(self.arms)
 
 
@@ -85,7 +85,7 @@ class AblationArguments(Arguments):
         Sees to it that an ablation can be made with these, before any work is done.
 
         Raises:
-            ValueError: for arguments of a training that an ablation cannot have, and such as do not go together.
+            UserError: for arguments of a training that an ablation cannot have, and such as do not go together.
         """
         refused = {
             "--num_folds": self.run.num_folds is not None,
@@ -96,36 +96,36 @@ class AblationArguments(Arguments):
             "--gather_across_processes": self.fine_tuning.gather_across_processes,
             "--train_relation_scope": self.fine_tuning.train_relation_scope != "batch",
             "--self_loss_weight": self.fine_tuning.self_loss_weight is not None,
-            "--unlabelled_dir": self.fine_tuning.unlabelled_dir is not None,
+            "--unlabeled_dir": self.fine_tuning.unlabeled_dir is not None,
             "--references_per_class": self.fine_tuning.references_per_class is not None,
             "--lora_rank": self.fine_tuning.lora_rank is not None,
             "--data_seed": self.training.data_seed is not None,
         }
         if names := [name for name, is_given in refused.items() if is_given]:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(names)} cannot be used in an ablation: leave it out. (The arms say who attends to "
-                "whom, in neighbourhoods of a batch, and a rerun of the same command goes on with what is there.)"
+                "whom, in neighborhoods of a batch, and a rerun of the same command goes on with what is there.)"
             )
         if self.training.world_size > 1:
-            raise ValueError("An ablation runs in one process: start it with `python -m training.ablate`.")
+            raise UserError("An ablation runs in one process: start it with `python -m training.ablate`.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self.training, name) < 2:
-                raise ValueError(f"--{name} must be at least 2 for relations, got {getattr(self.training, name)}.")
+                raise UserError(f"--{name} must be at least 2 for relations, got {getattr(self.training, name)}.")
         if self.is_frozen and self.training.max_steps > 0:
-            raise ValueError("--max_steps is of training end to end: with --freeze_backbone give --frozen_steps.")
+            raise UserError("--max_steps is of training end to end: with --freeze_backbone give --frozen_steps.")
         if not self.is_frozen and any(arm.train_scope == "reference" for arm in self.arms):
             if self.fine_tuning.ema_decay is not None:
-                raise ValueError("--ema_decay averages the backbone, but a bank is of one: leave it out.")
+                raise UserError("--ema_decay averages the backbone, but a bank is of one: leave it out.")
             if self.augmentation.mixes:
-                raise ValueError(
-                    "Arms that are trained through the bank would find the originals of mixed pictures there: leave "
+                raise UserError(
+                    "Arms that are trained through the bank would find the originals of mixed images there: leave "
                     "--mixup_alpha and --cutmix_alpha out, or these arms."
                 )
         for arm in self.arms:
             try:
                 getattr(RBIConfig, arm.preset)(**self.model.rbi_fields | arm.rbi_fields)
             except StrictDataclassError as error:
-                raise ValueError(f"--rbi_config does not go with the arm {arm.name}: {error.__cause__}") from error
+                raise UserError(f"--rbi_config does not go with the arm {arm.name}: {error.__cause__}") from error
 
     @property
     def arms(self) -> list[Arm]:

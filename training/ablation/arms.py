@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from modeling_rbi import UserError
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -164,13 +166,13 @@ def choose_arms(names: Sequence[str] | None) -> list[Arm]:
     The arms of these names, all if it is `None`, and those that they need, in the order of `ARMS`.
 
     Raises:
-        ValueError: for an unknown name; tells the nearest one.
+        UserError: for an unknown name; tells the nearest one.
     """
     chosen = set(ARMS if names is None else names)
     for name in sorted(chosen - ARMS.keys()):
         close = difflib.get_close_matches(name, ARMS, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"choose from {', '.join(ARMS)}."
-        raise ValueError(f"There is no arm `{name}`: {hint}")
+        raise UserError(f"There is no arm `{name}`: {hint}")
     while missing := {needed for name in chosen for needed in ARMS[name].needs} - chosen:
         chosen |= missing
     return [arm for arm in ARMS.values() if arm.name in chosen]

@@ -5,7 +5,7 @@
 import torch
 from torch import nn
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, RBIImageClassifierOutput
+from modeling_rbi import RBIConfig, RBIForImageClassification, RBIImageClassifierOutput, UserError
 
 from ..fine_tuning.trainer import RBITrainer
 
@@ -31,13 +31,13 @@ class BatchFormer(nn.Module):
             Dropout of the layer.
 
     Raises:
-        ValueError: if `num_heads` does not divide `size`.
+        UserError: if `num_heads` does not divide `size`.
     """
 
     def __init__(self, size: int, num_heads: int = 4, dropout: float = 0.5):
         super().__init__()
         if size % num_heads:
-            raise ValueError(
+            raise UserError(
                 f"BatchFormer has {num_heads} attention heads, which must divide the {size} features: choose another "
                 "backbone, or leave the arm out."
             )

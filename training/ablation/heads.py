@@ -13,7 +13,7 @@ from torch import nn
 from modeling_rbi import RBIConfig, RBIForImageClassification
 
 from ..data.samplers import BalancedSampler
-from ..evaluation.features import CachedPictures
+from ..evaluation.features import CachedImages
 from ..evaluation.protocols import Predict
 
 
@@ -41,27 +41,25 @@ class TrainedHead:
     seconds: float
 
 
-def train_plain(
-    pictures: CachedPictures, rows: torch.Tensor, num_labels: int, budget: Budget, seed: int
-) -> TrainedHead:
+def train_plain(images: CachedImages, rows: torch.Tensor, num_labels: int, budget: Budget, seed: int) -> TrainedHead:
     """The control `plain`: a linear classifier on the features. Relation scopes mean nothing to it."""
     torch.manual_seed(seed)
-    model = nn.Linear(pictures.features.shape[1], num_labels)
+    model = nn.Linear(images.features.shape[1], num_labels)
     seconds = _train(
         [{"params": model.parameters(), "lr": budget.learning_rate}],
-        lambda batch: _loss(model(pictures.features[batch]), pictures.labels[batch], budget),
-        pictures,
+        lambda batch: _loss(model(images.features[batch]), images.labels[batch], budget),
+        images,
         rows,
         budget,
         seed,
     )
     return TrainedHead(
-        model, lambda batch, relation_scope: model(pictures.features[batch]).detach(), _count(model), seconds
+        model, lambda batch, relation_scope: model(images.features[batch]).detach(), _count(model), seconds
     )
 
 
 def train_head(
-    pictures: CachedPictures,
+    images: CachedImages,
     rows: torch.Tensor,
     config: RBIConfig,
     budget: Budget,
@@ -76,10 +74,10 @@ def train_head(
     Trains RRA and the classifier of an RBI model.
 
     Args:
-        pictures (`CachedPictures`):
+        images (`CachedImages`):
             The data set.
         rows (`torch.LongTensor` of shape `(n,)`):
-            Row numbers of the training pictures.
+            Row numbers of the training images.
         config (`RBIConfig`):
             Of the model, with its `feature_size`.
         budget (`Budget`):
@@ -88,7 +86,7 @@ def train_head(
             Of the start and of the order.
         relation_scope (`str`, *optional*, defaults to `"batch"`):
             `"self"` is the control of the same name: the same parameters, in training and evaluation no relations.
-            `"reference"`: pictures attend to the bank, each to all of it but itself.
+            `"reference"`: images attend to the bank, each to all of it but itself.
         bank (`torch.LongTensor` of shape `(N,)`, *optional*):
             Row numbers of the references, -100 being the label of those without one.
         trains_attention (`bool`, *optional*, defaults to `True`):
@@ -100,7 +98,7 @@ def train_head(
     model = model_class(copy.deepcopy(config)).train()
     model.rbi.backbone.requires_grad_(False)
     model.rbi.rra.requires_grad_(trains_attention)
-    _set_bank(model, pictures, bank)
+    _set_bank(model, images, bank)
     classifier = list(model.classifier.parameters())
     others = [
         parameter
@@ -113,10 +111,10 @@ def train_head(
     ]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
-        labels = pictures.labels[batch]
+        labels = images.labels[batch]
         outputs = model(
-            pixel_values=pictures.pixel_values[batch],
-            image_features=pictures.features[batch],
+            pixel_values=images.pixel_values[batch],
+            image_features=images.features[batch],
             relation_scope=relation_scope,
             reference_mask=batch[:, None] != bank if relation_scope == "reference" else None,
         )
@@ -128,45 +126,45 @@ def train_head(
     seconds = _train(
         [group for group in groups if group["params"]],
         loss_of,
-        pictures,
+        images,
         rows,
         budget,
         seed,
     )
-    predict = predict_with(model, pictures, only_scope="self" if relation_scope == "self" else None)
+    predict = predict_with(model, images, only_scope="self" if relation_scope == "self" else None)
     num_parameters = sum(parameter.numel() for parameter in [*classifier, *others])
     return TrainedHead(model.eval(), predict, num_parameters, seconds)
 
 
 def untrained_head(
-    pictures: CachedPictures, classifier: TrainedHead, config: RBIConfig, bank: torch.Tensor | None = None
+    images: CachedImages, classifier: TrainedHead, config: RBIConfig, bank: torch.Tensor | None = None
 ) -> TrainedHead:
     """Puts a head that starts as identity before a trained plain classifier, and trains nothing."""
     model = RBIForImageClassification(copy.deepcopy(config)).eval()
     model.classifier.load_state_dict(getattr(classifier.model, "classifier", classifier.model).state_dict())
-    _set_bank(model, pictures, bank)
+    _set_bank(model, images, bank)
     return TrainedHead(
-        model, predict_with(model, pictures), _count(model.rbi.rra) + _count(model.classifier), classifier.seconds
+        model, predict_with(model, images), _count(model.rbi.rra) + _count(model.classifier), classifier.seconds
     )
 
 
-def predict_with(model: RBIForImageClassification, pictures: CachedPictures, only_scope: str | None = None) -> Predict:
-    """Logits of rows of the cached pictures; `only_scope` overrides the scope that is asked for."""
+def predict_with(model: RBIForImageClassification, images: CachedImages, only_scope: str | None = None) -> Predict:
+    """Logits of rows of the cached images; `only_scope` overrides the scope that is asked for."""
 
     @torch.no_grad()
     def predict(batch: torch.Tensor, relation_scope: str) -> torch.Tensor:
         return model(
-            pixel_values=pictures.pixel_values[batch],
-            image_features=pictures.features[batch],
+            pixel_values=images.pixel_values[batch],
+            image_features=images.features[batch],
             relation_scope=only_scope or relation_scope,
         ).logits
 
     return predict
 
 
-def _set_bank(model: RBIForImageClassification, pictures: CachedPictures, bank: torch.Tensor | None):
+def _set_bank(model: RBIForImageClassification, images: CachedImages, bank: torch.Tensor | None):
     if bank is not None:
-        model.set_reference_features(pictures.features[bank], pictures.pixel_values[bank], pictures.labels[bank])
+        model.set_reference_features(images.features[bank], images.pixel_values[bank], images.labels[bank])
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor, budget: Budget) -> torch.Tensor:
@@ -179,14 +177,12 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor, budget: Budget) -> torch.T
     )
 
 
-def _train(
-    parameter_groups, loss_of, pictures: CachedPictures, rows: torch.Tensor, budget: Budget, seed: int
-) -> float:
+def _train(parameter_groups, loss_of, images: CachedImages, rows: torch.Tensor, budget: Budget, seed: int) -> float:
     optimizer = torch.optim.AdamW(parameter_groups, weight_decay=budget.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     batches = _random_batches(rows, budget.batch_size, seed)
     if budget.images_per_class is not None:
-        batches = _balanced_batches(rows, pictures.labels[rows], budget.batch_size, budget.images_per_class, seed)
+        batches = _balanced_batches(rows, images.labels[rows], budget.batch_size, budget.images_per_class, seed)
     start = time.perf_counter()
     for _ in range(budget.steps):
         optimizer.zero_grad()
@@ -197,7 +193,7 @@ def _train(
 
 
 def _random_batches(rows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Epoch after epoch, each picture once, in batches of equal size, give or take one."""
+    """Epoch after epoch, each image once, in batches of equal size, give or take one."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = rows[torch.randperm(len(rows), generator=generator)]

@@ -35,7 +35,7 @@ def paired_difference(values: Sequence[float], controls: Sequence[float]) -> dic
 def arm_results(arm: Arm, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     r"""
     What there is to say of an arm: itself, its figures, their mean and standard deviation over the seeds, and the
-    paired differences on the test pictures to its control and to `plain`, by protocol.
+    paired differences on the test images to its control and to `plain`, by protocol.
 
     Args:
         arm (`Arm`):
@@ -68,7 +68,7 @@ def arm_results(arm: Arm, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
 
 
 def _gains(arm: Arm, runs: list[dict[str, Any]], controls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Paired differences. A control without a bank answers each picture on its own."""
+    """Paired differences. A control without a bank answers each image on its own."""
     return {
         protocol: {
             metric: paired_difference(
@@ -139,7 +139,7 @@ def _caption(results: dict[str, Any]) -> str:
         arguments[name] for name in ("dataset_name", "dataset_format", "train_dir", "train_file") if arguments[name]
     )
     name = " ".join(filter(None, (source, arguments["dataset_config_name"])))
-    sizes = ", ".join(f"{split['pictures']} {part}" for part, split in parts.items())
+    sizes = ", ".join(f"{split['images']} {part}" for part, split in parts.items())
     size = f" at {arguments['image_size']} px" if arguments["image_size"] else ""
     backbone = arguments["model_name_or_path"] or arguments["backbone_config"]
     batches = "random"
@@ -148,7 +148,7 @@ def _caption(results: dict[str, Any]) -> str:
     batches = f"{batches} batches of {arguments['per_device_train_batch_size']}"
     if arguments["freeze_backbone"]:
         budget = (
-            "frozen, heads trained on cached features of the whole pictures, without augmentation: "
+            "frozen, heads trained on cached features of the whole images, without augmentation: "
             f"{arguments['frozen_steps']} steps of AdamW with a cosine schedule, {batches}, learning rate "
             f"{arguments['frozen_learning_rate']:g} (classifier) and {arguments['frozen_head_learning_rate']:g} (the "
             f"rest), weight decay {arguments['weight_decay']:g}"
@@ -160,24 +160,24 @@ def _caption(results: dict[str, Any]) -> str:
         head_rate = arguments["head_learning_rate"] or arguments["learning_rate"]
         budget = (
             f"trained end to end with augmentation: {length}, {batches}, learning rate {arguments['learning_rate']:g} "
-            f"(backbone) and {head_rate:g} (the rest), the best epoch by validation (of each picture on its own, or "
+            f"(backbone) and {head_rate:g} (the rest), the best epoch by validation (of each image on its own, or "
             "with the bank that it was trained through)"
         )
     sentences = [
-        f"{name}: {sizes} pictures of {len(data['label_names'])} classes",
+        f"{name}: {sizes} images of {len(data['label_names'])} classes",
         f"Backbone {backbone}{size}, {budget}",
         f"{len(results['seeds'])} seeds, {results['seeds'][0]} to {results['seeds'][-1]}, of the data draw, the start "
         "and the order; mean ± standard deviation over them",
-        "`single`: each picture on its own. `shuffled`: mean of "
+        "`single`: each image on its own. `shuffled`: mean of "
         f"{arguments['num_shuffles']} random orders in batches of about {arguments['per_device_eval_batch_size']}. "
         "`sorted`: batches in the order of the classes; `leak` = `sorted` - `shuffled` is what labels of the "
-        "neighbours give away, no accuracy. `reference`: each picture and the bank",
+        "neighbors give away, no accuracy. `reference`: each image and the bank",
     ]
     if any(arm["scopes"][-1] == "reference" for arm in results["arms"].values()):
-        bank = "The bank: the training pictures"
-        if "unlabelled" in parts:
-            source = data["unlabelled_from"]
-            bank += f", and {parts['unlabelled']['pictures']} without labels of the {source}"
+        bank = "The bank: the training images"
+        if "unlabeled" in parts:
+            source = data["unlabeled_from"]
+            bank += f", and {parts['unlabeled']['images']} without labels of the {source}"
             bank += ", which are not tested on" if source == "test" else ""
         sentences.append(bank)
     hardware, versions = environment["hardware"], environment["versions"]

@@ -25,14 +25,14 @@ from tqdm import tqdm
 from transformers import AutoConfig, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, load_image_processor
+from modeling_rbi import NO_LABEL, RBIConfig, RBIForImageClassification, UserError, load_image_processor
 
+from ..data.image_dataset import ImageDataset
 from ..data.packaged.catalog import PACKAGED
-from ..data.pictures import Pictures
-from ..data.reading import NO_LABEL, DataArguments, fingerprint, iter_rows, labels_of, load_pictures
+from ..data.reading import DataArguments, fingerprint, iter_rows, labels_of, load_images
 from ..data.samplers import BalancedSampler
 from ..data.transforms import EvalTransform
-from ..evaluation.features import CachedPictures, EightBitPixels, extract
+from ..evaluation.features import CachedImages, EightBitPixels, extract
 from ..evaluation.protocols import Predict, measure
 from ..files import filled_whole, write_json
 from ..fine_tuning.bank_trainer import BankTrainer
@@ -55,32 +55,32 @@ _EXTENDABLE = {"arms", "num_seeds"}
 
 @dataclass(frozen=True)
 class DataDraw:
-    """The pictures of one seed: `train`, `validation`, `test`, and with `--num_unlabelled` also `unlabelled`."""
+    """The images of one seed: `train`, `validation`, `test`, and with `--num_unlabeled` also `unlabeled`."""
 
     seed: int
-    pictures: datasets.DatasetDict
+    images: datasets.DatasetDict
     record: dict[str, Any]
 
 
 def draw_data(args: AblationArguments, seed: int) -> DataDraw:
     r"""
-    Reads the pictures of one seed.
+    Reads the images of one seed.
 
     Raises:
         BadDataError: if they cannot be trained on.
-        ValueError: if there is no validation or test, or there are fewer unlabelled pictures than asked for, or the
-            batches do not fit the training pictures.
+        UserError: if there is no validation or test, or there are fewer unlabeled images than asked for, or the
+            batches do not fit the training images.
     """
     one = dataclasses.replace(args, training=dataclasses.replace(args.training, seed=seed))
-    pictures, record = load_data(one)
+    images, record = load_data(one)
     for part, mend in (("validation", "raise --train_val_split"), ("test", "name one")):
-        if part not in pictures or len(pictures[part]) < 2:
-            raise ValueError(f"An ablation needs {part} pictures, at least 2: {mend}.")
-    if args.options.num_unlabelled:
-        pictures, record["unlabelled_from"] = _with_unlabelled(one, pictures)
-        record["fingerprint"] = fingerprint(pictures)
-    _check_batches(args, labels_of(pictures["train"]))
-    return DataDraw(seed, pictures, record)
+        if part not in images or len(images[part]) < 2:
+            raise UserError(f"An ablation needs {part} images, at least 2: {mend}.")
+    if args.options.num_unlabeled:
+        images, record["unlabeled_from"] = _with_unlabeled(one, images)
+        record["fingerprint"] = fingerprint(images)
+    _check_batches(args, labels_of(images["train"]))
+    return DataDraw(seed, images, record)
 
 
 def _check_batches(args: AblationArguments, labels: torch.Tensor):
@@ -88,50 +88,50 @@ def _check_batches(args: AblationArguments, labels: torch.Tensor):
         return
     batch_size = args.training.per_device_train_batch_size
     if batch_size > len(labels):
-        raise ValueError(
-            f"--batch_sampler balanced: batches of {batch_size} pictures are more than the {len(labels)} training "
-            "pictures there are: lower --per_device_train_batch_size."
+        raise UserError(
+            f"--batch_sampler balanced: batches of {batch_size} images are more than the {len(labels)} training "
+            "images there are: lower --per_device_train_batch_size."
         )
     BalancedSampler(labels.tolist(), batch_size, images_per_class=args.fine_tuning.images_per_class)
 
 
-def _with_unlabelled(args: AblationArguments, pictures: datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
-    """The pictures with those drawn that have no labels, and where these are from."""
-    number, seed = args.options.num_unlabelled, args.training.seed
-    unused = _unused_pictures(args.data, pictures, seed)
-    source = pictures["test"] if unused is None else unused
+def _with_unlabeled(args: AblationArguments, images: datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
+    """The images with those drawn that have no labels, and where these are from."""
+    number, seed = args.options.num_unlabeled, args.training.seed
+    unused = _unused_images(args.data, images, seed)
+    source = images["test"] if unused is None else unused
     if unused is None and number > len(source) - 2:
-        raise ValueError(
-            f"--num_unlabelled {number}: the test has {len(source)} pictures, two of which must stay in it. Lower it."
+        raise UserError(
+            f"--num_unlabeled {number}: the test has {len(source)} images, two of which must stay in it. Lower it."
         )
     if number > len(source):
-        raise ValueError(f"--num_unlabelled {number}: the recipe leaves {len(source)} pictures unused. Lower it.")
+        raise UserError(f"--num_unlabeled {number}: the recipe leaves {len(source)} images unused. Lower it.")
     drawn, rest = (
         source.select(rows.sort().values.tolist())
         for rows in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tensor_split([number])
     )
     if unused is None:
-        return datasets.DatasetDict(dict(pictures) | {"test": rest, "unlabelled": drawn}), "test"
-    return datasets.DatasetDict(dict(pictures) | {"unlabelled": drawn}), "training pictures that the recipe leaves out"
+        return datasets.DatasetDict(dict(images) | {"test": rest, "unlabeled": drawn}), "test"
+    return datasets.DatasetDict(dict(images) | {"unlabeled": drawn}), "training images that the recipe leaves out"
 
 
-def _unused_pictures(args: DataArguments, pictures: datasets.DatasetDict, seed: int) -> datasets.Dataset | None:
-    """Training pictures of the data set that no part has, because the arguments ask for fewer; `None` without any."""
+def _unused_images(args: DataArguments, images: datasets.DatasetDict, seed: int) -> datasets.Dataset | None:
+    """Training images of the data set that no part has, because the arguments ask for fewer; `None` without any."""
     whole: dict[str, Any] = {"max_train_samples": None, "train_samples_per_class": None, "max_eval_samples": None}
     packaged = PACKAGED.get(str(args.dataset_format))
     if packaged is not None and "full" in packaged.config_names:
         whole["dataset_config_name"] = "full"
     if all(getattr(args, name) == value for name, value in whole.items()):
         return None
-    splits = load_pictures(dataclasses.replace(args, **whole), seed)
+    splits = load_images(dataclasses.replace(args, **whole), seed)
     everything = datasets.concatenate_datasets([splits[name] for name in ("train", "validation") if name in splits])
-    used = {key for split in pictures.values() for key in _picture_keys(split)}
-    rows = [row for row, key in enumerate(_picture_keys(everything)) if key not in used]
+    used = {key for split in images.values() for key in _image_keys(split)}
+    rows = [row for row, key in enumerate(_image_keys(everything)) if key not in used]
     return everything.select(rows) if rows else None
 
 
-def _picture_keys(split: datasets.Dataset) -> list[tuple[Any, ...]]:
-    """What tells pictures apart: place and content."""
+def _image_keys(split: datasets.Dataset) -> list[tuple[Any, ...]]:
+    """What tells images apart: place and content."""
     return [
         (row["image"]["path"], hashlib.sha256(row["image"]["bytes"] or b"").hexdigest(), *(row.get("box") or ()))
         for row in iter_rows(split)
@@ -140,35 +140,35 @@ def _picture_keys(split: datasets.Dataset) -> list[tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Cached:
-    """Pictures with their features, and the row numbers, `(n,)`, of each part."""
+    """Images with their features, and the row numbers, `(n,)`, of each part."""
 
-    pictures: CachedPictures
+    images: CachedImages
     rows: dict[str, torch.Tensor]
 
     @classmethod
-    def of_draw(cls, pictures: CachedPictures, rows: dict[str, torch.Tensor]) -> "Cached":
+    def of_draw(cls, images: CachedImages, rows: dict[str, torch.Tensor]) -> "Cached":
         """Those of a draw, without the labels of those that it has none of."""
-        labels = pictures.labels
-        if "unlabelled" in rows:
-            labels = labels.index_fill(0, rows["unlabelled"], NO_LABEL)
-        return cls(dataclasses.replace(pictures, labels=labels), rows)
+        labels = images.labels
+        if "unlabeled" in rows:
+            labels = labels.index_fill(0, rows["unlabeled"], NO_LABEL)
+        return cls(dataclasses.replace(images, labels=labels), rows)
 
     @property
     def bank(self) -> torch.Tensor:
-        """Row numbers of the references: the training pictures and the unlabelled ones."""
-        return torch.cat([self.rows[part] for part in ("train", "unlabelled") if part in self.rows])
+        """Row numbers of the references: the training images and the unlabeled ones."""
+        return torch.cat([self.rows[part] for part in ("train", "unlabeled") if part in self.rows])
 
 
-def _backbone_pictures(args: AblationArguments, split: datasets.Dataset, processor: BaseImageProcessor) -> Pictures:
+def _backbone_images(args: AblationArguments, split: datasets.Dataset, processor: BaseImageProcessor) -> ImageDataset:
     data = args.data
-    return Pictures(split, EvalTransform(processor), crop_to_boxes=data.crop_to_boxes, max_pixels=data.max_pixels)
+    return ImageDataset(split, EvalTransform(processor), crop_to_boxes=data.crop_to_boxes, max_pixels=data.max_pixels)
 
 
-def _extract(args: AblationArguments, model: RBIForImageClassification, pictures: Pictures) -> CachedPictures:
+def _extract(args: AblationArguments, model: RBIForImageClassification, images: ImageDataset) -> CachedImages:
     training = args.training
     return extract(
         model,
-        pictures,
+        images,
         training.per_device_eval_batch_size,
         training.device,
         training.dataloader_num_workers,
@@ -178,32 +178,32 @@ def _extract(args: AblationArguments, model: RBIForImageClassification, pictures
 
 def cache_features(args: AblationArguments, draws: Sequence[DataDraw], folder: Path) -> tuple[RBIConfig, list[Cached]]:
     r"""
-    Runs the frozen backbone once over the pictures of all seeds, each picture once, and keeps what comes out.
+    Runs the frozen backbone once over the images of all seeds, each image once, and keeps what comes out.
 
     Args:
         args (`AblationArguments`):
             With the model.
         draws (`Sequence[DataDraw]`):
-            The pictures of each seed.
+            The images of each seed.
         folder (`Path`):
-            Where to keep it, in a file that is named after pictures, backbone and image size.
+            Where to keep it, in a file that is named after images, backbone and image size.
 
     Returns:
-        The config of the model, and the pictures of each seed.
+        The config of the model, and the images of each seed.
     """
     set_seed(args.training.seed)  # of a backbone that starts at random
     model, processor = load_model(args.model, draws[0].record["label_names"])
     sizes = {_arm_config(args, arm, model.config).psnr_image_size for arm in args.arms}
     model.rbi.config.psnr_image_size = sizes.pop() if len(sizes) == 1 else None
-    whole = datasets.concatenate_datasets([split for draw in draws for split in draw.pictures.values()])
-    keys = _picture_keys(whole)
+    whole = datasets.concatenate_datasets([split for draw in draws for split in draw.images.values()])
+    keys = _image_keys(whole)
     first_row: dict[tuple, int] = {}
-    for row, picture in enumerate(keys):
-        first_row.setdefault(picture, row)
-    number_of = {picture: number for number, picture in enumerate(first_row)}
-    numbers = torch.tensor([number_of[picture] for picture in keys])
+    for row, image in enumerate(keys):
+        first_row.setdefault(image, row)
+    number_of = {image: number for number, image in enumerate(first_row)}
+    numbers = torch.tensor([number_of[image] for image in keys])
     content = {
-        "pictures": list(map(str, number_of)),
+        "images": list(map(str, number_of)),
         "crop_to_boxes": args.data.crop_to_boxes,
         "model": resolved_arguments(dataclasses.replace(args.model, preset="paper", rbi_config=None)),
         "seed": args.training.seed if args.model.model_name_or_path is None else None,
@@ -215,7 +215,7 @@ def cache_features(args: AblationArguments, draws: Sequence[DataDraw], folder: P
     for stale in set(folder.glob("features-*.safetensors")) - {path}:
         stale.unlink()
     if not path.exists():
-        extracted = _extract(args, model, _backbone_pictures(args, whole.select(list(first_row.values())), processor))
+        extracted = _extract(args, model, _backbone_images(args, whole.select(list(first_row.values())), processor))
         pixels = extracted.pixel_values
         with filled_whole(folder, last=path.name) as draft:
             save_file(
@@ -226,19 +226,19 @@ def cache_features(args: AblationArguments, draws: Sequence[DataDraw], folder: P
                 },
                 draft / path.name,
             )
-    pictures = _read_features(path, model.config)
-    sizes_of_parts = [len(split) for draw in draws for split in draw.pictures.values()]
+    images = _read_features(path, model.config)
+    sizes_of_parts = [len(split) for draw in draws for split in draw.images.values()]
     parts = iter(numbers.split(sizes_of_parts))
-    return model.config, [Cached.of_draw(pictures, {name: next(parts) for name in draw.pictures}) for draw in draws]
+    return model.config, [Cached.of_draw(images, {name: next(parts) for name in draw.images}) for draw in draws]
 
 
-def _read_features(path: Path, config: RBIConfig) -> CachedPictures:
+def _read_features(path: Path, config: RBIConfig) -> CachedImages:
     content = load_file(path)
     pixels: Any = content["pixel_values"]
     if pixels.dtype == torch.uint8:
         levels, pixels = pixels, EightBitPixels(0, pixels.shape[1:], config)
         pixels.levels = levels
-    return CachedPictures(pixels, content["features"], content["labels"])
+    return CachedImages(pixels, content["features"], content["labels"])
 
 
 def _arm_config(args: AblationArguments, arm: Arm, base: RBIConfig) -> RBIConfig:
@@ -262,7 +262,7 @@ def train_frozen(
         seed (`int`):
             Of the start and of the order.
         cached (`Cached`):
-            The pictures.
+            The images.
         base (`RBIConfig`):
             Of the model whose backbone the features are of.
         heads (`dict[str, TrainedHead]`):
@@ -273,9 +273,9 @@ def train_frozen(
         source = ARMS[arm.weights_of]
         head = heads.get(source.name) or train_frozen(args, source, seed, cached, base, heads)
         return _with_untrained_head(cached, head, config, bank)
-    labels = cached.pictures.labels[cached.rows["train"]]
+    labels = cached.images.labels[cached.rows["train"]]
     head = train_head(
-        cached.pictures,
+        cached.images,
         cached.rows["train"],
         config,
         _budget(args, labels, config.num_labels),
@@ -293,7 +293,7 @@ def train_frozen(
 def _with_untrained_head(
     cached: Cached, head: TrainedHead, config: RBIConfig, bank: torch.Tensor | None
 ) -> TrainedHead:
-    untrained = untrained_head(cached.pictures, head, config, bank)
+    untrained = untrained_head(cached.images, head, config, bank)
     return dataclasses.replace(untrained, num_parameters=head.num_parameters)
 
 
@@ -320,7 +320,7 @@ def train_end_to_end(
 ) -> tuple[Cached, TrainedHead]:
     r"""
     Trains one arm with all of its backbone, in a folder of its own, unless it is there already; the epoch is chosen on
-    the validation pictures.
+    the validation images.
 
     Args:
         args (`AblationArguments`):
@@ -328,14 +328,14 @@ def train_end_to_end(
         arm (`Arm`):
             The arm.
         draw (`DataDraw`):
-            The pictures.
+            The images.
         folder (`Path`):
             Of the ablation.
         trained (`dict[str, tuple[Cached, TrainedHead]]`):
             Of this seed, which others take their weights from; those that are missing are added.
 
     Returns:
-        The pictures with the features of the trained backbone, and the head.
+        The images with the features of the trained backbone, and the head.
     """
     if arm.weights_of is not None:
         source = ARMS[arm.weights_of]
@@ -345,10 +345,10 @@ def train_end_to_end(
     output_dir = folder / arm.name / f"seed-{draw.seed}"
     record = RunRecord.read(output_dir)
     if record is None or record.get("status") != "finished":
-        parts = {name: split for name, split in draw.pictures.items() if name != "unlabelled"}
+        parts = {name: split for name, split in draw.images.items() if name != "unlabeled"}
         trainer_class: Any = BatchFormerTrainer if arm.is_batchformer else RBITrainer
         if arm.train_scope == "reference":
-            trainer_class = partial(BankTrainer, unlabelled=draw.pictures.get("unlabelled"))
+            trainer_class = partial(BankTrainer, unlabeled=draw.images.get("unlabeled"))
         record = train(
             args.of_run(arm, draw.seed, output_dir),
             datasets.DatasetDict(parts),
@@ -359,15 +359,15 @@ def train_end_to_end(
             trainer_class=trainer_class,
         )
     model = RBIForImageClassification.from_pretrained(output_dir)
-    whole = datasets.concatenate_datasets(list(draw.pictures.values()))
+    whole = datasets.concatenate_datasets(list(draw.images.values()))
     processor = load_image_processor(str(output_dir))
-    pictures = _extract(args, model, _backbone_pictures(args, whole, processor))
-    ends = torch.tensor([len(split) for split in draw.pictures.values()]).cumsum(0)
+    images = _extract(args, model, _backbone_images(args, whole, processor))
+    ends = torch.tensor([len(split) for split in draw.images.values()]).cumsum(0)
     rows = torch.arange(len(whole)).tensor_split(ends[:-1])
-    cached = Cached.of_draw(pictures, dict(zip(draw.pictures, rows, strict=True)))
+    cached = Cached.of_draw(images, dict(zip(draw.images, rows, strict=True)))
     head = TrainedHead(
         model.cpu(),
-        predict_with(model, pictures, only_scope="self" if arm.scopes == ("self",) else None),
+        predict_with(model, images, only_scope="self" if arm.scopes == ("self",) else None),
         record["model"]["trainable_parameters"],
         record["results"]["train"]["runtime"],
     )
@@ -384,14 +384,14 @@ def _prepare_model(model: RBIForImageClassification, arm: Arm) -> RBIForImageCla
 
 
 def measure_arm(args: AblationArguments, arm: Arm, head: TrainedHead, cached: Cached, seed: int) -> dict[str, Any]:
-    """Metrics of the validation and of the test pictures by protocol, as fractions."""
+    """Metrics of the validation and of the test images by protocol, as fractions."""
     protocols = [*("single", "shuffled", "sorted"), *(["reference"] if arm.has_bank else [])]
     figures: dict[str, Any] = {}
     for part in ("validation", "test"):
         rows = cached.rows[part]
         predict: Predict = partial(_predict_rows, head.predict, rows)
         batch_size = min(args.training.per_device_eval_batch_size, len(rows))
-        labels, num_shuffles = cached.pictures.labels[rows], args.options.num_shuffles
+        labels, num_shuffles = cached.images.labels[rows], args.options.num_shuffles
         answers = measure(predict, labels, protocols, [batch_size], num_shuffles, seed)
         figures[part] = {
             condition.protocol: {
@@ -423,18 +423,18 @@ def ablate(args: AblationArguments) -> dict[str, Any]:
         seed, their mean and standard deviation, and the paired differences to its control and to `plain`.
 
     Raises:
-        ValueError: for arguments or data that cannot be ablated, or an output folder that holds something else.
+        UserError: for arguments or data that cannot be ablated, or an output folder that holds something else.
     """
     args.check()
     folder, arms = Path(args.training.output_dir), args.arms
     before = _check_output_dir(args, folder)
     _check_model(args.model)
-    seeds = tqdm(args.seeds, desc="Reading the pictures of each seed", leave=False, disable=args.training.disable_tqdm)
+    seeds = tqdm(args.seeds, desc="Reading the images of each seed", leave=False, disable=args.training.disable_tqdm)
     draws = [draw_data(args, seed) for seed in seeds]
     fingerprints = {str(draw.seed): draw.record["fingerprint"] for draw in draws}
     for seed, known in (before or {}).get("fingerprints", {}).items():
         if fingerprints.get(seed, known) != known:
-            raise ValueError(
+            raise UserError(
                 f"The data of seed {seed} are not those that the ablation in {folder} was begun with: give those "
                 "back, or name another --output_dir."
             )
@@ -457,7 +457,7 @@ def ablate(args: AblationArguments) -> dict[str, Any]:
         "environment": describe_environment(args.training),
         "data": {
             "label_names": draws[0].record["label_names"],
-            "unlabelled_from": draws[0].record.get("unlabelled_from"),
+            "unlabeled_from": draws[0].record.get("unlabeled_from"),
             "fingerprints": fingerprints,
         },
         "seeds": args.seeds,
@@ -517,24 +517,24 @@ def _check_model(args: ModelArguments):
     if name is not None and not name.startswith("packaged/"):
         hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
         if AutoConfig.from_pretrained(name, **hub).model_type == RBIConfig.model_type:
-            raise ValueError(f"--model_name_or_path {name} is an RBI model, with a head of its own: name a backbone.")
+            raise UserError(f"--model_name_or_path {name} is an RBI model, with a head of its own: name a backbone.")
 
 
 def _check_output_dir(args: AblationArguments, folder: Path) -> dict[str, Any] | None:
     """The record of the ablation in the folder, if there is one that can be gone on with."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        raise UserError(f"--output_dir {folder} is a file: name a folder.")
     record = RunRecord.read(folder)
     if record is None:
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"--output_dir {folder} is not empty, and holds no ablation: name another folder.")
+            raise UserError(f"--output_dir {folder} is not empty, and holds no ablation: name another folder.")
         return None
     was, now = (
         {name: value for name, value in arguments.items() if name not in _EXTENDABLE}
         for arguments in (record.get("arguments", {}), args.resolved())
     )
     if changed := differences(was, now):
-        raise ValueError(
+        raise UserError(
             f"The ablation in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or "
             "name another --output_dir."
         )

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Archives of pictures, unpacked once into the cache and never out of their folder."""
+"""Archives of images, unpacked once into the cache and never out of their folder."""
 
 import errno
 import hashlib
@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from modeling_rbi import UserError
 
 from ..files import cache_dir
 
@@ -39,7 +41,7 @@ def unpack(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        ValueError: if it is no archive of these kinds, broken, cut off or encrypted, or if a member is a link or a
+        UserError: if it is no archive of these kinds, broken, cut off or encrypted, or if a member is a link or a
             device or would land outside the folder.
         OSError: with the code `ENOSPC`, if the disk of the cache is full.
     """
@@ -49,7 +51,7 @@ def unpack(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there.")
     if not is_archive(path):
-        raise ValueError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)}).")
+        raise UserError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)}).")
     target = _target(path)
     if target.is_dir():
         return target
@@ -108,10 +110,10 @@ def _broken(path: Path, error: Exception | str) -> ValueError:
 
 def _check_member(path: Path, name: str, is_plain: bool):
     if not is_plain:
-        raise ValueError(f"{path} holds {name!r}, which is neither a file nor a folder: it was not unpacked.")
+        raise UserError(f"{path} holds {name!r}, which is neither a file nor a folder: it was not unpacked.")
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(f"{path} holds {name!r}, which points out of its folder: it was not unpacked.")
+        raise UserError(f"{path} holds {name!r}, which points out of its folder: it was not unpacked.")
 
 
 def _extract_tar(path: Path, folder: Path):
@@ -140,8 +142,8 @@ def _extract_zip(path: Path, folder: Path):
             kind = stat.S_IFMT(member.external_attr >> 16)
             _check_member(path, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
             if member.flag_bits & 0x1:
-                raise ValueError(f"{path} is encrypted: unpack it yourself and hand over the folder.")
+                raise UserError(f"{path} is encrypted: unpack it yourself and hand over the folder.")
             try:
                 archive.extract(member, folder)
             except NotImplementedError as error:
-                raise ValueError(f"{path} can't be unpacked here ({error}): unpack it yourself.") from error
+                raise UserError(f"{path} can't be unpacked here ({error}): unpack it yourself.") from error

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with a data set, before it costs a training run.
 
-Every picture is decoded once. What was seen is kept in the cache (`$RBI_CACHE`), in one file for all pictures of a
-data set however they are labelled and split, so that a training with another seed, fold or learning rate does not
+Every image is decoded once. What was seen is kept in the cache (`$RBI_CACHE`), in one file for all images of a
+data set however they are labeled and split, so that a training with another seed, fold or learning rate does not
 decode them again. A file counts as the same while its path, size and time of change are.
 """
 
@@ -27,6 +27,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from modeling_rbi import UserError
+
 from ..files import cache_dir, write_json
 from .decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, UnreadableImageError, decode_image
 from .reading import (
@@ -36,8 +38,8 @@ from .reading import (
     classes_missing_from,
     iter_rows,
     labels_of,
-    load_pictures,
-    read_unlabelled,
+    load_images,
+    read_unlabeled,
 )
 
 
@@ -45,29 +47,29 @@ logger = logging.getLogger(__name__)
 
 # What each kind of finding is, in the order of a report.
 KINDS = {
-    "unreadable": "absent or no picture",
+    "unreadable": "absent or no image",
     "truncated": "broken or cut off",
     "oversized": "more pixels than the limit",
     "zero_size": "empty, or less than 2 pixels wide or high",
     "narrow": f"one side more than {MAX_ASPECT_RATIO} times the other",
-    "empty_box": "no part of the picture is in its box",
-    "label_clash": "the same picture under several labels",
-    "leak": "the same picture in several splits",
-    "missing_class": "class without pictures in a split",
-    "duplicate": "the same picture several times in a split",
-    "few_pictures": "class with few training pictures",
+    "empty_box": "no part of the image is in its box",
+    "label_clash": "the same image under several labels",
+    "leak": "the same image in several splits",
+    "missing_class": "class without images in a split",
+    "duplicate": "the same image several times in a split",
+    "few_images": "class with few training images",
     "hidden_file": "hidden file or folder, ignored",
     "stray_file": "other file or empty folder, ignored",
 }
 DEFAULT_MIN_PER_CLASS = 5
-# Of what is kept of a picture; a change makes what was kept before worthless.
+# Of what is kept of an image; a change makes what was kept before worthless.
 _FACTS_VERSION = 2
 _CHUNK_PER_WORKER = 16
 
 
 @dataclass(frozen=True)
 class Place:
-    """A picture of the data set, or a file beside (without split and row)."""
+    """An image of the data set, or a file beside (without split and row)."""
 
     name: str
     split: str | None = None
@@ -90,9 +92,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All findings in a data set, in the order of `KINDS`, and the number of pictures looked at in each split."""
+    """All findings in a data set, in the order of `KINDS`, and the number of images looked at in each split."""
 
-    pictures: dict[str, int]
+    images: dict[str, int]
     findings: tuple[Finding, ...]
 
     @property
@@ -114,10 +116,10 @@ class DataReport:
 
     def rows_to_leave_out(self) -> dict[str, list[int]]:
         r"""
-        Row numbers of each split to leave out, in ascending order: pictures that can't be used, all pictures of a
-        label clash, and of a picture in several splits those in all but the last of train, validation and test.
+        Row numbers of each split to leave out, in ascending order: images that can't be used, all images of a
+        label clash, and of an image in several splits those in all but the last of train, validation and test.
         """
-        rows: dict[str, set[int]] = {split: set() for split in self.pictures}
+        rows: dict[str, set[int]] = {split: set() for split in self.images}
         for finding in self.findings:
             for place in finding.leave_out:
                 if place.split is not None and place.row is not None:
@@ -127,7 +129,7 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """All of it, for a run's record."""
         return {
-            "pictures": self.pictures,
+            "images": self.images,
             "fatal": len(self.fatal),
             "notes": len(self.notes),
             "left_out": self.rows_to_leave_out(),
@@ -136,7 +138,7 @@ class DataReport:
 
 
 class _Facts(NamedTuple):
-    """What one picture is: a kind of problem and its words, or the hash of its pixels; and the hash of its file."""
+    """What one image is: a kind of problem and its words, or the hash of its pixels; and the hash of its file."""
 
     problem: str | None
     detail: str
@@ -145,13 +147,13 @@ class _Facts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     place: Place
     key: str
     label: str
 
 
-def check_pictures(
+def check_images(
     dataset: datasets.DatasetDict,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -161,30 +163,30 @@ def check_pictures(
     allow_missing_classes: bool = False,
 ) -> DataReport:
     r"""
-    Looks for what is wrong with the pictures, their labels and their splits; shows its progress on a terminal.
+    Looks for what is wrong with the images, their labels and their splits; shows its progress on a terminal.
 
-    Two pictures are the same if their decoded RGB pixels are, whatever the format of their files. With a column `box`,
+    Two images are the same if their decoded RGB pixels are, whatever the format of their files. With a column `box`,
     only what is in the box counts.
 
     Args:
         dataset (`datasets.DatasetDict`):
-            As [`load_pictures`] gives it.
+            As [`load_images`] gives it.
         max_pixels (`int`, *optional*, defaults to 100 million):
             Largest number of pixels; more are not decoded.
         min_per_class (`int`, *optional*, defaults to 5):
-            Classes with fewer training pictures are noted.
+            Classes with fewer training images are noted.
         num_workers (`int`, *optional*):
             Threads that decode, by default as many as there are cores for this process.
         ignored (mapping of `"hidden"` and `"stray"` to paths, *optional*):
-            What lies beside the pictures, to be noted; see [`ignored_files`].
+            What lies beside the images, to be noted; see [`ignored_files`].
         allow_missing_classes (`bool`, *optional*, defaults to `False`):
-            Whether a class without pictures for validation is a note only.
+            Whether a class without images for validation is a note only.
     """
-    pictures = list(_list_pictures(dataset))
-    facts = _look_at_all(dataset, [picture.key for picture in pictures], max_pixels, num_workers or _num_cores())
+    images = list(_list_images(dataset))
+    facts = _look_at_all(dataset, [image.key for image in images], max_pixels, num_workers or _num_cores())
     findings = [
-        *_problems(pictures, facts),
-        *_same_pictures(pictures, facts),
+        *_problems(images, facts),
+        *_same_images(images, facts),
         *_class_findings(dataset, min_per_class, allow_missing_classes),
         *(
             Finding(f"{kind}_file", path, False, (Place(path),))
@@ -197,48 +199,48 @@ def check_pictures(
     return DataReport({name: len(split) for name, split in dataset.items()}, tuple(findings))
 
 
-def load_checked_pictures(args: DataArguments, seed: int) -> tuple[datasets.DatasetDict, DataReport]:
+def load_checked_images(args: DataArguments, seed: int) -> tuple[datasets.DatasetDict, DataReport]:
     r"""
-    The pictures that the arguments name, without those to leave out where `skip_bad_images` says so, and what was
+    The images that the arguments name, without those to leave out where `skip_bad_images` says so, and what was
     found.
 
     Raises:
         BadDataError: if they cannot be trained on; names the files.
     """
-    pictures = load_pictures(args, seed)
-    report = check_pictures(pictures, max_pixels=args.max_pixels, allow_missing_classes=args.allow_missing_classes)
+    images = load_images(args, seed)
+    report = check_images(images, max_pixels=args.max_pixels, allow_missing_classes=args.allow_missing_classes)
     if args.skip_bad_images:
-        return drop_bad(pictures, report), report
+        return drop_bad(images, report), report
     refuse_bad(report)
-    return pictures, report
+    return images, report
 
 
-def load_unlabelled_pictures(
+def load_unlabeled_images(
     folder: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS, skip_bad_images: bool = False
 ) -> datasets.Dataset:
     r"""
-    The pictures in a folder and those in it, whatever their classes, each looked at; see [`read_unlabelled`].
+    The images in a folder and those in it, whatever their classes, each looked at; see [`read_unlabeled`].
 
     Raises:
-        ValueError: if it is no folder.
-        BadDataError: if it holds no pictures, or some that cannot be decoded, unless these are to be skipped; names
+        UserError: if it is no folder.
+        BadDataError: if it holds no images, or some that cannot be decoded, unless these are to be skipped; names
             them.
     """
-    pictures = read_unlabelled(folder)
-    keys = [_key(values) for values in iter_rows(pictures)]
-    facts = _look_at_all(datasets.DatasetDict(unlabelled=pictures), keys, max_pixels, _num_cores())
+    images = read_unlabeled(folder)
+    keys = [_key(values) for values in iter_rows(images)]
+    facts = _look_at_all(datasets.DatasetDict(unlabeled=images), keys, max_pixels, _num_cores())
     bad = [row for row, key in enumerate(keys) if facts[key].problem is not None]
     if bad and not skip_bad_images:
         named = "".join(f"\n    {facts[keys[row]].detail}" for row in bad[:3])
         raise BadDataError(
-            f"{len(bad)} of the {len(keys)} pictures in {folder} cannot be read:{named}\nMend them, or leave them out "
+            f"{len(bad)} of the {len(keys)} images in {folder} cannot be read:{named}\nMend them, or leave them out "
             "with --skip_bad_images."
         )
     if len(bad) == len(keys):
-        raise BadDataError(f"No picture in {folder} is fit to be used.")
+        raise BadDataError(f"No image in {folder} is fit to be used.")
     if bad:
-        logger.warning("%d of the %d pictures in %s are left out: they can't be read.", len(bad), len(keys), folder)
-    return pictures.select(sorted(set(range(len(keys))) - set(bad))) if bad else pictures
+        logger.warning("%d of the %d images in %s are left out: they can't be read.", len(bad), len(keys), folder)
+    return images.select(sorted(set(range(len(keys))) - set(bad))) if bad else images
 
 
 def refuse_bad(report: DataReport):
@@ -251,47 +253,47 @@ def refuse_bad(report: DataReport):
     if not report.fatal:
         return
     lines = ["The data has findings that stop a training:"]
-    for kind, findings in DataReport(report.pictures, tuple(report.fatal)).by_kind().items():
+    for kind, findings in DataReport(report.images, tuple(report.fatal)).by_kind().items():
         lines.append(f"- {kind} ({KINDS[kind]}), {len(findings)}:")
         lines += [f"    {finding.message}" for finding in findings[:3]]
         if len(findings) > 3:
             lines.append(f"    and {len(findings) - 3} more")
     raise BadDataError(
         "\n".join(lines) + "\n`python -m training.check_data` with the same arguments lists all. Mend them, or leave "
-        "the pictures out with --skip_bad_images."
+        "the images out with --skip_bad_images."
     )
 
 
 def drop_bad(dataset: datasets.DatasetDict, report: DataReport) -> datasets.DatasetDict:
     r"""
-    The data set without the pictures that the report leaves out.
+    The data set without the images that the report leaves out.
 
     Raises:
-        BadDataError: if that empties a split or takes all training pictures of a class, or if something is fatal that
-            leaving pictures out does not mend.
-        ValueError: if the report is of another data set.
+        BadDataError: if that empties a split or takes all training images of a class, or if something is fatal that
+            leaving images out does not mend.
+        UserError: if the report is of another data set.
     """
-    if {name: len(split) for name, split in dataset.items()} != report.pictures:
-        raise ValueError(
-            f"The report is of {report.pictures} pictures, not of this data set: check this one with check_pictures."
+    if {name: len(split) for name, split in dataset.items()} != report.images:
+        raise UserError(
+            f"The report is of {report.images} images, not of this data set: check this one with check_images."
         )
-    refuse_bad(DataReport(report.pictures, tuple(finding for finding in report.fatal if not finding.leave_out)))
+    refuse_bad(DataReport(report.images, tuple(finding for finding in report.fatal if not finding.leave_out)))
     kept = {}
     left_out = report.rows_to_leave_out()
     for name, split in dataset.items():
         bad = set(left_out.get(name, []))
         kept[name] = split.select([row for row in range(len(split)) if row not in bad]) if bad else split
         if not len(kept[name]):
-            raise BadDataError(f"No picture of {name} is fit to be used: mend them, see training.check_data.")
+            raise BadDataError(f"No image of {name} is fit to be used: mend them, see training.check_data.")
     lost = classes_missing_from(kept["train"], dataset["train"])
     if lost:
         raise BadDataError(
-            f"No training picture of {', '.join(lost[:10])} is fit to be used: mend them, or leave the classes out."
+            f"No training image of {', '.join(lost[:10])} is fit to be used: mend them, or leave the classes out."
         )
     return datasets.DatasetDict(kept)
 
 
-def _list_pictures(dataset: datasets.DatasetDict) -> Iterator[_Picture]:
+def _list_images(dataset: datasets.DatasetDict) -> Iterator[_Image]:
     for split, data in dataset.items():
         names = data.features["label"].names
         for row, values in enumerate(iter_rows(data)):
@@ -299,11 +301,11 @@ def _list_pictures(dataset: datasets.DatasetDict) -> Iterator[_Picture]:
             name = image["path"] or f"{split}[{row}]"
             if image["bytes"] is not None:
                 name = f"{split}[{row}]" + (f" ({image['path']})" if image["path"] else "")
-            yield _Picture(Place(name, split, row), _key(values), names[values["label"]])
+            yield _Image(Place(name, split, row), _key(values), names[values["label"]])
 
 
 def _key(values: dict[str, Any]) -> str:
-    """What the facts about a picture hold for."""
+    """What the facts about an image hold for."""
     image = values["image"]
     if image["bytes"] is not None:
         return json.dumps([_hash(image["bytes"]), values.get("box")])
@@ -335,7 +337,7 @@ def _look_at_all(
         ):
             # Our own limit is the one that counts.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            task = progress.add_task("Checking pictures", total=len(wanted))
+            task = progress.add_task("Checking images", total=len(wanted))
             # Some at a time: the bytes of all would fill the memory.
             while chunk := list(islice(todo, _CHUNK_PER_WORKER * num_workers)):
                 seen = pool.map(lambda item: _look_at(item[1], max_pixels), chunk)
@@ -349,7 +351,7 @@ def _look_at_all(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, lasting)
     except OSError as error:
-        logger.warning("What was seen of the pictures can't be kept for the next time: %s", error)
+        logger.warning("What was seen of the images can't be kept for the next time: %s", error)
     return facts
 
 
@@ -369,29 +371,29 @@ def _read_facts(path: Path) -> dict[str, _Facts]:
 
 
 def _look_at(values: dict[str, Any], max_pixels: int) -> _Facts:
-    image = values["image"]
-    data = image["bytes"]
+    stored = values["image"]
+    data = stored["bytes"]
     if data is None:
         try:
-            data = Path(image["path"]).read_bytes()
+            data = Path(stored["path"]).read_bytes()
         except (OSError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it has neither a path nor bytes"
-            return _Facts("unreadable", f"{image['path'] or 'the picture'} can't be read: {reason}.", None, None)
+            return _Facts("unreadable", f"{stored['path'] or 'the image'} can't be read: {reason}.", None, None)
     content = _hash(data)
-    # With its path, the picture is named in the error. Where the data set holds the bytes, the same may have several.
-    source = {"path": image["path"] if image["bytes"] is None else None, "bytes": data}
+    # With its path, the image is named in the error. Where the data set holds the bytes, the same may have several.
+    source = {"path": stored["path"] if stored["bytes"] is None else None, "bytes": data}
     try:
-        picture = decode_image(source, values.get("box"), max_pixels)
+        image = decode_image(source, values.get("box"), max_pixels)
     except UnreadableImageError as error:
         return _Facts(_problem(data, error, max_pixels), str(error), content, None)
     except ValueError as error:
         return _Facts("empty_box", str(error), content, None)
-    short, long = sorted(picture.size)
+    short, long = sorted(image.size)
     if short < 2 or long > MAX_ASPECT_RATIO * short:
-        size = f"{picture.width} x {picture.height}"
+        size = f"{image.width} x {image.height}"
         kind = "zero_size" if short < 2 else "narrow"
-        return _Facts(kind, f"{source['path'] or 'the picture'} has {size} pixels.", content, None)
-    return _Facts(None, "", content, _hash(f"{picture.width} {picture.height} ".encode() + picture.tobytes()))
+        return _Facts(kind, f"{source['path'] or 'the image'} has {size} pixels.", content, None)
+    return _Facts(None, "", content, _hash(f"{image.width} {image.height} ".encode() + image.tobytes()))
 
 
 def _problem(data: bytes, error: UnreadableImageError, max_pixels: int) -> str:
@@ -403,37 +405,37 @@ def _problem(data: bytes, error: UnreadableImageError, max_pixels: int) -> str:
     if isinstance(error.__cause__, Image.UnidentifiedImageError):
         return "unreadable"
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            width, height = picture.size
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
     except Exception:  # Pillow's readers raise errors of many kinds
         return "unreadable"
     return "oversized" if width * height > max_pixels else "truncated"
 
 
-def _problems(pictures: list[_Picture], facts: dict[str, _Facts]) -> Iterator[Finding]:
-    for picture in pictures:
-        problem, detail = facts[picture.key][:2]
+def _problems(images: list[_Image], facts: dict[str, _Facts]) -> Iterator[Finding]:
+    for image in images:
+        problem, detail = facts[image.key][:2]
         if problem is not None:
-            name = picture.place.name
+            name = image.place.name
             message = detail if name in detail else f"{name}: {detail}"
-            yield Finding(problem, message, True, (picture.place,), (picture.place,))
+            yield Finding(problem, message, True, (image.place,), (image.place,))
 
 
-def _same_pictures(pictures: list[_Picture], facts: dict[str, _Facts]) -> Iterator[Finding]:
+def _same_images(images: list[_Image], facts: dict[str, _Facts]) -> Iterator[Finding]:
     groups = defaultdict(list)
-    for picture in pictures:
-        if facts[picture.key].pixels is not None:
-            groups[facts[picture.key].pixels].append(picture)
+    for image in images:
+        if facts[image.key].pixels is not None:
+            groups[facts[image.key].pixels].append(image)
     for group in groups.values():
         if len(group) < 2:
             continue
-        places = tuple(picture.place for picture in group)
+        places = tuple(image.place for image in group)
         names = ", ".join(
             place.name if place.name.startswith(f"{place.split}[") else f"{place.split}: {place.name}"
             for place in places
         )
-        what = "file" if len({facts[picture.key].content for picture in group}) == 1 else "pixels"
-        labels = sorted({picture.label for picture in group})
+        what = "file" if len({facts[image.key].content for image in group}) == 1 else "pixels"
+        labels = sorted({image.label for image in group})
         splits = {place.split for place in places}
         last = max(splits, key=SPLITS.index)
         if len(labels) > 1:
@@ -453,14 +455,14 @@ def _class_findings(
     counts = labels_of(train).bincount(minlength=len(names)).tolist()
     for name, count in zip(names, counts, strict=True):
         if not count:
-            yield Finding("missing_class", f'"{name}" has no pictures in train', False)
+            yield Finding("missing_class", f'"{name}" has no images in train', False)
         elif count < min_per_class:
-            yield Finding("few_pictures", f'"{name}" has {count}, fewer than {min_per_class}', False)
+            yield Finding("few_images", f'"{name}" has {count}, fewer than {min_per_class}', False)
     for split in ("validation", "test"):
         if split in dataset:
             fatal = split == "validation" and not allow_missing_classes
             for name in classes_missing_from(dataset[split], train):
-                yield Finding("missing_class", f'"{name}" has no pictures in {split}', fatal)
+                yield Finding("missing_class", f'"{name}" has no images in {split}', fatal)
 
 
 def _hash(data: bytes) -> str:

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""From a stored picture to RGB pixels, the same way wherever a picture is opened."""
+"""From a stored image to RGB pixels, the same way wherever an image is opened."""
 
 import io
 import math
@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from modeling_rbi import UserError
+
 
 DEFAULT_MAX_PIXELS = 100_000_000
-# Resized until its shorter side fits the model, a picture of few pixels and of extreme shape can fill the memory.
+# Resized until its shorter side fits the model, an image of few pixels and of extreme shape can fill the memory.
 MAX_ASPECT_RATIO = 100
 
 _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
@@ -30,8 +32,8 @@ _TRANSPOSES = {
 }
 
 
-class UnreadableImageError(ValueError):
-    """A picture that is absent, no picture, broken, cut off or too large; the message names it and says which."""
+class UnreadableImageError(UserError):
+    """An image that is absent, no image, broken, cut off or too large; the message names it and says which."""
 
 
 def decode_image(
@@ -40,33 +42,33 @@ def decode_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     r"""
-    Decodes a picture to RGB, upright.
+    Decodes an image to RGB, upright.
 
-    EXIF's orientation is applied and dropped. Transparency is laid on white. Grey of 16 bits (modes `I;16` and `I`) is
+    EXIF's orientation is applied and dropped. Transparency is laid on white. Gray of 16 bits (modes `I;16` and `I`) is
     scaled to 8; floats (mode `F`) are taken as 0 to 1, or as 0 to 255 where one is above 1. Of an animation, the first
-    frame counts. Colour profiles are not applied.
+    frame counts. Color profiles are not applied.
 
     Args:
         image (`str`, `Path`, `bytes`, `dict` or `PIL.Image.Image`):
             A path, the bytes of a file, a row of `datasets.Image(decode=False)` (`{"path": ..., "bytes": ...}`, of
-            which the bytes are used if there are any), or an open picture, which is left as it is.
+            which the bytes are used if there are any), or an open image, which is left as it is.
         box (sequence of 4 floats, *optional*):
-            Left, top, right, bottom in pixels of the stored picture, before it is turned upright (but after, in a TIFF
-            file, which Pillow turns itself); cut out after rounding outwards and clipping to the picture.
+            Left, top, right, bottom in pixels of the stored image, before it is turned upright (but after, in a TIFF
+            file, which Pillow turns itself); cut out after rounding outwards and clipping to the image.
         max_pixels (`int`, *optional*, defaults to 100 million):
             Largest number of pixels, checked before they are decoded. Pillow has a limit of its own,
             `PIL.Image.MAX_IMAGE_PIXELS`: it warns above it, and refuses above twice as many.
 
     Raises:
-        UnreadableImageError: if there is no such file, or it is no picture, broken, cut off or too large.
-        ValueError: if the box is not four finite numbers, or no part of the picture is in it.
+        UnreadableImageError: if there is no such file, or it is no image, broken, cut off or too large.
+        UserError: if the box is not four finite numbers, or no part of the image is in it.
         TypeError: if `image` is none of the above.
     """
     if isinstance(image, Mapping):
-        name = str(image.get("path") or "the picture")
+        name = str(image.get("path") or "the image")
         source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
         if source is None:
-            raise UnreadableImageError("The picture has neither a path nor bytes.")
+            raise UnreadableImageError("The image has neither a path nor bytes.")
     else:
         name, source = _name(image), image
     if isinstance(source, Image.Image):
@@ -76,7 +78,7 @@ def decode_image(
             raise UnreadableImageError(f"{name} is empty.")
         source = io.BytesIO(source)
     elif not isinstance(source, (str, Path)):
-        raise TypeError(f"A picture is a path, bytes, a dict of both or a PIL image, not {type(source).__name__}.")
+        raise TypeError(f"An image is a path, bytes, a dict of both or a PIL image, not {type(source).__name__}.")
     try:
         opened = Image.open(source, formats=_formats())
     except Image.DecompressionBombError as error:
@@ -92,7 +94,7 @@ def decode_image(
 def _name(image: Any) -> str:
     if isinstance(image, (str, Path)):
         return str(image)
-    return str(getattr(image, "filename", "") or "the picture")
+    return str(getattr(image, "filename", "") or "the image")
 
 
 @cache
@@ -107,69 +109,69 @@ def _why_not_open(source: Any, name: str, error: Exception) -> str:
         if not Path(source).exists():
             return f"{name} is not there."
         if Path(source).is_dir():
-            return f"{name} is a folder, not a picture."
+            return f"{name} is a folder, not an image."
         if isinstance(error, PermissionError):
             return f"{name} may not be read: {error.strerror}."
         if not Path(source).stat().st_size:
             return f"{name} is empty."
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"{name} is not a picture of a known format."
+        return f"{name} is not an image of a known format."
     return f"{name} can't be opened: {error}"
 
 
-def _finish(picture: Image.Image, name: str, box: Sequence[float] | None, max_pixels: int) -> Image.Image:
-    width, height = picture.size
+def _finish(image: Image.Image, name: str, box: Sequence[float] | None, max_pixels: int) -> Image.Image:
+    width, height = image.size
     if width * height > max_pixels:
         raise UnreadableImageError(
             f"{name} has {width} x {height} = {width * height} pixels, more than the limit of {max_pixels}."
         )
     # Pillow's decoders raise errors of many kinds for broken files, and its EXIF reader for files that are not.
     try:
-        picture.load()
+        image.load()
     except MemoryError:
         raise
     except Exception as error:
         raise UnreadableImageError(f"{name} is broken or cut off: {error}") from error
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         orientation = 1
     if box is not None:
-        picture = picture.crop(_whole_box(box, picture.size, name))
-    picture = _to_rgb(picture, name)
+        image = image.crop(_whole_box(box, image.size, name))
+    image = _to_rgb(image, name)
     if orientation in _TRANSPOSES:
-        picture = picture.transpose(_TRANSPOSES[orientation])
-    # What is left there, such as the orientation, holds of the stored picture.
-    picture.info.clear()
-    return picture
+        image = image.transpose(_TRANSPOSES[orientation])
+    # What is left there, such as the orientation, holds of the stored image.
+    image.info.clear()
+    return image
 
 
 def _whole_box(box: Sequence[float], size: tuple[int, int], name: str) -> tuple[int, int, int, int]:
     if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
-        raise ValueError(f"The box of {name} must be 4 finite numbers (left, top, right, bottom), got {list(box)}.")
+        raise UserError(f"The box of {name} must be 4 finite numbers (left, top, right, bottom), got {list(box)}.")
     width, height = size
     left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
     right, bottom = min(width, math.ceil(box[2])), min(height, math.ceil(box[3]))
     if right <= left or bottom <= top or box[2] <= box[0] or box[3] <= box[1]:
-        raise ValueError(
+        raise UserError(
             f"No part of {name}, {width} x {height}, is in its box {list(box)} (left, top, right, bottom)."
         )
     return left, top, right, bottom
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """A new RGB picture."""
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.float64)
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new RGB image."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
             raise UnreadableImageError(f"{name} has pixels that are not finite.")
-        if picture.mode != "F":
+        if image.mode != "F":
             values /= 257
         elif values.max() <= 1:
             values *= 255
-        picture = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
-    elif picture.mode in _WITH_ALPHA or "transparency" in picture.info:
+        image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
+    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
         # Pillow converts La to nothing but LA.
-        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -35,6 +35,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from modeling_rbi import MissingPackageError, UserError
+
 from .archives import is_archive, unpack
 
 
@@ -45,7 +47,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Published:
-    """What a publisher says of a set: its classes, pictures of each split, archives, and the folder in the archive
+    """What a publisher says of a set: its classes, images of each split, archives, and the folder in the archive
     that holds everything (`None` where the set comes in several parts)."""
 
     num_classes: int
@@ -82,8 +84,8 @@ def read_cub_200_2011(path: Path) -> datasets.DatasetDict:
     pixels and does not say whether the first pixel is 0 or 1; 0 is assumed.
 
     Raises:
-        FileNotFoundError: if a file or a listed picture is absent.
-        ValueError: if the files disagree, or one of them, or the archive, is not in its format.
+        FileNotFoundError: if a file or a listed image is absent.
+        UserError: if the files disagree, or one of them, or the archive, is not in its format.
     """
     return _read_birds("cub_200_2011", path, only_used_classes=False)
 
@@ -92,7 +94,7 @@ def read_nabirds(path: Path) -> datasets.DatasetDict:
     r"""
     NABirds: 555 birds, `train` and `test`, boxes.
 
-    `classes.txt` lists the nodes of a tree, of which only some have pictures: those are the classes, in the order of
+    `classes.txt` lists the nodes of a tree, of which only some have images: those are the classes, in the order of
     their ids. Boxes are read as those of CUB-200-2011.
 
     Raises:
@@ -105,13 +107,13 @@ def read_stanford_dogs(path: Path) -> datasets.DatasetDict:
     r"""
     Stanford Dogs: 120 dogs, `train` and `test`; boxes if `Annotation/` is there.
 
-    A name is that of the folder without its WordNet id (`n02085620-Chihuahua` is `Chihuahua`). Of a picture with
+    A name is that of the folder without its WordNet id (`n02085620-Chihuahua` is `Chihuahua`). Of an image with
     several dogs, the largest is the box. The publisher does not say how pixels are counted; the coordinates are taken
     as edges counted from 0.
 
     Raises:
         FileNotFoundError, ValueError: see [`read_cub_200_2011`].
-        ImportError: without scipy.
+        MissingPackageError: without scipy.
     """
     source = _Source("stanford_dogs", path)
     images, boxes = source.find("Images"), source.find_optional("Annotation")
@@ -125,7 +127,7 @@ def read_stanford_dogs(path: Path) -> datasets.DatasetDict:
         columns = [np.atleast_1d(content[name]).tolist() for name in ("file_list", "annotation_list")]
         columns.append(_integers(file, content["labels"]))
         if len({len(column) for column in columns}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{file} lists {' / '.join(str(len(column)) for column in columns)} files, annotations "
                 "and labels: they should be as many."
             )
@@ -133,7 +135,7 @@ def read_stanford_dogs(path: Path) -> datasets.DatasetDict:
         for file_name, annotation, label in zip(*columns, strict=True):
             name = re.sub(r"^n\d+-", "", _below(file, file_name).parent.name)
             if names.setdefault(label, name) != name:
-                raise ValueError(f"{file} gives label {label} to both {names[label]} and {name}.")
+                raise UserError(f"{file} gives label {label} to both {names[label]} and {name}.")
             box = _largest_object(boxes / _below(file, annotation)) if boxes is not None else None
             rows.add(images / file_name, label, box)
     return _build("stanford_dogs", path, sorted(names), names, splits)
@@ -143,10 +145,10 @@ def read_tiny_imagenet(path: Path) -> datasets.DatasetDict:
     r"""
     Tiny-ImageNet: 200 classes, `train` and `test`, boxes.
 
-    The published test has no labels. It is left out, and the published validation pictures are `test`, which is what
-    is reported in papers; draw validation pictures from `train`. Classes are in the order of their WordNet ids, as
+    The published test has no labels. It is left out, and the published validation images are `test`, which is what
+    is reported in papers; draw validation images from `train`. Classes are in the order of their WordNet ids, as
     class folders are read everywhere; names are those of `words.txt`. How boxes are counted is not said; coordinates
-    of 0 and of 63 occur in pictures of 64, so that they are taken as counted from 0 with the last pixel inside.
+    of 0 and of 63 occur in images of 64, so that they are taken as counted from 0 with the last pixel inside.
 
     Raises:
         FileNotFoundError, ValueError: see [`read_cub_200_2011`].
@@ -176,7 +178,7 @@ def read_oxford_flowers(path: Path) -> datasets.DatasetDict:
 
     Raises:
         FileNotFoundError, ValueError: see [`read_cub_200_2011`].
-        ImportError: without scipy.
+        MissingPackageError: without scipy.
     """
     source = _Source("oxford_flowers", path)
     images, label_file, split_file = (source.find(name) for name in ("jpg", "imagelabels.mat", "setid.mat"))
@@ -188,9 +190,7 @@ def read_oxford_flowers(path: Path) -> datasets.DatasetDict:
         rows = splits[split] = _Rows()
         for number in _integers(split_file, split_ids[variable]):
             if not 1 <= number <= len(labels):
-                raise ValueError(
-                    f"{split_file} lists picture {number}, but {label_file} has labels 1 to {len(labels)}."
-                )
+                raise UserError(f"{split_file} lists image {number}, but {label_file} has labels 1 to {len(labels)}.")
             taken[number] += 1
             rows.add(images / f"image_{number:05d}.jpg", labels[number - 1])
     _check_once(taken, split_file)
@@ -203,7 +203,7 @@ def read_fgvc_aircraft(path: Path) -> datasets.DatasetDict:
     FGVC-Aircraft: the 100 variants, `train`, `validation` and `test`, boxes.
 
     Classes are in the order of `variants.txt`. Boxes are published with the last pixel inside, counted from 1. The
-    lowest 20 rows of a picture are a banner with the photographer's name, which the publisher asks to cut off; a crop
+    lowest 20 rows of an image are a banner with the photographer's name, which the publisher asks to cut off; a crop
     to the box leaves it out.
 
     Raises:
@@ -236,7 +236,7 @@ def read_stanford_cars(path: Path) -> datasets.DatasetDict:
 
     Raises:
         FileNotFoundError, ValueError: see [`read_cub_200_2011`].
-        ImportError: without scipy.
+        MissingPackageError: without scipy.
     """
     source = _Source("stanford_cars", path)
     files = {
@@ -253,7 +253,7 @@ def read_stanford_cars(path: Path) -> datasets.DatasetDict:
         for row in np.atleast_1d(_load_mat(file, "annotations")["annotations"]).tolist():
             absent = [name for name in fields if not isinstance(row, dict) or name not in row]
             if absent:
-                raise ValueError(f"{file} has no field {absent[0]!r} in `annotations`.")
+                raise UserError(f"{file} has no field {absent[0]!r} in `annotations`.")
             *box, label, name = (row[field] for field in fields)
             rows.add(images / _below(file, name), _integers(file, label)[0], _inclusive(file, name, box, 1))
     return _build("stanford_cars", path, sorted(names), names, splits)
@@ -310,7 +310,7 @@ class _Source:
             found = [next((folder / name for name in names if (folder / name).exists()), None) for folder in level]
             hits = [path for path in found if path is not None]
             if len(hits) > 1:
-                raise ValueError(f"There are both {hits[0]} and {hits[1]}: point at the folder of one data set.")
+                raise UserError(f"There are both {hits[0]} and {hits[1]}: point at the folder of one data set.")
             if hits:
                 return hits[0]
         return None
@@ -337,7 +337,7 @@ def _folders(folder: Path) -> list[Path]:
 
 @dataclass
 class _Rows:
-    """Pictures of a split: files, labels as published, and boxes or nothing."""
+    """Images of a split: files, labels as published, and boxes or nothing."""
 
     images: list[Path] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
@@ -356,15 +356,15 @@ def _read_birds(name: str, path: Path, only_used_classes: bool) -> datasets.Data
     images, labels, is_train, boxes, names = (_read_table(root / file) for file in files)
     for file, table in zip(files[1:4], (labels, is_train, boxes), strict=True):
         _known(images, table, root / file, "a line")
-        _known(table, images, root / "images.txt", "a picture")
+        _known(table, images, root / "images.txt", "an image")
     wrong = [image for image, value in is_train.items() if value not in ("0", "1")]
     if wrong:
-        raise ValueError(f"{root / files[2]} has {is_train[wrong[0]]!r} for {wrong[0]}: expected is 0 or 1.")
+        raise UserError(f"{root / files[2]} has {is_train[wrong[0]]!r} for {wrong[0]}: expected is 0 or 1.")
     used = set(labels.values())
     _known(used, names, root / "classes.txt", "a name")
     ids = [number for number in names if number in used or not only_used_classes]
     if not all(number.isdecimal() for number in ids):
-        raise ValueError(f"{root / 'classes.txt'} must begin each line with the number of a class.")
+        raise UserError(f"{root / 'classes.txt'} must begin each line with the number of a class.")
     splits = {"train": _Rows(), "test": _Rows()}
     for image, file_name in images.items():
         left, top, width, height = _numbers(root / files[3], image, boxes[image].split())
@@ -383,7 +383,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text in UTF-8: {error}.") from error
+        raise UserError(f"{file} is not a text in UTF-8: {error}.") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
@@ -395,9 +395,9 @@ def _read_table(file: Path) -> dict[str, str]:
     for number, line in _lines(file):
         key, *rest = line.split(maxsplit=1)
         if not rest:
-            raise ValueError(f"{file}, line {number}: expected are at least two words, got {line!r}.")
+            raise UserError(f"{file}, line {number}: expected are at least two words, got {line!r}.")
         if key in table:
-            raise ValueError(f"{file}, line {number}: {key} stands there twice.")
+            raise UserError(f"{file}, line {number}: {key} stands there twice.")
         table[key] = rest[0]
     return table
 
@@ -407,17 +407,17 @@ def _load_mat(file: Path, *variables: str) -> dict[str, Any]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ImportError(f"scipy is needed to read {file}: pip install scipy.") from error
+        raise MissingPackageError(f"scipy is needed to read {file}: pip install scipy.") from error
     try:
         content = loadmat(file, simplify_cells=True, variable_names=variables)
     except MemoryError:
         raise
     except Exception as error:
         # A broken file makes scipy raise errors of many kinds.
-        raise ValueError(f"{file} can't be read as a MATLAB file ({error}): download it again.") from error
+        raise UserError(f"{file} can't be read as a MATLAB file ({error}): download it again.") from error
     absent = [name for name in variables if name not in content]
     if absent:
-        raise ValueError(f"{file} has no variable {absent[0]!r}.")
+        raise UserError(f"{file} has no variable {absent[0]!r}.")
     return content
 
 
@@ -425,16 +425,16 @@ def _integers(file: Path, values: Any) -> list[int]:
     try:
         return [int(value) for value in np.atleast_1d(values)]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} has {values!r} where numbers are expected.") from error
+        raise UserError(f"{file} has {values!r} where numbers are expected.") from error
 
 
 def _below(file: Path, name: Any) -> PurePosixPath:
     """A path that `file` lists, which must not lead out of the folder that it is in."""
     if not isinstance(name, str):
-        raise ValueError(f"{file} lists {name!r} where the name of a file is expected.")
+        raise UserError(f"{file} lists {name!r} where the name of a file is expected.")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{file} lists {name!r}, which points out of its folder.")
+        raise UserError(f"{file} lists {name!r}, which points out of its folder.")
     return path
 
 
@@ -443,28 +443,26 @@ def _known(keys: Iterable[Any], table: Mapping[Any, Any], file: Path, what: str)
     keys = list(keys)
     absent = [key for key in keys if key not in table]
     if absent:
-        raise ValueError(f"{file} lacks {what} for {len(absent)} of {len(keys)}, the first of them {absent[0]}.")
+        raise UserError(f"{file} lacks {what} for {len(absent)} of {len(keys)}, the first of them {absent[0]}.")
     return keys
 
 
 def _check_once(taken: Counter, file: Path):
-    """No picture may be in two splits, or twice in one."""
+    """No image may be in two splits, or twice in one."""
     twice = [key for key, count in taken.items() if count > 1]
     if twice:
-        raise ValueError(
-            f"{file}: no picture may be listed twice, but {len(twice)} are, the first of them {twice[0]}."
-        )
+        raise UserError(f"{file}: no image may be listed twice, but {len(twice)} are, the first of them {twice[0]}.")
 
 
 def _numbers(file: Path, name: str, values: Sequence[Any]) -> Box:
     try:
         left, top, right, bottom = (float(value) for value in values)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} must have 4 numbers as the box of {name}, not {' '.join(map(str, values))}."
         ) from error
     if not all(math.isfinite(value) for value in (left, top, right, bottom)):
-        raise ValueError(f"{file} must have finite numbers as the box of {name}, not {' '.join(map(str, values))}.")
+        raise UserError(f"{file} must have finite numbers as the box of {name}, not {' '.join(map(str, values))}.")
     return left, top, right, bottom
 
 
@@ -480,13 +478,13 @@ def _largest_object(file: Path) -> Box:
     try:
         tree = xml.etree.ElementTree.parse(file)
     except xml.etree.ElementTree.ParseError as error:
-        raise ValueError(f"{file} is no XML: {error}.") from error
+        raise UserError(f"{file} is no XML: {error}.") from error
     edges = ("xmin", "ymin", "xmax", "ymax")
     boxes = [
         _numbers(file, "an object", [box.findtext(edge, "nothing") for edge in edges]) for box in tree.iter("bndbox")
     ]
     if not boxes:
-        raise ValueError(f"{file} has no object with a box.")
+        raise UserError(f"{file} has no object with a box.")
     return max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
 
 
@@ -496,23 +494,23 @@ def _build(
     """The canonical form; class `k` is `ids[k]`. A name that two classes share is made clear with the id."""
     nameless = [number for number in ids if not isinstance(names[number], str)]
     if nameless:
-        raise ValueError(f"{path} has no text as the name of class {nameless[0]}.")
+        raise UserError(f"{path} has no text as the name of class {nameless[0]}.")
     counts = Counter(names[number] for number in ids)
     class_names = [names[number] if counts[names[number]] == 1 else f"{names[number]} ({number})" for number in ids]
     if len(set(class_names)) < len(ids):
-        raise ValueError(f"{path} lists a class twice: {Counter(class_names).most_common(1)[0][0]}.")
+        raise UserError(f"{path} lists a class twice: {Counter(class_names).most_common(1)[0][0]}.")
     numbers = {number: label for label, number in enumerate(ids)}
     result = datasets.DatasetDict()
     for split, rows in splits.items():
         unknown = [label for label in rows.labels if label not in numbers]
         if unknown:
-            raise ValueError(f"{path} has pictures with the label {unknown[0]}, which is not among its classes.")
+            raise UserError(f"{path} has images with the label {unknown[0]}, which is not among its classes.")
         if not rows.images:
-            raise ValueError(f"{path} has no pictures for the split {split!r} of {name}.")
+            raise UserError(f"{path} has no images for the split {split!r} of {name}.")
         absent = [image for image in rows.images if not image.is_file()]
         if absent:
             raise FileNotFoundError(
-                f"{len(absent)} of {len(rows.images)} pictures of the split {split!r} of {name} are listed but not "
+                f"{len(absent)} of {len(rows.images)} images of the split {split!r} of {name} are listed but not "
                 f"there, the first of them {absent[0]}: the publisher's archive holds them."
             )
         features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=class_names)}

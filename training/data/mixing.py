@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Mixup and CutMix of a batch, and who may be a neighbour of whom afterwards."""
+"""Mixup and CutMix of a batch, and who may be a neighbor of whom afterwards."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from modeling_rbi import NO_LABEL, UserError
+
 from .transforms import AugmentationArguments
-
-
-NO_LABEL = -100
 
 
 class MixedBatch(NamedTuple):
@@ -24,10 +23,10 @@ class MixedBatch(NamedTuple):
 
 class Mixing:
     r"""
-    Mixes each picture of a batch with another one of it, the partner, and the labels alike: by
-    [mixup](https://huggingface.co/papers/1710.09412), `share * picture + (1 - share) * partner`, or by
+    Mixes each image of a batch with another one of it, the partner, and the labels alike: by
+    [mixup](https://huggingface.co/papers/1710.09412), `share * image + (1 - share) * partner`, or by
     [CutMix](https://huggingface.co/papers/1905.04899), which pastes a rectangle of the partner; there the share is
-    that of the pixels that are left. One share is drawn for a batch, from Beta(alpha, alpha), and each picture is the
+    that of the pixels that are left. One share is drawn for a batch, from Beta(alpha, alpha), and each image is the
     partner of one, sometimes of itself. Where both are asked for, each batch takes one of them, with probability 1/2.
 
     Relations need care. RPE reads the pixels that the model sees, which are the mixed ones. Two mixtures that contain
@@ -54,27 +53,27 @@ class Mixing:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-                The pictures. They are left as they are; the mixed ones are a new tensor.
+                The images. They are left as they are; the mixed ones are a new tensor.
             labels (`torch.LongTensor` of shape `(batch_size,)`):
-                Their classes; -100 marks padding and unlabelled pictures, which are not mixed with anything.
+                Their classes; -100 marks padding and unlabeled images, which are not mixed with anything.
             seed (`int` or sequence of `int`):
                 All that the draws depend on, not negative. No global generator is read or changed.
 
         Returns:
-            `MixedBatch`: the pictures; the `targets`, which sum to 1 in each row, and to 0 without a label; and the
-            `relation_mask`, False where two different pictures contain the same original, True on the diagonal.
+            `MixedBatch`: the images; the `targets`, which sum to 1 in each row, and to 0 without a label; and the
+            `relation_mask`, False where two different images contain the same original, True on the diagonal.
 
         Raises:
-            ValueError: if the batch and its labels don't fit, or a label is neither a class nor -100.
+            UserError: if the batch and its labels don't fit, or a label is neither a class nor -100.
         """
         if pixel_values.ndim != 4 or labels.shape != pixel_values.shape[:1]:
-            raise ValueError(
-                "Mixing takes pictures of shape (batch_size, num_channels, height, width) and labels of shape "
+            raise UserError(
+                "Mixing takes images of shape (batch_size, num_channels, height, width) and labels of shape "
                 f"(batch_size,), got {tuple(pixel_values.shape)} and {tuple(labels.shape)}."
             )
         is_real = labels != NO_LABEL
         if ((labels < 0) & is_real).any() or (labels >= self.num_labels).any():
-            raise ValueError(
+            raise UserError(
                 f"The labels go from {labels[is_real].min()} to {labels.max()}; with {self.num_labels} classes they "
                 f"are 0 to {self.num_labels - 1}, or {NO_LABEL} for none."
             )
@@ -113,7 +112,7 @@ class Mixing:
         pixel_values: torch.Tensor, partners: torch.Tensor, share: float, rng: np.random.Generator
     ) -> tuple[torch.Tensor, float]:
         height, width = pixel_values.shape[-2:]
-        # A rectangle of the picture's form and (1 - share) of its area, around any point. What lies outside is lost.
+        # A rectangle of the image's form and (1 - share) of its area, around any point. What lies outside is lost.
         side = (1.0 - share) ** 0.5
         top, bottom = _interval(rng.random() * height, round(side * height), height)
         left, right = _interval(rng.random() * width, round(side * width), width)
@@ -122,8 +121,8 @@ class Mixing:
         return mixed, 1.0 - (bottom - top) * (right - left) / (height * width)
 
 
-def _interval(centre: float, length: int, limit: int) -> tuple[int, int]:
-    start = round(centre - length / 2)
+def _interval(center: float, length: int, limit: int) -> tuple[int, int]:
+    start = round(center - length / 2)
     return max(start, 0), min(start + length, limit)
 
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled pictures from wherever they are, in one form.
+"""Labeled images from wherever they are, in one form.
 
 The form is a `datasets.DatasetDict` with the splits `train` and, where there are any, `validation` and `test`. Each
 has the columns `image` (`datasets.Image(decode=False)`), `label` (`datasets.ClassLabel`, the same names in all splits)
-and, where boxes are published and asked for, `box` (left, top, right, bottom in pixels of the stored picture).
+and, where boxes are published and asked for, `box` (left, top, right, bottom in pixels of the stored image).
 """
 
 import csv
@@ -25,6 +25,9 @@ import datasets
 import torch
 from PIL import Image, ImageFile
 
+from modeling_rbi import NO_LABEL, UserError
+from modeling_rbi.errors_rbi import listed
+
 from .decode import DEFAULT_MAX_PIXELS
 from .layouts import LAYOUTS
 from .packaged import catalog as packaged
@@ -33,7 +36,6 @@ from .splits import draw_per_class, draw_subset, stratified_split
 
 logger = logging.getLogger(__name__)
 
-NO_LABEL = -100
 SPLITS = ("train", "validation", "test")
 IMAGE = datasets.Image(decode=False)
 BOX = datasets.Sequence(datasets.Value("float32"), length=4)
@@ -45,7 +47,6 @@ _SPLIT_NAMES = {
 _HIDDEN_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin"}
 _BATCH_SIZE = 1000
 # Named in errors at most.
-_MOST_NAMED = 10
 
 # What names a source, and the options that go with it alone.
 _SOURCES = {
@@ -56,17 +57,17 @@ _SOURCES = {
 }
 
 
-class BadDataError(ValueError):
+class BadDataError(UserError):
     """Data that can't be trained on as it is; the message names what is wrong with it and the mend."""
 
 
 @dataclass
 class DataArguments:
     r"""
-    Where the pictures are, and which of them to take.
+    Where the images are, and which of them to take.
 
     Raises:
-        ValueError: if not exactly one source is named, an option belongs to another source, or a number is out of
+        UserError: if not exactly one source is named, an option belongs to another source, or a number is out of
             range.
     """
 
@@ -95,7 +96,7 @@ class DataArguments:
     train_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with a folder of pictures for each class, or one with such folders in train/, validation/ "
+            "help": "Folder with a folder of images for each class, or one with such folders in train/, validation/ "
             "and test/."
         },
     )
@@ -112,47 +113,47 @@ class DataArguments:
     train_val_split: float = field(
         default=0.15,
         metadata={
-            "help": "Share of each class of the training pictures that is held out for validation where the data has "
+            "help": "Share of each class of the training images that is held out for validation where the data has "
             "no validation split of its own; 0: none."
         },
     )
-    image_column_name: str = field(default="image", metadata={"help": "Column of the pictures or their paths."})
+    image_column_name: str = field(default="image", metadata={"help": "Column of the images or their paths."})
     label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many pictures at most, drawn at random from all classes."}
+        default=None, metadata={"help": "Train on this many images at most, drawn at random from all classes."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for validation."})
     max_test_samples: int | None = field(default=None, metadata={"help": "The same for test."})
     train_samples_per_class: int | None = field(
-        default=None, metadata={"help": "Train on this many pictures of each class, drawn at random."}
+        default=None, metadata={"help": "Train on this many images of each class, drawn at random."}
     )
-    crop_to_boxes: bool = field(default=False, metadata={"help": "Cut the pictures to their published boxes."})
+    crop_to_boxes: bool = field(default=False, metadata={"help": "Cut the images to their published boxes."})
     max_pixels: int = field(
-        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of a picture that is decoded."}
+        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of an image that is decoded."}
     )
     skip_bad_images: bool = field(
-        default=False, metadata={"help": "Leave pictures that the check finds unfit out, and record them."}
+        default=False, metadata={"help": "Leave images that the check finds unfit out, and record them."}
     )
     allow_missing_classes: bool = field(
-        default=False, metadata={"help": "Go on where classes have no pictures for validation."}
+        default=False, metadata={"help": "Go on where classes have no images for validation."}
     )
 
     def __post_init__(self):
         named = [source for source in _SOURCES if getattr(self, source) is not None]
         if len(named) != 1:
-            raise ValueError(
+            raise UserError(
                 "Name the data in exactly one way: --dataset_name (the Hub, or a local copy), --dataset_format (a "
-                "published layout with --dataset_dir, or a packaged data set), --train_dir (folders of pictures) or "
+                "published layout with --dataset_dir, or a packaged data set), --train_dir (folders of images) or "
                 f"--train_file (CSV or JSON Lines); got {' and '.join(f'--{source}' for source in named) or 'none'}."
             )
         for source, options in _SOURCES.items():
             for option in options:
                 if source != named[0] and getattr(self, option) is not None:
-                    raise ValueError(f"--{option} goes with --{source}, not with --{named[0]}.")
+                    raise UserError(f"--{option} goes with --{source}, not with --{named[0]}.")
         if self.dataset_config_name is not None and not named[0].startswith("dataset"):
-            raise ValueError(f"--dataset_config_name goes with --dataset_name, not with --{named[0]}.")
+            raise UserError(f"--dataset_config_name goes with --dataset_name, not with --{named[0]}.")
         if not 0 <= self.train_val_split < 1:
-            raise ValueError(f"--train_val_split must be at least 0 and less than 1, got {self.train_val_split}.")
+            raise UserError(f"--train_val_split must be at least 0 and less than 1, got {self.train_val_split}.")
         for name in (
             "max_train_samples",
             "max_eval_samples",
@@ -162,9 +163,9 @@ class DataArguments:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+                raise UserError(f"--{name} must be at least 1, got {value}.")
         if self.max_train_samples is not None and self.train_samples_per_class is not None:
-            raise ValueError("Give --max_train_samples or --train_samples_per_class, not both.")
+            raise UserError("Give --max_train_samples or --train_samples_per_class, not both.")
         if self.dataset_name is not None and Path(self.dataset_name).exists():
             # A record must not take a folder for a name on the Hub.
             self.dataset_name = str(Path(self.dataset_name).resolve())
@@ -173,87 +174,85 @@ class DataArguments:
 @dataclass(frozen=True)
 class FolderContent:
     """
-    What is in a folder with a folder for each class: absolute paths, in natural order. The class of a picture is the
+    What is in a folder with a folder for each class: absolute paths, in natural order. The class of an image is the
     folder right below `folder`, however deep it lies in there.
     """
 
     folder: str
-    pictures: dict[str, list[str]]
+    images: dict[str, list[str]]
     hidden: list[str]
     strays: list[str]
     empty_classes: list[str]
 
 
-def load_pictures(args: DataArguments, seed: int) -> datasets.DatasetDict:
+def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
     r"""
-    Reads the pictures that the arguments name; see the module's description for the form. No picture is opened.
+    Reads the images that the arguments name; see the module's description for the form. No image is opened.
 
     Where the data has no validation split of its own, one is held out from `train`, never from `test`. A split without
     labels is left out with a warning. The column `box` is there only with `crop_to_boxes`.
 
     Args:
         args (`DataArguments`):
-            Where the pictures are, and which of them to take.
+            Where the images are, and which of them to take.
         seed (`int`):
-            Of all that is drawn: the pictures held out for validation and those of a smaller set.
+            Of all that is drawn: the images held out for validation and those of a smaller set.
 
     Raises:
-        BadDataError: if the data can't be trained on: no pictures, one class, labels that `train` lacks, classes
-            without pictures for validation, missing files.
-        ValueError, OSError: if the arguments don't fit the data: no such data, folder, file or column.
+        BadDataError: if the data can't be trained on: no images, one class, labels that `train` lacks, classes
+            without images for validation, missing files.
+        UserError, OSError: if the arguments don't fit the data: no such data, folder, file or column.
     """
     splits = _read(args, seed)
     if "train" not in splits:
-        raise BadDataError(f"The data has no training split, only {_listed(splits)}.")
+        raise BadDataError(f"The data has no training split, only {listed(splits)}.")
     splits = {name: splits[name] for name in SPLITS if name in splits}
-    pictures = _with_labels(splits)
+    images = _with_labels(splits)
     if args.crop_to_boxes:
-        without = [name for name, split in pictures.items() if "box" not in split.column_names]
+        without = [name for name, split in images.items() if "box" not in split.column_names]
         if without:
-            raise ValueError(f"--crop_to_boxes needs a box for each picture: {_listed(without)} has none.")
+            raise UserError(f"--crop_to_boxes needs a box for each image: {listed(without)} has none.")
     else:
-        pictures = {
+        images = {
             name: split.remove_columns("box") if "box" in split.column_names else split
-            for name, split in pictures.items()
+            for name, split in images.items()
         }
-    _check_classes(pictures)
-    if "validation" not in pictures and args.train_val_split:
-        train, held_out = stratified_split(labels_of(pictures["train"]), args.train_val_split, seed)
+    _check_classes(images)
+    if "validation" not in images and args.train_val_split:
+        train, held_out = stratified_split(labels_of(images["train"]), args.train_val_split, seed)
         if not len(held_out):
             raise BadDataError(
-                "No class has two training pictures, one to train on and one for validation: name data for "
+                "No class has two training images, one to train on and one for validation: name data for "
                 "validation, or set --train_val_split 0."
             )
-        pictures["validation"] = pictures["train"].select(held_out)
-        pictures["train"] = pictures["train"].select(train)
-    _check_validation(pictures, args)
-    return datasets.DatasetDict(
-        {name: _fewer(name, pictures[name], args, seed) for name in SPLITS if name in pictures}
-    )
+        images["validation"] = images["train"].select(held_out)
+        images["train"] = images["train"].select(train)
+    _check_validation(images, args)
+    return datasets.DatasetDict({name: _fewer(name, images[name], args, seed) for name in SPLITS if name in images})
 
 
 def fingerprint(dataset: datasets.DatasetDict) -> dict[str, Any]:
     r"""
-    What a run trained on, for its record: the number of pictures and classes of each split, the pictures of the
-    smallest and of the largest class that has any, and one SHA-256 over all pictures.
+    What a run trained on, for its record: the number of images and classes of each split, the images of the
+    smallest and of the largest class that has any, and one SHA-256 over all images.
 
     The hash is over split, label, box, and name and size of the file, or hash of the bytes where the data set holds
     them. Files are not read: one that was altered but kept its size goes unnoticed. Names are relative to the folder
-    that the files of a split share, so the place of the data does not matter, nor does the order of the pictures.
+    that the files of a split share, so the place of the data does not matter, nor does the order of the images.
     """
     rows, summary = [], {}
     for name, split in dataset.items():
         labels = labels_of(split)
-        names = getattr(split.features["label"], "names", [])  # unlabelled pictures have none
+        names = getattr(split.features["label"], "names", [])  # unlabeled images have none
         counts = labels[labels != NO_LABEL].bincount(minlength=len(names))
         counts = counts[counts > 0]
         summary[name] = {
-            "pictures": len(labels),
+            "images": len(labels),
             "classes": len(counts),
             "min_per_class": int(counts.min()) if len(counts) else 0,
             "max_per_class": int(counts.max()) if len(counts) else 0,
         }
-        keys = [(_picture_key(row["image"]), row["label"], row.get("box")) for row in iter_rows(split)]
+        keys = [(_image_key(row["image"]), row["label"], row.get("box")) for row in iter_rows(split)]
         folders = {os.path.dirname(path) for (path, _), _, _ in keys if path is not None}
         root = os.path.commonpath(folders) if folders else ""
         for (path, content), label, box in keys:
@@ -265,22 +264,22 @@ def fingerprint(dataset: datasets.DatasetDict) -> dict[str, Any]:
 
 
 def labels_of(split: datasets.Dataset) -> torch.Tensor:
-    """Class of each picture, `(n,)`."""
+    """Class of each image, `(n,)`."""
     return torch.tensor(_column(split, "label"), dtype=torch.long)
 
 
 def iter_rows(split: datasets.Dataset) -> Iterator[dict[str, Any]]:
-    """All rows with no picture decoded, some at a time in memory."""
+    """All rows with no image decoded, some at a time in memory."""
     for table in split.with_format("arrow").iter(batch_size=_BATCH_SIZE):
         yield from table.to_pylist()
 
 
 def image_folders(args: DataArguments) -> dict[str, Path]:
     r"""
-    The folder of each split where the data are folders of pictures, else none.
+    The folder of each split where the data are folders of images, else none.
 
     Raises:
-        ValueError: if a folder is not there, or a split is named twice.
+        UserError: if a folder is not there, or a split is named twice.
     """
     if args.train_dir is None:
         return {}
@@ -288,10 +287,10 @@ def image_folders(args: DataArguments) -> dict[str, Path]:
     folders = {name: Path(folder) for name, folder in given.items() if folder is not None}
     for name, folder in folders.items():
         if not folder.is_dir():
-            raise ValueError(f"--{name}_dir {folder} is not a folder.")
+            raise UserError(f"--{name}_dir {folder} is not a folder.")
     for name, folder in _split_folders(folders["train"]).items():
         if name != "train" and name in folders:
-            raise ValueError(
+            raise UserError(
                 f"--{name}_dir {folders[name]} and {folder} are both for {name}: give --train_dir "
                 f"{folders['train'] / 'train'}, or leave --{name}_dir out."
             )
@@ -301,7 +300,7 @@ def image_folders(args: DataArguments) -> dict[str, Path]:
 
 def walk_folder(folder: Path) -> FolderContent:
     r"""
-    Sorts what is in a folder with a folder for each class into pictures, by the endings that Pillow reads, and the
+    Sorts what is in a folder with a folder for each class into images, by the endings that Pillow reads, and the
     rest.
 
     Hidden are names with a leading dot, and what Windows and macOS leave behind (`Thumbs.db`, `__MACOSX`); a hidden
@@ -311,8 +310,8 @@ def walk_folder(folder: Path) -> FolderContent:
         BadDataError: if a name is not UTF-8.
     """
     root = os.path.abspath(folder)
-    pictures: dict[str, list[str]] = {}
-    content = FolderContent(root, pictures, [], [], [])
+    images: dict[str, list[str]] = {}
+    content = FolderContent(root, images, [], [], [])
     # Of each folder, itself and those that it lies in.
     above: dict[str, set[str]] = {}
     for parent, folders, files in os.walk(root, followlinks=True):
@@ -325,17 +324,17 @@ def walk_folder(folder: Path) -> FolderContent:
             content.hidden.extend(os.path.join(parent, name) for name in sorted(names) if _is_hidden(name))
             names[:] = sorted((name for name in names if not _is_hidden(name)), key=natural_key)
         if parent == root:
-            pictures.update({name: [] for name in folders})
+            images.update({name: [] for name in folders})
         for name in files:
             path = os.path.join(parent, name)
-            if parent == root or not _is_picture(path):
+            if parent == root or not _is_image(path):
                 content.strays.append(path)
             else:
-                pictures[os.path.relpath(parent, root).split(os.sep)[0]].append(path)
-    _refuse_other_encodings([*pictures, *(path for paths in pictures.values() for path in paths)], root)
-    for name in [name for name, paths in pictures.items() if not paths]:
+                images[os.path.relpath(parent, root).split(os.sep)[0]].append(path)
+    _refuse_other_encodings([*images, *(path for paths in images.values() for path in paths)], root)
+    for name in [name for name, paths in images.items() if not paths]:
         content.empty_classes.append(os.path.join(root, name))
-        del pictures[name]
+        del images[name]
     return content
 
 
@@ -347,22 +346,22 @@ def _refuse_other_encodings(paths: Iterable[str], folder: str):
             raise BadDataError(f"A name in {folder} is not UTF-8, rename it: {path!a}.") from error
 
 
-def read_unlabelled(folder: str | Path) -> datasets.Dataset:
+def read_unlabeled(folder: str | Path) -> datasets.Dataset:
     r"""
-    All pictures in a folder and those in it, in the canonical form, each with the label -100.
+    All images in a folder and those in it, in the canonical form, each with the label -100.
 
     Raises:
-        ValueError: if it is no folder.
-        BadDataError: if it holds no pictures, or a name is not UTF-8.
+        UserError: if it is no folder.
+        BadDataError: if it holds no images, or a name is not UTF-8.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder.")
+        raise UserError(f"{folder} is not a folder.")
     content = walk_folder(Path(folder))
-    loose = [path for path in content.strays if os.path.dirname(path) == content.folder and _is_picture(path)]
+    loose = [path for path in content.strays if os.path.dirname(path) == content.folder and _is_image(path)]
     _refuse_other_encodings(loose, content.folder)
-    paths = [*sorted(loose, key=natural_key), *(path for paths in content.pictures.values() for path in paths)]
+    paths = [*sorted(loose, key=natural_key), *(path for paths in content.images.values() for path in paths)]
     if not paths:
-        raise BadDataError(f"{folder} holds no pictures.")
+        raise BadDataError(f"{folder} holds no images.")
     return datasets.Dataset.from_dict(
         {"image": paths, "label": [NO_LABEL] * len(paths)},
         features=datasets.Features({"image": IMAGE, "label": datasets.Value("int64")}),
@@ -370,7 +369,7 @@ def read_unlabelled(folder: str | Path) -> datasets.Dataset:
 
 
 def ignored_files(args: DataArguments) -> dict[str, list[str]]:
-    """What is in the folders of pictures but no picture of a class: `"hidden"`, and `"stray"`."""
+    """What is in the folders of images but no image of a class: `"hidden"`, and `"stray"`."""
     found: dict[str, list[str]] = {"hidden": [], "stray": []}
     folders = image_folders(args)
     if args.train_dir is not None and folders["train"] != Path(args.train_dir):
@@ -406,16 +405,16 @@ def _read_format(args: DataArguments, seed: int) -> datasets.DatasetDict:
     name = args.dataset_format
     if name in LAYOUTS:
         if args.dataset_dir is None:
-            raise ValueError(f"--dataset_format {name} needs --dataset_dir, the archive or folder of the data set.")
+            raise UserError(f"--dataset_format {name} needs --dataset_dir, the archive or folder of the data set.")
         if args.dataset_config_name is not None:
-            raise ValueError(f"--dataset_format {name} has no configurations: leave --dataset_config_name out.")
+            raise UserError(f"--dataset_format {name} has no configurations: leave --dataset_config_name out.")
         return LAYOUTS[name](Path(args.dataset_dir))
     if name in packaged.PACKAGED:
         if args.dataset_dir is not None:
-            raise ValueError(f"--dataset_format {name} installs by package name: leave --dataset_dir out.")
+            raise UserError(f"--dataset_format {name} installs by package name: leave --dataset_dir out.")
         return packaged.load(name, args.dataset_config_name, seed)
     known = [*LAYOUTS, *packaged.PACKAGED]
-    raise ValueError(f"There is no --dataset_format {name}: choose {_listed(_nearest_first(str(name), known))}.")
+    raise UserError(f"There is no --dataset_format {name}: choose {listed(_nearest_first(str(name), known))}.")
 
 
 def _read_dataset(args: DataArguments) -> dict[str, datasets.Dataset]:
@@ -425,14 +424,14 @@ def _read_dataset(args: DataArguments) -> dict[str, datasets.Dataset]:
     )
     if saved:
         if args.dataset_config_name is not None or args.dataset_revision is not None:
-            raise ValueError(
+            raise UserError(
                 f"{name} was saved with save_to_disk: leave --dataset_config_name and --dataset_revision out."
             )
         try:
             data = datasets.load_from_disk(name)
         except IndexError as error:
             # What datasets 5.2 raises for a split without rows.
-            raise BadDataError(f"{name} can't be read; probably one of its splits has no pictures.") from error
+            raise BadDataError(f"{name} can't be read; probably one of its splits has no images.") from error
     else:
         data = datasets.load_dataset(name, args.dataset_config_name, revision=args.dataset_revision)
     given = dict(data) if isinstance(data, dict) else {"train": data}
@@ -440,7 +439,7 @@ def _read_dataset(args: DataArguments) -> dict[str, datasets.Dataset]:
     for split, names in _SPLIT_NAMES.items():
         found = [given_name for given_name in given if given_name.lower() in names]
         if len(found) > 1:
-            raise BadDataError(f"{name} has more than one split for {split}: {_listed(found)}.")
+            raise BadDataError(f"{name} has more than one split for {split}: {listed(found)}.")
         if found:
             splits[split] = given.pop(found[0])
     if not splits and len(given) == 1:
@@ -452,15 +451,15 @@ def _read_dataset(args: DataArguments) -> dict[str, datasets.Dataset]:
 
 def _select_columns(data: datasets.Dataset, args: DataArguments, where: str) -> datasets.Dataset:
     columns = data.column_names
-    are_pictures = [name for name in columns if isinstance(data.features[name], datasets.Image)]
-    _check_column(args.image_column_name, "image_column_name", columns, where, first=are_pictures)
+    are_images = [name for name in columns if isinstance(data.features[name], datasets.Image)]
+    _check_column(args.image_column_name, "image_column_name", columns, where, first=are_images)
     _check_column(args.label_column_name, "label_column_name", columns, where)
     if args.image_column_name == args.label_column_name:
-        raise ValueError(f'"{args.image_column_name}" can\'t be both --image_column_name and --label_column_name.')
+        raise UserError(f'"{args.image_column_name}" can\'t be both --image_column_name and --label_column_name.')
     feature = data.features[args.image_column_name]
     if not isinstance(feature, datasets.Image) and feature != datasets.Value("binary"):
-        hint = f" Pictures are in {_listed(are_pictures)}: see --image_column_name." if are_pictures else ""
-        raise ValueError(f'The column "{args.image_column_name}" of {where} holds no pictures, but {feature}.{hint}')
+        hint = f" Images are in {listed(are_images)}: see --image_column_name." if are_images else ""
+        raise UserError(f'The column "{args.image_column_name}" of {where} holds no images, but {feature}.{hint}')
     with_box = "box" in columns and data.features["box"] == BOX
     chosen = {args.image_column_name: "image", args.label_column_name: "label"} | ({"box": "box"} if with_box else {})
     data = data.select_columns(list(chosen)).rename_columns(chosen)
@@ -469,21 +468,21 @@ def _select_columns(data: datasets.Dataset, args: DataArguments, where: str) -> 
 
 def _read_folders(args: DataArguments) -> dict[str, datasets.Dataset]:
     # A walk of our own and not the builder `imagefolder` of datasets: that one copies nothing either, but takes the
-    # folder right above a picture for its class, drops the labels where depths differ, and caches its listing.
+    # folder right above an image for its class, drops the labels where depths differ, and caches its listing.
     splits = {}
     for name, folder in image_folders(args).items():
         content = walk_folder(folder)
-        loose = [path for path in content.strays if os.path.dirname(path) == content.folder and _is_picture(path)]
-        if not content.pictures:
+        loose = [path for path in content.strays if os.path.dirname(path) == content.folder and _is_image(path)]
+        if not content.images:
             if name == "test" and loose and args.test_dir is None:
-                logger.warning("%s has no folders of classes, so its pictures have no labels: left out", folder)
+                logger.warning("%s has no folders of classes, so its images have no labels: left out", folder)
                 continue
-            found = f"{len(loose)} pictures beside, but none in folders of classes" if loose else "no pictures"
+            found = f"{len(loose)} images beside, but none in folders of classes" if loose else "no images"
             raise BadDataError(f"{folder} has {found}. It takes a folder for each class.")
         splits[name] = datasets.Dataset.from_dict(
             {
-                "image": [path for paths in content.pictures.values() for path in paths],
-                "label": [label for label, paths in content.pictures.items() for _ in paths],
+                "image": [path for paths in content.images.values() for path in paths],
+                "label": [label for label, paths in content.images.items() for _ in paths],
             },
             features=datasets.Features({"image": IMAGE, "label": datasets.Value("string")}),
         )
@@ -500,7 +499,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         if split is None:
             others.append(path.name)
         elif split in found:
-            raise ValueError(f"{found[split]} and {path} are both for {split}: name one with --{split}_dir.")
+            raise UserError(f"{found[split]} and {path} are both for {split}: name one with --{split}_dir.")
         else:
             found[split] = path
     if not found:
@@ -510,15 +509,15 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     ):
         if not others:
             raise BadDataError(
-                f"{folder} has nothing but {_listed(path.name for path in found.values())}, and no folders of classes "
+                f"{folder} has nothing but {listed(path.name for path in found.values())}, and no folders of classes "
                 f"in {folder / 'train'}: it takes a folder for each class in each."
             )
         return {}
-    with_pictures = [name for name in others if any(_is_picture(str(path)) for path in (folder / name).iterdir())]
-    if with_pictures:
-        raise ValueError(
-            f"{folder} has a folder {found['train'].name} with folders in it, beside folders of pictures "
-            f"({_listed(with_pictures)}): name the folders of the splits, --train_dir {found['train']}, "
+    with_images = [name for name in others if any(_is_image(str(path)) for path in (folder / name).iterdir())]
+    if with_images:
+        raise UserError(
+            f"{folder} has a folder {found['train'].name} with folders in it, beside folders of images "
+            f"({listed(with_images)}): name the folders of the splits, --train_dir {found['train']}, "
             "--validation_dir and --test_dir."
         )
     if others:
@@ -529,9 +528,9 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 def _read_file(path: Path, args: DataArguments) -> datasets.Dataset:
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path} must be a {_listed(readers)} file.")
+        raise UserError(f"{path} must be a {listed(readers)} file.")
     if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
+        raise UserError(f"There is no file {path}.")
     rows = list(readers[path.suffix.lower()](path))
     if not rows:
         raise BadDataError(f"{path} has no rows.")
@@ -551,7 +550,7 @@ def _read_file(path: Path, args: DataArguments) -> datasets.Dataset:
             absent.append(images[-1])
     if absent:
         raise BadDataError(
-            f"{len(absent)} of the {len(rows)} pictures that {path} names are not there: {_listed(absent)}. Paths are "
+            f"{len(absent)} of the {len(rows)} images that {path} names are not there: {listed(absent)}. Paths are "
             "relative to that file's folder."
         )
     return datasets.Dataset.from_dict(
@@ -593,7 +592,7 @@ def _with_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Data
     for split, data in splits.items():
         names = _label_names(split, data)
         if names is None and split == "train":
-            raise BadDataError("The training pictures have no labels.")
+            raise BadDataError("The training images have no labels.")
         if names is None:
             logger.warning("The %s split has no labels: left out", split)
         else:
@@ -602,23 +601,23 @@ def _with_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Data
     present = set(names_of_rows["train"])
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(present, key=natural_key)
     numbers = {name: number for number, name in enumerate(classes)}
-    labelled = {}
+    labeled = {}
     for split, names in names_of_rows.items():
         unknown = sorted(set(names) - present, key=natural_key)
         if unknown:
             raise BadDataError(
-                f"The {split} split has labels that train does not have: {_listed(unknown)}. Name them as in train, "
-                "or leave these pictures out."
+                f"The {split} split has labels that train does not have: {listed(unknown)}. Name them as in train, "
+                "or leave these images out."
             )
         if splits[split].features["label"] == datasets.ClassLabel(names=classes):
-            labelled[split] = splits[split]
+            labeled[split] = splits[split]
             continue
-        labelled[split] = (
+        labeled[split] = (
             splits[split]
             .remove_columns("label")
             .add_column("label", [numbers[name] for name in names], feature=datasets.ClassLabel(names=classes))
         )
-    return labelled
+    return labeled
 
 
 def _label_names(split: str, data: datasets.Dataset) -> list[str] | None:
@@ -638,7 +637,7 @@ def _label_names(split: str, data: datasets.Dataset) -> list[str] | None:
         return None
     if missing:
         raise BadDataError(
-            f"{missing} of the {len(names)} pictures of {split} have no label, the first in row {names.index(None)}: "
+            f"{missing} of the {len(names)} images of {split} have no label, the first in row {names.index(None)}: "
             "label them or leave them out."
         )
     return [name for name in names if name is not None]
@@ -649,34 +648,34 @@ def _label_name(value: Any, where: str) -> str:
         value = int(value)
     if not isinstance(value, (str, int)):
         raise BadDataError(
-            f"The label in {where} is {value!r}: it must be text or a whole number, one for each picture."
+            f"The label in {where} is {value!r}: it must be text or a whole number, one for each image."
         )
     return str(value)
 
 
-def _check_classes(pictures: dict[str, datasets.Dataset]):
-    for split, data in pictures.items():
+def _check_classes(images: dict[str, datasets.Dataset]):
+    for split, data in images.items():
         if not len(data):
-            raise BadDataError(f"The {split} split has no pictures.")
-    present = labels_of(pictures["train"]).unique()
+            raise BadDataError(f"The {split} split has no images.")
+    present = labels_of(images["train"]).unique()
     if len(present) < 2:
-        name = pictures["train"].features["label"].names[present[0]]
-        raise BadDataError(f'All training pictures are of one class, "{name}": there is nothing to tell apart.')
+        name = images["train"].features["label"].names[present[0]]
+        raise BadDataError(f'All training images are of one class, "{name}": there is nothing to tell apart.')
 
 
-def _check_validation(pictures: dict[str, datasets.Dataset], args: DataArguments):
-    if "validation" not in pictures or args.allow_missing_classes:
+def _check_validation(images: dict[str, datasets.Dataset], args: DataArguments):
+    if "validation" not in images or args.allow_missing_classes:
         return
-    missing = classes_missing_from(pictures["validation"], pictures["train"])
+    missing = classes_missing_from(images["validation"], images["train"])
     if missing:
         raise BadDataError(
-            f"{len(missing)} classes have no pictures for validation: {_listed(missing)}. Add some, or go on without "
+            f"{len(missing)} classes have no images for validation: {listed(missing)}. Add some, or go on without "
             "(--allow_missing_classes), or without any validation (--train_val_split 0)."
         )
 
 
 def classes_missing_from(split: datasets.Dataset, train: datasets.Dataset) -> list[str]:
-    """Names of the classes that `train` has pictures of and `split` has not."""
+    """Names of the classes that `train` has images of and `split` has not."""
     missing = sorted(set(labels_of(train).tolist()) - set(labels_of(split).tolist()))
     return [train.features["label"].names[number] for number in missing]
 
@@ -688,7 +687,7 @@ def _fewer(split: str, data: datasets.Dataset, args: DataArguments, seed: int) -
         for number, count in sorted(Counter(labels.tolist()).items()):
             if count < args.train_samples_per_class:
                 raise BadDataError(
-                    f'Class "{names[number]}" has {count} training pictures: too few for --train_samples_per_class '
+                    f'Class "{names[number]}" has {count} training images: too few for --train_samples_per_class '
                     f"{args.train_samples_per_class}."
                 )
         return data.select(draw_per_class(labels, args.train_samples_per_class, seed))
@@ -697,7 +696,7 @@ def _fewer(split: str, data: datasets.Dataset, args: DataArguments, seed: int) -
     if size is None or size >= len(data):
         return data
     if size < num_classes and split != "test" and not args.allow_missing_classes:
-        raise ValueError(
+        raise UserError(
             f"--{option} {size} can't cover the {num_classes} classes of {split}: take at least {num_classes}, or set "
             "--allow_missing_classes."
         )
@@ -708,7 +707,7 @@ def _column(data: datasets.Dataset, name: str) -> list:
     return data.select_columns([name]).with_format("arrow")[:][name].to_pylist()
 
 
-def _picture_key(image: dict[str, Any]) -> tuple[str | None, str | int]:
+def _image_key(image: dict[str, Any]) -> tuple[str | None, str | int]:
     """Path and size of a file (-1 if it is not there), or no path and the hash of the bytes."""
     if image["bytes"] is not None:
         return None, hashlib.sha256(image["bytes"]).hexdigest()
@@ -721,32 +720,26 @@ def _picture_key(image: dict[str, Any]) -> tuple[str | None, str | int]:
 def _check_column(name: str, option: str, columns: list[str], where: str, first: Iterable[str] = ()):
     if name not in columns:
         ordered = [*first, *(column for column in _nearest_first(name, columns) if column not in set(first))]
-        raise ValueError(f'{where} has no column "{name}": set --{option} to {_listed(ordered)}.')
+        raise UserError(f'{where} has no column "{name}": set --{option} to {listed(ordered)}.')
 
 
 def _nearest_first(name: str, names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), str(other).lower()).ratio())
 
 
-def _listed(names: Iterable[Any]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(str(name) for name in names[:_MOST_NAMED]) + more
-
-
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _HIDDEN_NAMES
 
 
-def _is_picture(path: str) -> bool:
-    # A pipe or a device would never end. A broken link is a picture that is absent.
+def _is_image(path: str) -> bool:
+    # A pipe or a device would never end. A broken link is an image that is absent.
     regular = os.path.isfile(path) or not os.path.exists(path)
-    return regular and os.path.splitext(path)[1].lower() in _picture_endings()
+    return regular and os.path.splitext(path)[1].lower() in _image_endings()
 
 
 @cache
-def _picture_endings() -> set[str]:
-    """Those of files that Pillow reads, without EPS, which is not decoded, and formats that it only recognises."""
+def _image_endings() -> set[str]:
+    """Those of files that Pillow reads, without EPS, which is not decoded, and formats that it only recognizes."""
     Image.init()
     stubs = {
         name

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Which pictures make up a training batch: for RBI, the batch is the neighbourhood.
+"""Which images make up a training batch: for RBI, the batch is the neighborhood.
 
 All samplers give the same global batches on any number of processes, each process its share of every one, and the same
 again after a resume: what is drawn depends on the seed and the epoch alone.
@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from modeling_rbi import UserError
+
 
 class Draw(NamedTuple):
-    """A picture of a batch: its row in the data set, and the seed of its augmentation. Padding repeats a picture."""
+    """An image of a batch: its row in the data set, and the seed of its augmentation. Padding repeats an image."""
 
     row: int
     seed: int
@@ -26,45 +28,44 @@ class Draw(NamedTuple):
 class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
     r"""
     Batches for `DataLoader(batch_sampler=...)`. Each global batch is spread evenly over the processes, in order; where
-    it does not divide, the last processes get a padding row, which is no neighbour of anyone and has no loss.
+    it does not divide, the last processes get a padding row, which is no neighbor of anyone and has no loss.
 
     Args:
         batch_size (`int`):
-            Pictures of a global batch, of all processes together.
+            Images of a global batch, of all processes together.
         seed (`int`, *optional*, defaults to 0):
             Of the order and of the augmentation.
-        num_unlabelled (`int`, *optional*, defaults to 0):
-            Pictures without labels, whose rows in the data set follow those of the others.
-        unlabelled_per_batch (`int`, *optional*, defaults to 0):
+        num_unlabeled (`int`, *optional*, defaults to 0):
+            Images without labels, whose rows in the data set follow those of the others.
+        unlabeled_per_batch (`int`, *optional*, defaults to 0):
             How many of them, drawn at random, come to each global batch besides.
         num_processes (`int`, *optional*, defaults to 1), process_index (`int`, *optional*, defaults to 0):
             The process that the batches are for.
     """
 
-    num_rows: int  # of pictures with labels
+    num_rows: int  # of images with labels
 
     def __init__(
         self,
         batch_size: int,
         *,
         seed: int = 0,
-        num_unlabelled: int = 0,
-        unlabelled_per_batch: int = 0,
+        num_unlabeled: int = 0,
+        unlabeled_per_batch: int = 0,
         num_processes: int = 1,
         process_index: int = 0,
     ):
         if batch_size < num_processes:
-            raise ValueError(
-                f"A batch of {batch_size} pictures cannot be spread over {num_processes} processes: raise the batch "
+            raise UserError(
+                f"A batch of {batch_size} images cannot be spread over {num_processes} processes: raise the batch "
                 "size, or use fewer processes."
             )
-        if unlabelled_per_batch > num_unlabelled:
-            raise ValueError(
-                f"Batches cannot have {unlabelled_per_batch} of {num_unlabelled} unlabelled pictures: lower that "
-                "number."
+        if unlabeled_per_batch > num_unlabeled:
+            raise UserError(
+                f"Batches cannot have {unlabeled_per_batch} of {num_unlabeled} unlabeled images: lower that number."
             )
         self.batch_size, self.seed = batch_size, seed
-        self.num_unlabelled, self.unlabelled_per_batch = num_unlabelled, unlabelled_per_batch
+        self.num_unlabeled, self.unlabeled_per_batch = num_unlabeled, unlabeled_per_batch
         self.num_processes, self.process_index = num_processes, process_index
         self.epoch = 0
 
@@ -81,8 +82,8 @@ class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
         batches = self.draw_batches(generator)
         for rows in batches:
             draws = self._own_draws(rows, generator)
-            if self.unlabelled_per_batch:
-                chosen = generator.choice(self.num_unlabelled, self.unlabelled_per_batch, replace=False)
+            if self.unlabeled_per_batch:
+                chosen = generator.choice(self.num_unlabeled, self.unlabeled_per_batch, replace=False)
                 draws += self._own_draws(self.num_rows + chosen, generator)
             yield draws
 
@@ -96,14 +97,14 @@ class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
 
 class ShuffledSampler(NeighborhoodSampler):
     r"""
-    Every picture once an epoch, in random order.
+    Every image once an epoch, in random order.
 
     Args:
         num_rows (`int`):
-            Pictures of the data set.
+            Images of the data set.
         drop_last (`bool`, *optional*, defaults to `False`):
             `False`: the epoch is spread over ceil(num_rows / batch_size) batches of equal size, give or take one, so
-            that no neighbourhood is left with a few pictures. `True`: all batches are full and the rest of the epoch
+            that no neighborhood is left with a few images. `True`: all batches are full and the rest of the epoch
             is left out.
     """
 
@@ -111,13 +112,13 @@ class ShuffledSampler(NeighborhoodSampler):
         super().__init__(batch_size, **kwargs)
         self.num_rows, self.drop_last = num_rows, drop_last
         if len(self) == 0:
-            raise ValueError(
-                f"There are {num_rows} training pictures, fewer than a batch of {batch_size}: lower the batch size, "
+            raise UserError(
+                f"There are {num_rows} training images, fewer than a batch of {batch_size}: lower the batch size, "
                 "or leave `dataloader_drop_last` off."
             )
         if num_rows // len(self) < self.num_processes:
-            raise ValueError(
-                f"{num_rows} training pictures make {len(self)} batches of {num_rows // len(self)}, which cannot be "
+            raise UserError(
+                f"{num_rows} training images make {len(self)} batches of {num_rows // len(self)}, which cannot be "
                 f"spread over {self.num_processes} processes: raise the batch size, or use fewer processes."
             )
 
@@ -133,15 +134,15 @@ class ShuffledSampler(NeighborhoodSampler):
 
 class BalancedSampler(NeighborhoodSampler):
     r"""
-    Every class equally often: classes are drawn in random order round after round, and of each class its pictures in
+    Every class equally often: classes are drawn in random order round after round, and of each class its images in
     random order, again from the start when they have all been drawn. An epoch has as many batches as the data fill.
 
     Args:
         labels (`Sequence[int]`):
-            Class of each picture.
+            Class of each image.
         images_per_class (`int`, *optional*, defaults to 1):
-            Pictures of a class that come into a batch together: K of P x K batches, with P = batch_size / K classes. A
-            neighbour is then often of the same class, which it seldom is at test.
+            Images of a class that come into a batch together: K of P x K batches, with P = batch_size / K classes. A
+            neighbor is then often of the same class, which it seldom is at test.
     """
 
     def __init__(self, labels: Sequence[int], batch_size: int, *, images_per_class: int = 1, **kwargs):
@@ -150,13 +151,13 @@ class BalancedSampler(NeighborhoodSampler):
         self.rows_by_class = [np.flatnonzero(classes == label) for label in np.unique(classes)]
         self.num_rows, self.images_per_class = len(labels), images_per_class
         if images_per_class < 1 or batch_size % images_per_class:
-            raise ValueError(
-                f"Batches of {batch_size} pictures cannot hold {images_per_class} of each class: make the batch size "
+            raise UserError(
+                f"Batches of {batch_size} images cannot hold {images_per_class} of each class: make the batch size "
                 "a multiple of `images_per_class`."
             )
         if images_per_class > 1 and batch_size // images_per_class > len(self.rows_by_class):
-            raise ValueError(
-                f"Batches of {batch_size} pictures, {images_per_class} of each class, need "
+            raise UserError(
+                f"Batches of {batch_size} images, {images_per_class} of each class, need "
                 f"{batch_size // images_per_class} classes, but there are {len(self.rows_by_class)}: raise "
                 "`images_per_class` or lower the batch size."
             )

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Splits of labelled pictures, as row numbers."""
+"""Splits of labeled images, as row numbers."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from sklearn.model_selection import StratifiedKFold
 
+from modeling_rbi import UserError
+
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of each part, `(n,)` each; no picture is in two of them."""
+    """Row numbers of each part, `(n,)` each; no image is in two of them."""
 
     train: torch.Tensor
     validation: torch.Tensor
@@ -20,28 +22,28 @@ class Split:
 
 def draw_few_shots(labels: torch.Tensor, num_train: int, num_validation: int, seed: int) -> Split:
     r"""
-    Draws the same number of pictures of each class for training and for validation; the rest are the test.
+    Draws the same number of images of each class for training and for validation; the rest are the test.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
-            Class of each picture.
+            Class of each image.
         num_train (`int`):
-            Training pictures of each class.
+            Training images of each class.
         num_validation (`int`):
-            Validation pictures of each class.
+            Validation images of each class.
         seed (`int`):
             Number of the draw.
 
     Raises:
-        ValueError: if a class has too few pictures to leave one for the test.
+        UserError: if a class has too few images to leave one for the test.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[torch.Tensor], ...] = ([], [], [])
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
         if len(rows) <= num_train + num_validation:
-            raise ValueError(
-                f"Class {label} has {len(rows)} pictures: too few for {num_train} to train, {num_validation} to "
+            raise UserError(
+                f"Class {label} has {len(rows)} images: too few for {num_train} to train, {num_validation} to "
                 "validate and at least 1 to test."
             )
         rows = rows[torch.randperm(len(rows), generator=generator)]
@@ -55,12 +57,12 @@ def stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> tuple[
     r"""
     Holds out the same share of each class, drawn at random.
 
-    Of a class with `n` pictures, `fraction * n` are held out, rounded to the nearest whole number (halves up), but at
-    least 1 and at most `n - 1`. The picture of a class that has only one is not held out.
+    Of a class with `n` images, `fraction * n` are held out, rounded to the nearest whole number (halves up), but at
+    least 1 and at most `n - 1`. The image of a class that has only one is not held out.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
-            Class of each picture.
+            Class of each image.
         fraction (`float`):
             Share to hold out, between 0 and 1, both excluded.
         seed (`int`):
@@ -70,10 +72,10 @@ def stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> tuple[
         Row numbers to train on and row numbers held out, each in ascending order.
 
     Raises:
-        ValueError: if `fraction` is out of range.
+        UserError: if `fraction` is out of range.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"The share to hold out must be between 0 and 1, both excluded, got {fraction}.")
+        raise UserError(f"The share to hold out must be between 0 and 1, both excluded, got {fraction}.")
     generator = torch.Generator().manual_seed(seed)
     train, held_out = [], []
     for rows in rows_by_class(labels):
@@ -86,12 +88,12 @@ def stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> tuple[
 
 def stratified_folds(labels: torch.Tensor, num_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     r"""
-    Folds for cross-validation, drawn at random by scikit-learn's `StratifiedKFold`: each picture is held out once,
+    Folds for cross-validation, drawn at random by scikit-learn's `StratifiedKFold`: each image is held out once,
     and each class is spread evenly over the folds.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
-            Class of each picture.
+            Class of each image.
         num_folds (`int`):
             Number of folds, at least 2.
         seed (`int`):
@@ -101,15 +103,15 @@ def stratified_folds(labels: torch.Tensor, num_folds: int, seed: int) -> list[tu
         For each fold the row numbers to train on and those to validate on, each in ascending order.
 
     Raises:
-        ValueError: if there are fewer than 2 folds, or a class has fewer pictures than there are folds.
+        UserError: if there are fewer than 2 folds, or a class has fewer images than there are folds.
     """
     if num_folds < 2:
-        raise ValueError(f"There must be at least 2 folds, got {num_folds}.")
+        raise UserError(f"There must be at least 2 folds, got {num_folds}.")
     classes, counts = labels.unique(return_counts=True)
     if len(classes) and counts.min() < num_folds:
         smallest = counts.argmin()
-        raise ValueError(
-            f"Class {classes[smallest]} has {counts[smallest]} pictures: too few for {num_folds} folds. Take fewer "
+        raise UserError(
+            f"Class {classes[smallest]} has {counts[smallest]} images: too few for {num_folds} folds. Take fewer "
             "folds, or leave the class out."
         )
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
@@ -121,13 +123,13 @@ def stratified_folds(labels: torch.Tensor, num_folds: int, seed: int) -> list[tu
 
 def draw_per_class(labels: torch.Tensor, num_per_class: int, seed: int) -> torch.Tensor:
     r"""
-    Draws the same number of pictures of each class.
+    Draws the same number of images of each class.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
-            Class of each picture.
+            Class of each image.
         num_per_class (`int`):
-            Pictures of each class.
+            Images of each class.
         seed (`int`):
             Number of the draw.
 
@@ -135,14 +137,14 @@ def draw_per_class(labels: torch.Tensor, num_per_class: int, seed: int) -> torch
         Row numbers in ascending order.
 
     Raises:
-        ValueError: if a class has fewer pictures.
+        UserError: if a class has fewer images.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for rows in rows_by_class(labels):
         if len(rows) < num_per_class:
-            raise ValueError(
-                f"Class {labels[rows[0]]} has {len(rows)} pictures, fewer than the {num_per_class} of each class that "
+            raise UserError(
+                f"Class {labels[rows[0]]} has {len(rows)} images, fewer than the {num_per_class} of each class that "
                 "are asked for."
             )
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:num_per_class]])
@@ -151,13 +153,13 @@ def draw_per_class(labels: torch.Tensor, num_per_class: int, seed: int) -> torch
 
 def draw_subset(labels: torch.Tensor, size: int, seed: int) -> torch.Tensor:
     r"""
-    Draws pictures at random: first one of each class, then any.
+    Draws images at random: first one of each class, then any.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
-            Class of each picture.
+            Class of each image.
         size (`int`):
-            Number of pictures. With fewer than there are classes, classes drawn at random go without.
+            Number of images. With fewer than there are classes, classes drawn at random go without.
         seed (`int`):
             Number of the draw.
 

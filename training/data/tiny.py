@@ -1,8 +1,8 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Small made-up pictures in exactly a published layout, for dry runs and tests.
+"""Small made-up images in exactly a published layout, for dry runs and tests.
 
-Each picture is grey noise with a rectangle in the colour of its class. The rectangle is the box that is written in the
+Each image is gray noise with a rectangle in the color of its class. The rectangle is the box that is written in the
 publisher's own convention, so that what a reader says of labels and boxes can be seen in the pixels. Ids and names are
 in the publishers' forms, and in an order that gives nothing away.
 """
@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from modeling_rbi import UserError
+
 from .layouts import PUBLISHED
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A made-up picture: its class (from 0), its split, pixels, and box (left, top, right, bottom, counted from 0,
+class Example:
+    """A made-up image: its class (from 0), its split, pixels, and box (left, top, right, bottom, counted from 0,
     right and bottom just outside)."""
 
     label: int
@@ -47,7 +49,7 @@ def make_published(
         num_classes (`int`, *optional*, defaults to 4):
             Number of classes, at least 2.
         images_per_class (`int`, *optional*, defaults to 6):
-            Pictures of each class over all splits, dealt out evenly; at least one for each split.
+            Images of each class over all splits, dealt out evenly; at least one for each split.
         archive (`bool`, *optional*, defaults to `False`):
             Whether to write the publisher's archives instead of what they unpack to.
 
@@ -56,27 +58,27 @@ def make_published(
         is published in several.
 
     Raises:
-        ValueError: if there is no such layout, or there are too few classes or pictures.
-        ImportError: if the layout has MATLAB files and scipy is absent.
+        UserError: if there is no such layout, or there are too few classes or images.
+        MissingPackageError: if the layout has MATLAB files and scipy is absent.
     """
     if name not in _MAKERS:
-        raise ValueError(f"{name!r} is no published layout: choose one of {', '.join(_MAKERS)}.")
+        raise UserError(f"{name!r} is no published layout: choose one of {', '.join(_MAKERS)}.")
     published = PUBLISHED[name]
     splits = list(published.split_sizes)
     if num_classes < 2 or images_per_class < len(splits):
-        raise ValueError(
-            f"{name} needs at least 2 classes and {len(splits)} pictures of each, got {num_classes} and "
+        raise UserError(
+            f"{name} needs at least 2 classes and {len(splits)} images of each, got {num_classes} and "
             f"{images_per_class}."
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    pictures = [
+    examples = [
         _draw(label, splits[number * len(splits) // images_per_class], num_classes, rng)
         for label in range(num_classes)
         for number in range(images_per_class)
     ]
-    shuffled = [pictures[number] for number in rng.permutation(len(pictures))]
+    shuffled = [examples[number] for number in rng.permutation(len(examples))]
     parts = _MAKERS[name](folder, shuffled, num_classes, rng)
     if archive:
         for file_name, members in parts.items():
@@ -86,25 +88,25 @@ def make_published(
     return folder / (published.archives[0] if archive else published.folder)
 
 
-def _draw(label: int, split: str, num_classes: int, rng: np.random.Generator) -> Picture:
-    # The size of Tiny-ImageNet's pictures, so that one drawing does for all.
+def _draw(label: int, split: str, num_classes: int, rng: np.random.Generator) -> Example:
+    # The size of Tiny-ImageNet's images, so that one drawing does for all.
     width = height = 64
     left, top, right, bottom = (int(edge) for edge in rng.integers([0, 0, 43, 43], [22, 22, 65, 65]))
     pixels = np.repeat(rng.integers(100, 156, (height, width, 1)), 3, axis=2)
-    pixels[top:bottom, left:right] = class_colour(label, num_classes)
+    pixels[top:bottom, left:right] = class_color(label, num_classes)
     pixels[top:bottom, left:right] += rng.integers(-5, 6, (bottom - top, right - left, 1))
-    return Picture(label, split, Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), (left, top, right, bottom))
+    return Example(label, split, Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), (left, top, right, bottom))
 
 
-def class_colour(label: int, num_classes: int) -> tuple[int, int, int]:
+def class_color(label: int, num_classes: int) -> tuple[int, int, int]:
     """Red, green and blue, 0 to 255, of the rectangles of a class."""
     red, green, blue = colorsys.hsv_to_rgb(label / num_classes, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _save(picture: Picture, path: Path):
+def _save(example: Example, path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.image.save(path, format="JPEG", quality=95, subsampling=0)
+    example.image.save(path, format="JPEG", quality=95, subsampling=0)
 
 
 def _write(path: Path, lines: list[str]):
@@ -126,77 +128,77 @@ def _cells(values: list[str]) -> np.ndarray:
     return cells
 
 
-def _make_cub(folder: Path, pictures: list[Picture], num_classes: int, rng: np.random.Generator):
+def _make_cub(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     root = folder / "CUB_200_2011"
     names = [f"{label + 1:03d}.Made_up_Bird_{label + 1}" for label in range(num_classes)]
     files, boxes = [], []
-    for number, picture in enumerate(pictures, start=1):
-        name = names[picture.label]
+    for number, example in enumerate(examples, start=1):
+        name = names[example.label]
         files.append(f"{name}/{name[4:]}_{number:04d}_{rng.integers(10**6)}.jpg")
-        _save(picture, root / "images" / files[-1])
-        left, top, right, bottom = picture.box
+        _save(example, root / "images" / files[-1])
+        left, top, right, bottom = example.box
         boxes.append(f"{left:.1f} {top:.1f} {right - left:.1f} {bottom - top:.1f}")
-    _write_birds(root, [str(number) for number in range(1, len(pictures) + 1)], pictures, files, boxes)
+    _write_birds(root, [str(number) for number in range(1, len(examples) + 1)], examples, files, boxes)
     _write(
         root / "image_class_labels.txt",
-        [f"{number} {picture.label + 1}" for number, picture in enumerate(pictures, start=1)],
+        [f"{number} {example.label + 1}" for number, example in enumerate(examples, start=1)],
     )
     _write(root / "classes.txt", [f"{label + 1} {name}" for label, name in enumerate(names)])
     _write(folder / "attributes.txt", ["1 has_bill_shape::curved_(up_or_down)"])
     return {"CUB_200_2011.tgz": ["CUB_200_2011", "attributes.txt"]}
 
 
-def _make_nabirds(folder: Path, pictures: list[Picture], num_classes: int, rng: np.random.Generator):
+def _make_nabirds(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     root = folder / "nabirds"
     # Numbers of leaves, with gaps, and written without regard to their order; 0 is the root of the tree.
     numbers = [295 + 7 * label for label in range(num_classes)]
-    ids = [uuid.UUID(bytes=rng.bytes(16)) for _ in pictures]
+    ids = [uuid.UUID(bytes=rng.bytes(16)) for _ in examples]
     files, boxes = [], []
-    for image, picture in zip(ids, pictures, strict=True):
-        files.append(f"{numbers[picture.label]:04d}/{image.hex}.jpg")
-        _save(picture, root / "images" / files[-1])
-        left, top, right, bottom = picture.box
+    for image, example in zip(ids, examples, strict=True):
+        files.append(f"{numbers[example.label]:04d}/{image.hex}.jpg")
+        _save(example, root / "images" / files[-1])
+        left, top, right, bottom = example.box
         boxes.append(f"{left} {top} {right - left} {bottom - top}")
-    _write_birds(root, [str(image) for image in ids], pictures, files, boxes)
+    _write_birds(root, [str(image) for image in ids], examples, files, boxes)
     _write(
         root / "image_class_labels.txt",
-        [f"{image} {numbers[picture.label]}" for image, picture in zip(ids, pictures, strict=True)],
+        [f"{image} {numbers[example.label]}" for image, example in zip(ids, examples, strict=True)],
     )
     leaves = [f"{number} Made-up Bird {label} (Adult)" for label, number in enumerate(numbers)]
     _write(root / "classes.txt", ["0 Birds", "1 Made-up Birds", *reversed(leaves)])
     _write(root / "hierarchy.txt", ["1 0", *(f"{number} 1" for number in numbers)])
     sizes = [
-        f"{image} {picture.image.width} {picture.image.height}" for image, picture in zip(ids, pictures, strict=True)
+        f"{image} {example.image.width} {example.image.height}" for image, example in zip(ids, examples, strict=True)
     ]
     _write(root / "sizes.txt", sizes)
     _write(root / "photographers.txt", [f"{image} Nobody" for image in ids])
     return {"nabirds.tar.gz": ["nabirds"]}
 
 
-def _write_birds(root: Path, ids: list[str], pictures: list[Picture], files: list[str], boxes: list[str]):
-    splits = [str(int(picture.split == "train")) for picture in pictures]
+def _write_birds(root: Path, ids: list[str], examples: list[Example], files: list[str], boxes: list[str]):
+    splits = [str(int(example.split == "train")) for example in examples]
     for name, values in (("images", files), ("train_test_split", splits), ("bounding_boxes", boxes)):
         _write(root / f"{name}.txt", [f"{image} {value}" for image, value in zip(ids, values, strict=True)])
 
 
-def _make_stanford_dogs(folder: Path, pictures: list[Picture], num_classes: int, rng: np.random.Generator):
+def _make_stanford_dogs(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     lists: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
-    for number, picture in enumerate(pictures):
-        wnid = f"n{2085620 + picture.label:08d}"
-        stem = f"{wnid}-Made_up_dog_{picture.label}/{wnid}_{number}"
-        lists[picture.split].append((stem, picture.label + 1))
-        _save(picture, folder / "Images" / f"{stem}.jpg")
+    for number, example in enumerate(examples):
+        wnid = f"n{2085620 + example.label:08d}"
+        stem = f"{wnid}-Made_up_dog_{example.label}/{wnid}_{number}"
+        lists[example.split].append((stem, example.label + 1))
+        _save(example, folder / "Images" / f"{stem}.jpg")
         # A second, smaller dog comes first.
-        left, top, right, bottom = picture.box
+        left, top, right, bottom = example.box
         _write(
             folder / "Annotation" / stem,
             [
                 "<annotation>",
                 f"<folder>{wnid[1:]}</folder><filename>{wnid}_{number}</filename><segment>0</segment>",
-                f"<size><width>{picture.image.width}</width><height>{picture.image.height}</height><depth>3</depth>"
+                f"<size><width>{example.image.width}</width><height>{example.image.height}</height><depth>3</depth>"
                 "</size>",
                 *(
-                    f"<object><name>Made_up_dog_{picture.label}</name><bndbox><xmin>{left}</xmin><ymin>{top}</ymin>"
+                    f"<object><name>Made_up_dog_{example.label}</name><bndbox><xmin>{left}</xmin><ymin>{top}</ymin>"
                     f"<xmax>{xmax}</xmax><ymax>{ymax}</ymax></bndbox></object>"
                     for xmax, ymax in ((left + 2, top + 2), (right, bottom))
                 ),
@@ -217,23 +219,23 @@ def _make_stanford_dogs(folder: Path, pictures: list[Picture], num_classes: int,
     }
 
 
-def _make_tiny_imagenet(folder: Path, pictures: list[Picture], num_classes: int, rng: np.random.Generator):
+def _make_tiny_imagenet(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     root = folder / "tiny-imagenet-200"
     wnids = [f"n{1443537 + 11 * label:08d}" for label in range(num_classes)]
     boxes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     annotations = []
-    for number, picture in enumerate(pictures):
+    for number, example in enumerate(examples):
         # The last column and row of a box are inside.
-        left, top, right, bottom = picture.box
-        box, wnid = f"{left}\t{top}\t{right - 1}\t{bottom - 1}", wnids[picture.label]
-        if picture.split == "train":
+        left, top, right, bottom = example.box
+        box, wnid = f"{left}\t{top}\t{right - 1}\t{bottom - 1}", wnids[example.label]
+        if example.split == "train":
             file_name = f"{wnid}_{len(boxes[wnid])}.JPEG"
-            _save(picture, root / "train" / wnid / "images" / file_name)
+            _save(example, root / "train" / wnid / "images" / file_name)
             boxes[wnid].append(f"{file_name}\t{box}")
         else:
-            _save(picture, root / "val" / "images" / f"val_{number}.JPEG")
+            _save(example, root / "val" / "images" / f"val_{number}.JPEG")
             annotations.append(f"val_{number}.JPEG\t{wnid}\t{box}")
-            _save(picture, root / "test" / "images" / f"test_{number}.JPEG")
+            _save(example, root / "test" / "images" / f"test_{number}.JPEG")
     for wnid, lines in boxes.items():
         _write(root / "train" / wnid / f"{wnid}_boxes.txt", lines)
     _write(root / "val" / "val_annotations.txt", annotations)
@@ -243,13 +245,13 @@ def _make_tiny_imagenet(folder: Path, pictures: list[Picture], num_classes: int,
     return {"tiny-imagenet-200.zip": ["tiny-imagenet-200"]}
 
 
-def _make_oxford_flowers(folder: Path, pictures: list[Picture], num_classes: int, rng: np.random.Generator):
+def _make_oxford_flowers(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     numbers: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for number, picture in enumerate(pictures, start=1):
-        numbers[picture.split].append(number)
-        _save(picture, folder / "jpg" / f"image_{number:05d}.jpg")
+    for number, example in enumerate(examples, start=1):
+        numbers[example.split].append(number)
+        _save(example, folder / "jpg" / f"image_{number:05d}.jpg")
     _save_mat(
-        folder / "imagelabels.mat", labels=np.array([[picture.label + 1 for picture in pictures]], dtype=np.uint8)
+        folder / "imagelabels.mat", labels=np.array([[example.label + 1 for example in examples]], dtype=np.uint8)
     )
     _save_mat(
         folder / "setid.mat",
@@ -261,17 +263,17 @@ def _make_oxford_flowers(folder: Path, pictures: list[Picture], num_classes: int
     return {"102flowers.tgz": ["jpg"]}
 
 
-def _make_fgvc_aircraft(folder: Path, pictures: list[Picture], num_classes: int, rng: np.random.Generator):
+def _make_fgvc_aircraft(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     root = folder / "fgvc-aircraft-2013b" / "data"
     names = [f"F/A-{label} Made Up" for label in range(num_classes)]
-    ids = [f"{number:07d}" for number in rng.choice(10**7, len(pictures), replace=False)]
+    ids = [f"{number:07d}" for number in rng.choice(10**7, len(examples), replace=False)]
     lists: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     boxes = []
-    for image, picture in zip(ids, pictures, strict=True):
-        _save(picture, root / "images" / f"{image}.jpg")
-        lists[picture.split].append(f"{image} {names[picture.label]}")
+    for image, example in zip(ids, examples, strict=True):
+        _save(example, root / "images" / f"{image}.jpg")
+        lists[example.split].append(f"{image} {names[example.label]}")
         # The first pixel is (1, 1), and the last column and row are inside.
-        left, top, right, bottom = picture.box
+        left, top, right, bottom = example.box
         boxes.append(f"{image} {left + 1} {top + 1} {right} {bottom}")
     for part, split in (("train", "train"), ("val", "validation"), ("test", "test")):
         _write(root / f"images_variant_{part}.txt", lists[split])
@@ -281,14 +283,14 @@ def _make_fgvc_aircraft(folder: Path, pictures: list[Picture], num_classes: int,
     return {"fgvc-aircraft-2013b.tar.gz": ["fgvc-aircraft-2013b"]}
 
 
-def _make_stanford_cars(folder: Path, pictures: list[Picture], num_classes: int, rng: np.random.Generator):
+def _make_stanford_cars(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]
     rows: dict[str, list[tuple]] = {"train": [], "test": []}
-    for picture in pictures:
-        file_name = f"{len(rows[picture.split]) + 1:05d}.jpg"
-        _save(picture, folder / f"cars_{picture.split}" / file_name)
-        left, top, right, bottom = picture.box
-        rows[picture.split].append((left + 1, top + 1, right, bottom, picture.label + 1, file_name))
+    for example in examples:
+        file_name = f"{len(rows[example.split]) + 1:05d}.jpg"
+        _save(example, folder / f"cars_{example.split}" / file_name)
+        left, top, right, bottom = example.box
+        rows[example.split].append((left + 1, top + 1, right, bottom, example.label + 1, file_name))
     for split, path in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
         annotations = np.empty((1, len(rows[split])), dtype=[(name, object) for name in fields])
         annotations[0] = rows[split]
@@ -317,7 +319,7 @@ def _pack(folder: Path, file_name: str, members: list[str]):
             (folder / member).unlink()
 
 
-_Maker = Callable[[Path, list[Picture], int, np.random.Generator], dict[str, list[str]]]
+_Maker = Callable[[Path, list[Example], int, np.random.Generator], dict[str, list[str]]]
 # What writes the unpacked set, and says which archives hold which of its files and folders.
 _MAKERS: dict[str, _Maker] = {
     "cub_200_2011": _make_cub,

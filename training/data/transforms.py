@@ -1,9 +1,9 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""From a decoded picture to `pixel_values`, in training with random changes, in evaluation without.
+"""From a decoded image to `pixel_values`, in training with random changes, in evaluation without.
 
-The size, the resampling and the normalisation are those of the model's image processor, so that training and
-evaluation differ in nothing but the augmentation. A random change depends on a seed alone: a picture looks the same in
+The size, the resampling and the normalization are those of the model's image processor, so that training and
+evaluation differ in nothing but the augmentation. A random change depends on a seed alone: an image looks the same in
 the same epoch on any number of processes and workers, and after a resume.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import pixel_statistics
+from modeling_rbi import UserError, pixel_statistics
 
 
 # Width to height of a random crop, relative to that of the output.
@@ -55,31 +55,31 @@ _RAND_AUGMENT_POLICY: list[list[tuple[str, float, float | None]]] = [
 @dataclass
 class AugmentationArguments:
     r"""
-    How training pictures are changed at random. Evaluation pictures never are.
+    How training images are changed at random. Evaluation images never are.
 
     Raises:
-        ValueError: if a value is out of its range.
+        UserError: if a value is out of its range.
     """
 
     train_crop: Literal["random_resized", "resize"] = field(
         default="random_resized",
         metadata={
-            "help": "`random_resized`: a random part of the picture, of random form, resized to the model's size. "
-            "`resize`: the whole picture, resized directly."
+            "help": "`random_resized`: a random part of the image, of random form, resized to the model's size. "
+            "`resize`: the whole image, resized directly."
         },
     )
-    # Above 1/3 with ratios from 3/4 to 4/3, each side of the crop is more than half of a square picture's, so that
+    # Above 1/3 with ratios from 3/4 to 4/3, each side of the crop is more than half of a square image's, so that
     # every crop holds its middle. ImageNet's usual 0.08 may leave nothing of what tells two species apart.
     crop_scale_min: float = field(
-        default=0.35, metadata={"help": "Least share of the picture's area in a random crop, above 0, at most 1."}
+        default=0.35, metadata={"help": "Least share of the image's area in a random crop, above 0, at most 1."}
     )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the pictures."})
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the images."})
     rotation_degrees: float = field(
         default=0.0,
         metadata={"help": "Rotate by up to so many degrees to either side; 0 is off. The paper's code has 15."},
     )
     rand_augment_num_ops: int = field(
-        default=0, metadata={"help": "Operations of RandAugment for a picture; 0 is off, 2 is usual."}
+        default=0, metadata={"help": "Operations of RandAugment for an image; 0 is off, 2 is usual."}
     )
     rand_augment_magnitude: int = field(
         default=9, metadata={"help": "Magnitude of RandAugment's operations, 1 to 29 (of 30)."}
@@ -90,26 +90,26 @@ class AugmentationArguments:
     )
     random_erasing: float = field(
         default=0.0,
-        metadata={"help": "Probability of erasing a rectangle, a 50th to a third of the picture, to the mean colour."},
+        metadata={"help": "Probability of erasing a rectangle, a 50th to a third of the image, to the mean color."},
     )
     mixup_alpha: float = field(
-        default=0.0, metadata={"help": "Mix pictures of a batch, with shares from Beta(alpha, alpha); 0 is off."}
+        default=0.0, metadata={"help": "Mix images of a batch, with shares from Beta(alpha, alpha); 0 is off."}
     )
     cutmix_alpha: float = field(
         default=0.0,
-        metadata={"help": "Paste parts of pictures of a batch, with shares from Beta(alpha, alpha); 0 is off."},
+        metadata={"help": "Paste parts of images of a batch, with shares from Beta(alpha, alpha); 0 is off."},
     )
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures are mixed with others of their batch."""
+        """Whether images are mixed with others of their batch."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     def __post_init__(self):
         if self.train_crop not in ("random_resized", "resize"):
-            raise ValueError(f"--train_crop must be random_resized or resize, got {self.train_crop}.")
+            raise UserError(f"--train_crop must be random_resized or resize, got {self.train_crop}.")
         if not 0 < self.crop_scale_min <= 1:
-            raise ValueError(f"--crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}.")
+            raise UserError(f"--crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}.")
         for name, least, most in (
             ("rotation_degrees", 0, 180),
             ("rand_augment_num_ops", 0, len(_RAND_AUGMENT_POLICY)),
@@ -122,15 +122,15 @@ class AugmentationArguments:
             value = getattr(self, name)
             if not (least <= value <= most and math.isfinite(value)):
                 limits = f"at least {least}" if math.isinf(most) else f"between {least} and {most}"
-                raise ValueError(f"--{name} must be {limits}, got {value}.")
+                raise UserError(f"--{name} must be {limits}, got {value}.")
 
 
 def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     r"""
-    Height and width of what an image processor gives, measured on a wide and a high picture.
+    Height and width of what an image processor gives, measured on a wide and a high image.
 
     Raises:
-        ValueError: if they depend on the picture.
+        UserError: if they depend on the image.
     """
     mode = _mode(image_processor)
     sizes = {
@@ -138,9 +138,9 @@ def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
         for size in ((96, 64), (64, 96))
     }
     if len(sizes) > 1:
-        raise ValueError(
-            f"{type(image_processor).__name__} keeps the form of a picture ({' and '.join(map(str, sorted(sizes)))}), "
-            "but pictures of a batch must have one size: set its `size` to a height and a width, or `do_center_crop`."
+        raise UserError(
+            f"{type(image_processor).__name__} keeps the form of an image ({' and '.join(map(str, sorted(sizes)))}), "
+            "but images of a batch must have one size: set its `size` to a height and a width, or `do_center_crop`."
         )
     (height, width) = sizes.pop()
     return height, width
@@ -148,13 +148,13 @@ def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
 
 class TrainTransform:
     r"""
-    Gives training pictures as the image processor does, changed at random: crop and resize, mirror, rotation,
-    RandAugment, colour jitter, normalisation, erasing, in this order, those that are on. What a rotation leaves empty
+    Gives training images as the image processor does, changed at random: crop and resize, mirror, rotation,
+    RandAugment, color jitter, normalization, erasing, in this order, those that are on. What a rotation leaves empty
     is black.
 
     [RandAugment](https://huggingface.co/papers/1909.13719) is kornia's, with the published shear: of 15 operations it
     draws so many different ones and applies them all, each at `magnitude / 30` of its range, in a random direction
-    where it has two. As published, solarize is milder at greater magnitudes, and contrast, colour, brightness and
+    where it has two. As published, solarize is milder at greater magnitudes, and contrast, color, brightness and
     sharpness change nothing at 15.
 
     Args:
@@ -164,7 +164,7 @@ class TrainTransform:
             What to do.
 
     Raises:
-        ValueError: see [`processed_size`].
+        UserError: see [`processed_size`].
     """
 
     def __init__(self, image_processor: BaseImageProcessor, args: AugmentationArguments):
@@ -181,7 +181,7 @@ class TrainTransform:
         r"""
         Args:
             image (`PIL.Image.Image`):
-                A decoded picture.
+                A decoded image.
             seed (`int` or sequence of `int`):
                 All that the draws depend on, not negative; for example the run's seed, the epoch and the row. No
                 global generator is changed.
@@ -197,12 +197,12 @@ class TrainTransform:
             image = image.convert(self.mode).resize((self.width, self.height), self.resample, box=box)
             pixels = torch.from_numpy(np.array(image)).view(self.height, self.width, -1).permute(2, 0, 1) / 255
             num_channels = len(pixels)
-            # Grey is three equal channels to them, and remains so.
+            # Gray is three equal channels to them, and remains so.
             pixels = self.change_pixels(pixels.expand(1, 3, -1, -1))[:, :num_channels].clamp(0, 1)
             return self.erase((pixels - self.mean) / self.std)[0].contiguous()
 
     def _draw_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of a part of the picture, of random area and form, anywhere; in pixels."""
+        """Left, top, right and bottom of a part of the image, of random area and form, anywhere; in pixels."""
         low, high = (math.log(ratio * self.width / self.height) for ratio in CROP_RATIOS)
         for _ in range(_CROP_TRIALS):
             draw_area, draw_ratio, draw_left, draw_top = torch.rand(4, dtype=torch.float64).tolist()
@@ -212,7 +212,7 @@ class TrainTransform:
             if 1 <= crop_width <= width and 1 <= crop_height <= height:
                 left, top = draw_left * (width - crop_width), draw_top * (height - crop_height)
                 return left, top, min(left + crop_width, width), min(top + crop_height, height)
-        # The picture is so wide or so high that hardly any crop of that area fits: the greatest of a permitted form.
+        # The image is so wide or so high that hardly any crop of that area fits: the greatest of a permitted form.
         ratio = min(max(width / height, math.exp(low)), math.exp(high))
         crop_width, crop_height = min(width, height * ratio), min(height, width / ratio)
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
@@ -220,7 +220,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Gives evaluation pictures as the image processor does, `(num_channels, height, width)`."""
+    """Gives evaluation images as the image processor does, `(num_channels, height, width)`."""
 
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
@@ -231,13 +231,13 @@ class EvalTransform:
 
 
 def _mode(image_processor: BaseImageProcessor) -> Literal["L", "RGB"]:
-    """PIL's mode of the pictures that the processor takes."""
+    """PIL's mode of the images that the processor takes."""
     mean = getattr(image_processor, "image_mean", None)
     return "L" if isinstance(mean, Sequence) and len(mean) == 1 else "RGB"
 
 
 def _pixel_augmentations(args: AugmentationArguments) -> list[nn.Module]:
-    """Those on pixels in [0, 1], before the normalisation."""
+    """Those on pixels in [0, 1], before the normalization."""
     augmentations: list[nn.Module] = []
     if args.horizontal_flip:
         augmentations.append(K.RandomHorizontalFlip(p=0.5))

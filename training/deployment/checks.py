@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import RBIForImageClassification
+from modeling_rbi import RBIForImageClassification, UserError
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _PLACE = re.compile(r"(?:file://|/|~|\.\.?[\\/]|[A-Za-z]:[\\/]|\\\\).*")
 _TEXT = {".csv", ".json", ".md", ".py", ".txt", ".yaml", ".yml"}
 
 
-class RefusedError(ValueError):
+class RefusedError(UserError):
     """What must not be published as it is; the message names all that is wrong and the mends."""
 
 
@@ -100,7 +100,7 @@ def check_loads_back(
     folder: Path,
     model: RBIForImageClassification,
     image_processor: BaseImageProcessor,
-    pictures: Sequence[Path] = (),
+    images: Sequence[Path] = (),
 ):
     r"""
     Loads the folder in a process without this project's packages and compares its answers with those of the model.
@@ -110,7 +110,7 @@ def check_loads_back(
             What would be published.
         model (`RBIForImageClassification`), image_processor (`BaseImageProcessor`):
             What it must be the same as.
-        pictures (`Sequence[Path]`, *optional*):
+        images (`Sequence[Path]`, *optional*):
             To compare with; by default made-up ones.
 
     Raises:
@@ -118,7 +118,7 @@ def check_loads_back(
     """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        paths = list(pictures) or _make_pictures(scratch)
+        paths = list(images) or _make_images(scratch)
         output = scratch / "logits.safetensors"
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
@@ -138,8 +138,8 @@ def check_loads_back(
             reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message"
             raise RefusedError(f"The folder does not load and answer where this package is not installed ({reason}).")
         loaded = load_file(output)
-        images = [Image.open(path).convert("RGB") for path in paths]
-        inputs = image_processor(images, return_tensors="pt").to(model.dtype)
+        opened = [Image.open(path).convert("RGB") for path in paths]
+        inputs = image_processor(opened, return_tensors="pt").to(model.dtype)
         for scope, logits in loaded.items():
             with torch.no_grad():
                 expected = model(**inputs, relation_scope=scope).logits.float()
@@ -151,7 +151,7 @@ def check_loads_back(
                 )
 
 
-def _make_pictures(folder: Path) -> list[Path]:
+def _make_images(folder: Path) -> list[Path]:
     generator = torch.Generator().manual_seed(0)
     paths = [folder / f"{number}.png" for number in range(3)]
     for path in paths:

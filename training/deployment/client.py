@@ -20,8 +20,8 @@ from .exporters import ExportedFile
 _CLIENT_DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "q8"}
 # transformers.js refuses types of model that it does not list, and treats all image classifiers alike.
 _CLIENT_MODEL_TYPE = "vit"
-# Grey levels that two image processors may differ by, as torchvision's and Pillow's resizing do.
-_MAX_GREY_LEVELS = 2.0
+# Gray levels that two image processors may differ by, as torchvision's and Pillow's resizing do.
+_MAX_GRAY_LEVELS = 2.0
 
 
 def client_config(
@@ -48,7 +48,7 @@ def client_image_processor(
     image_processor: BaseImageProcessor, num_channels: int
 ) -> tuple[dict[str, Any] | None, str | None]:
     r"""
-    The image processor as a `CLIPImageProcessor`, whose steps (resize, crop, rescale, normalise) transformers.js has,
+    The image processor as a `CLIPImageProcessor`, whose steps (resize, crop, rescale, normalize) transformers.js has,
     and has as transformers does. Of other kinds it does some otherwise (EfficientNet), or does not know the name
     (those that end in Pil).
 
@@ -67,7 +67,7 @@ def client_image_processor(
     if not given.get("do_center_crop"):
         crop_size = None
     if given.get("crop_pct") and size and (edge := size.get("shortest_edge")):
-        # ConvNeXt's, which crops small pictures alone.
+        # ConvNeXt's, which crops small images alone.
         is_small = edge < 384
         crop_size = {"height": edge, "width": edge} if is_small else None
         size = {"shortest_edge": int(edge / given["crop_pct"])} if is_small else {"height": edge, "width": edge}
@@ -89,7 +89,7 @@ def client_image_processor(
     if _prepare_alike(image_processor, CLIPImageProcessorPil(**fields), num_channels, min(std)):
         return {"image_processor_type": "CLIPImageProcessor"} | fields, None
     return None, (
-        f"{type(image_processor).__name__} prepares pictures in a way that transformers.js may not have: give the "
+        f"{type(image_processor).__name__} prepares images in a way that transformers.js may not have: give the "
         "model prepared pixel_values there."
     )
 
@@ -102,11 +102,11 @@ def _prepare_alike(first: Callable, second: Callable, num_channels: int, std: fl
     random = np.random.default_rng(0)
     for height, width in ((96, 64), (200, 310), (450, 450)):
         levels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        picture = Image.fromarray(levels).convert("L" if num_channels == 1 else "RGB")
-        prepared = [each(picture, return_tensors="pt")["pixel_values"] for each in (first, second)]
+        image = Image.fromarray(levels).convert("L" if num_channels == 1 else "RGB")
+        prepared = [each(image, return_tensors="pt")["pixel_values"] for each in (first, second)]
         if prepared[0].shape != prepared[1].shape:
             return False
-        if (prepared[0] - prepared[1]).abs().max() > _MAX_GREY_LEVELS / 255 / std:
+        if (prepared[0] - prepared[1]).abs().max() > _MAX_GRAY_LEVELS / 255 / std:
             return False
     return True
 

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
+from modeling_rbi import MissingPackageError, RBIConfig, RBIForImageClassification, UserError
 
-from ..data.pictures import Collator, Pictures
+from ..data.image_dataset import Collator, ImageDataset
 from ..data.reading import DataArguments
 from ..data.transforms import EvalTransform, processed_size
 
@@ -64,16 +64,16 @@ def choose_scope(name: str, config: PreTrainedConfig, asked: str | None) -> str:
     The scope to export: the one that is asked for, or else the model's own.
 
     Raises:
-        ValueError: if it is no RBI model, or has no references to attend to.
+        UserError: if it is no RBI model, or has no references to attend to.
     """
     if config.model_type != RBIConfig.model_type:
-        raise ValueError(
+        raise UserError(
             f"--model {name} is a {config.model_type} model, not RBI: Optimum exports it (`optimum-cli export onnx`), "
             "or RBIForImageClassification.from_image_classifier makes it one."
         )
     scope = asked or config.relation_scope
     if scope == "reference" and config.references is None:
-        raise ValueError(
+        raise UserError(
             f"--scope reference: {name} has no reference bank. Make one, with training.references or "
             "`model.set_references`, or choose --scope self."
         )
@@ -82,20 +82,20 @@ def choose_scope(name: str, config: PreTrainedConfig, asked: str | None) -> str:
 
 def _require_packages(*names: str):
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise ImportError(f'--format onnx needs {", ".join(missing)}: pip install -e ".[export]"')
+        raise MissingPackageError(f'--format onnx needs {", ".join(missing)}: pip install -e ".[export]"')
 
 
 def _loader(
     split: datasets.Dataset, image_processor: BaseImageProcessor, data: DataArguments, batch_size: int
 ) -> DataLoader:
-    pictures = Pictures(
+    images = ImageDataset(
         split, EvalTransform(image_processor), crop_to_boxes=data.crop_to_boxes, max_pixels=data.max_pixels
     )
-    return DataLoader(pictures, batch_size=batch_size, collate_fn=Collator())
+    return DataLoader(images, batch_size=batch_size, collate_fn=Collator())
 
 
 def _image_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of prepared pictures, those of a square one where they depend on it."""
+    """Height and width of prepared images, those of a square one where they depend on it."""
     try:
         return processed_size(image_processor)
     except ValueError:
@@ -131,7 +131,7 @@ class Deployed(nn.Module):
     def _for_relations(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """
         The pixels averaged down to the size that PSNR is taken at, which the model then leaves as they are: its own
-        `adaptive_avg_pool2d` cannot be exported for pictures of any size.
+        `adaptive_avg_pool2d` cannot be exported for images of any size.
         """
         bank, limit = self.model.rbi.references, self.model.rbi.rpe.image_size
         if self.scope == "self" or self.model.config.relation_position_encoding == "none":
@@ -145,7 +145,7 @@ class Deployed(nn.Module):
         else:
             size = [min(limit, length) for length in pixel_values.shape[-2:]]
         rows, columns = (_averages(length, part) for length, part in zip(pixel_values.shape[-2:], size, strict=True))
-        # Each product is of pictures with one matrix: its batch axis stays an axis of any length.
+        # Each product is of images with one matrix: its batch axis stays an axis of any length.
         return ((pixel_values @ columns.T).transpose(-1, -2) @ rows.T).transpose(-1, -2)
 
 
@@ -173,7 +173,7 @@ class ExportedFile:
 
 
 class _Exporter:
-    """Exports a model, for pictures of any size if that can be, and compares what is exported with it."""
+    """Exports a model, for images of any size if that can be, and compares what is exported with it."""
 
     def __init__(self, model: RBIForImageClassification, scope: str, size: tuple[int, int]):
         self.model, self.scope, self.size = model, scope, size
@@ -187,13 +187,13 @@ class _Exporter:
     def export(self, folder: Path) -> ExportedFile:
         r"""
         Raises:
-            ValueError: if the file answers otherwise than the model.
+            UserError: if the file answers otherwise than the model.
         """
-        # Whether a backbone takes pictures of any size shows when it is traced, or in what it then answers.
+        # Whether a backbone takes images of any size shows when it is traced, or in what it then answers.
         try:
             return self._export(folder)
         except Exception:
-            logger.debug("No export for pictures of any size:", exc_info=True)
+            logger.debug("No export for images of any size:", exc_info=True)
         self.is_dynamic = False
         return self._export(folder)
 
@@ -224,13 +224,13 @@ class _Exporter:
         The largest difference of logits between the file and the model, over several batches.
 
         Raises:
-            ValueError: if it, or with `is_half` that of probabilities, is too large.
+            UserError: if it, or with `is_half` that of probabilities, is too large.
         """
         difference = 0.0
         for pixel_values in example_batches(self.model, self.size, self.is_dynamic):
             expected, got = self.reference(pixel_values), file.predict(pixel_values)
             if got.shape != expected.shape or not torch.equal(got.isfinite(), expected.isfinite()):
-                raise ValueError(
+                raise UserError(
                     f"{file.path.name} gives {_describe(got)} where the model gives {_describe(expected)} for a batch "
                     f"of {tuple(pixel_values.shape)}: nothing is written."
                 )
@@ -242,7 +242,7 @@ class _Exporter:
             else:
                 what, limit = "logits", MAX_DIFFERENCE * max(1.0, expected.nan_to_num().abs().max().item())
             if largest > limit:
-                raise ValueError(
+                raise UserError(
                     f"{file.path.name} differs from the model by {largest:.1e} in its {what}, more than {limit:.1e}: "
                     "nothing is written."
                 )
@@ -314,7 +314,7 @@ class _OnnxExporter(_Exporter):
                 That of the float file.
 
         Raises:
-            ValueError: if it answers otherwise than the model.
+            UserError: if it answers otherwise than the model.
         """
         import onnx_ir
 
@@ -347,7 +347,7 @@ class _OnnxExporter(_Exporter):
     def quantize(self, folder: Path, pixel_values: Iterator[torch.Tensor], num_batches: int) -> ExportedFile:
         r"""
         The float file with weights and activations of the backbone and of the head's linear layers in 8 bits, in
-        ranges that they have on the pictures.
+        ranges that they have on the images.
 
         Args:
             folder (`Path`):
@@ -455,16 +455,16 @@ def example_batches(
     model: RBIForImageClassification, size: tuple[int, int], is_dynamic: bool
 ) -> Iterator[torch.Tensor]:
     r"""
-    Batches that an export is compared with its model on: of 1, 2 and 9 pictures, smooth ones, noise, black, the same
+    Batches that an export is compared with its model on: of 1, 2 and 9 images, smooth ones, noise, black, the same
     one twice, and of the model's references; with `is_dynamic` also of a larger size, and not square.
 
     Args:
         model (`RBIForImageClassification`):
-            Whose normalisation and references are taken.
+            Whose normalization and references are taken.
         size (`tuple[int, int]`):
-            Height and width that its pictures have.
+            Height and width that its images have.
         is_dynamic (`bool`):
-            Whether pictures may have other sizes.
+            Whether images may have other sizes.
     """
     sizes = [size, (size[0] + size[0] // 2, 2 * size[1])] if is_dynamic else [size]
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
@@ -475,10 +475,10 @@ def example_batches(
             torch.rand(4, len(mean), 4, 4, generator=generator), size=(height, width), mode="bilinear"
         )
         noise = torch.rand(2, len(mean), height, width, generator=generator)
-        pictures = [smooth, noise, torch.zeros_like(noise[:1]), smooth[:1]]
+        images = [smooth, noise, torch.zeros_like(noise[:1]), smooth[:1]]
         if bank is not None and bank.images is not None:
-            pictures.append(nn.functional.interpolate(bank.images[:1].float() / 255, size=(height, width)))
-        pixel_values = (torch.cat(pictures) - mean) / std
+            images.append(nn.functional.interpolate(bank.images[:1].float() / 255, size=(height, width)))
+        pixel_values = (torch.cat(images) - mean) / std
         yield from (pixel_values[:1], pixel_values[1:3], pixel_values)
 
 
@@ -491,7 +491,7 @@ def measure(
     reference: Predict, predicts: dict[str, Predict], loader: DataLoader, numbers: torch.Tensor, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
     r"""
-    Accuracy of files on labelled pictures, and how often they answer as the model itself does.
+    Accuracy of files on labeled images, and how often they answer as the model itself does.
 
     Args:
         reference (`Predict`):
@@ -531,7 +531,7 @@ def measure(
 
 def _references(model: RBIForImageClassification) -> dict[str, Any]:
     facts = model.describe_references()
-    return {name: facts[name] for name in ("num_references", "num_labelled", "has_pictures")}
+    return {name: facts[name] for name in ("num_references", "num_labeled", "has_images")}
 
 
 def _backbone_type(model: RBIForImageClassification) -> str:
@@ -540,9 +540,9 @@ def _backbone_type(model: RBIForImageClassification) -> str:
 
 def _note(model: RBIForImageClassification, scope: str) -> str:
     attends = {
-        "self": "Each picture is answered by itself, whatever else is in the batch.",
-        "reference": "Each picture attends to references that are in the file; the others of the batch do not matter.",
-        "batch": "The pictures of a batch attend to each other: AN ANSWER DEPENDS ON THE OTHER PICTURES OF THE BATCH.",
+        "self": "Each image is answered by itself, whatever else is in the batch.",
+        "reference": "Each image attends to references that are in the file; the others of the batch do not matter.",
+        "batch": "The images of a batch attend to each other: AN ANSWER DEPENDS ON THE OTHER IMAGES OF THE BATCH.",
     }[scope]
     return (
         f"Export of an RBI model (backbone: {_backbone_type(model)}). {attends} The model_type in "
@@ -555,7 +555,7 @@ def results_table(facts: dict[str, Any]) -> Table:
     on = facts["measured_on"]
     title = f"Scope {facts['relation_scope']}"
     if on:
-        title += f", measured on {on['pictures']:,} pictures of {on['split']}"
+        title += f", measured on {on['images']:,} images of {on['split']}"
     table = Table(title=title)
     columns = ["", "MB", "largest difference of logits"]
     for column in [*columns, *(("accuracy", "of the model", "same answer") if on else ())]:
@@ -568,6 +568,6 @@ def results_table(facts: dict[str, Any]) -> Table:
             row += [f"{100 * values[key]:.1f} %" for key in ("accuracy", "model_accuracy", "agreement")]
         table.add_row(*row)
     size = facts["image_size"]
-    caption = "pictures of any size" if size == "dynamic" else f"pictures of {size[0]} x {size[1]}"
+    caption = "images of any size" if size == "dynamic" else f"images of {size[0]} x {size[1]}"
     table.caption = f"Batches of any size, {caption}."
     return table

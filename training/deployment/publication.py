@@ -30,7 +30,7 @@ from model_cards.card import (
     make_card,
     read_emissions,
 )
-from modeling_rbi import RBIForImageClassification
+from modeling_rbi import RBIForImageClassification, UserError
 
 from ..data.decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, decode_image
 from ..evaluation.classifiers import load_classifier, load_config
@@ -81,13 +81,13 @@ class PublicationArguments:
     )
     examples: list[str] | None = field(
         default=None,
-        metadata={"help": "Pictures, or a folder of them, to try the model with, for all to see; or none."},
+        metadata={"help": "Images, or a folder of them, to try the model with, for all to see; or none."},
     )
-    share_pictures: bool = field(
+    share_images: bool = field(
         default=False,
         metadata={
-            "help": "The small copies of pictures in the model's references, and the assessment's figure of confused "
-            "pictures, may be seen by all. Needed for references, unless the repository is private."
+            "help": "The small copies of images in the model's references, and the assessment's figure of confused "
+            "images, may be seen by all. Needed for references, unless the repository is private."
         },
     )
     private: bool = field(default=False, metadata={"help": "Make the repository a private one."})
@@ -105,13 +105,13 @@ class PublicationArguments:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise ValueError(f"--repo_id {self.repo_id}: {error}") from error
+            raise UserError(f"--repo_id {self.repo_id}: {error}") from error
         if self.repo_id.count("/") != 1:
-            raise ValueError(f"--repo_id {self.repo_id} must be of the form user/name.")
+            raise UserError(f"--repo_id {self.repo_id} must be of the form user/name.")
         if not _SIZE.fullmatch(self.max_shard_size):
-            raise ValueError(f"--max_shard_size {self.max_shard_size} is no size, such as 5GB or 500MB.")
+            raise UserError(f"--max_shard_size {self.max_shard_size} is no size, such as 5GB or 500MB.")
         if self.output_dir is not None and not self.dry_run:
-            raise ValueError("--output_dir goes with --dry_run: nothing is kept where the folder is sent to the Hub.")
+            raise UserError("--output_dir goes with --dry_run: nothing is kept where the folder is sent to the Hub.")
         if self.output_dir is None:
             self.output_dir = os.path.join("outputs", "publish", self.repo_id.split("/")[1])
 
@@ -127,7 +127,7 @@ class Publication:
     problems: list[str]
 
     def check_loads_back(self):
-        """As [`check_loads_back`], with the example pictures."""
+        """As [`check_loads_back`], with the example images."""
         check_loads_back(self.folder, self.model, self.image_processor, self.examples)
 
 
@@ -156,8 +156,8 @@ def check_destination(args: PublicationArguments, api: HfApi) -> None:
             "The token may only read: make one that may write, on https://huggingface.co/settings/tokens."
         )
     owner = args.repo_id.split("/")[0]
-    organisations = [each["name"] for each in user.get("orgs", []) if each.get("roleInOrg") != "read"]
-    owners = [user["name"], *organisations]
+    organizations = [each["name"] for each in user.get("orgs", []) if each.get("roleInOrg") != "read"]
+    owners = [user["name"], *organizations]
     if owner.lower() not in (name.lower() for name in owners):
         raise RefusedError(
             f"--repo_id {args.repo_id}: {owner} is another owner. The token is of {user['name']}, who can write to "
@@ -211,17 +211,17 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
         The folder, and what stands in the way of publishing it.
 
     Raises:
-        ValueError, OSError: if model, records, pictures and arguments do not fit each other.
+        UserError, OSError: if model, records, images and arguments do not fit each other.
     """
     model, image_processor = load_published_model(args.model)
     source = Path(args.model)
     problems = []
     references = None if model.config.references is None else model.describe_references()
-    may_be_seen = args.share_pictures or args.private
-    if references is not None and references["has_pictures"] and not may_be_seen:
+    may_be_seen = args.share_images or args.private
+    if references is not None and references["has_images"] and not may_be_seen:
         problems.append(
-            f"The model carries small copies of {references['num_references']} pictures, which all could see: "
-            "--share_pictures if they may, --private, or make the references with --keep_images False."
+            f"The model carries small copies of {references['num_references']} images, which all could see: "
+            "--share_images if they may, --private, or make the references with --keep_images False."
         )
     assessment, figures = None, []
     if args.assessment is not None:
@@ -239,8 +239,8 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
     (folder / "requirements.txt").write_text(requirements(model.rbi.backbone.config.model_type), encoding="utf-8")
     if examples:
         (folder / EXAMPLES_DIR).mkdir()
-        for name, picture in examples.items():
-            picture.save(folder / EXAMPLES_DIR / name)
+        for name, image in examples.items():
+            image.save(folder / EXAMPLES_DIR / name)
     if args.assessment is not None:
         (folder / ASSESSMENT_DIR).mkdir()
         for name in (*figures, *(name for name in ASSESSMENT_FILES if name.endswith(".csv"))):
@@ -263,7 +263,7 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
     try:
         card, missing = make_card(sources, given)
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"run.json or {REFERENCES_FILE} beside the model, or the assessment, lacks {error}: it is of another "
             "version, or was changed, so make it anew."
         ) from error
@@ -333,33 +333,33 @@ def left_out(source: Path, publication: Publication) -> list[str]:
 def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseImageProcessor]:
     r"""
     Raises:
-        ValueError: if it is no folder with an RBI model in safetensors files and its image processor.
+        UserError: if it is no folder with an RBI model in safetensors files and its image processor.
         OSError: if a file cannot be read.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"--model {folder}: there is no such folder.")
+        raise UserError(f"--model {folder}: there is no such folder.")
     if not (path / "config.json").exists():
-        raise ValueError(f"--model {folder} has no config.json: it is no model that `save_pretrained` wrote.")
+        raise UserError(f"--model {folder} has no config.json: it is no model that `save_pretrained` wrote.")
     config = load_config(folder)
     if config.model_type != "rbi":
-        raise ValueError(
+        raise UserError(
             f"--model {folder} is a {config.model_type} model; what is published here is RBI. "
             "`RBIForImageClassification.from_image_classifier` makes one of it."
         )
     if not (path / "preprocessor_config.json").exists():
-        raise ValueError(
+        raise UserError(
             f"--model {folder} has no preprocessor_config.json, without which no one can use the model: "
             "`image_processor.save_pretrained` beside it."
         )
     if not any(path.glob("*.safetensors")):
         pickles = sorted(each.name for each in path.iterdir() if each.suffix in PICKLE_SUFFIXES)
         found = f" (it has {', '.join(pickles)}: pickles, which are not read)" if pickles else ""
-        raise ValueError(f"--model {folder} has no weights in safetensors files{found}.")
+        raise UserError(f"--model {folder} has no weights in safetensors files{found}.")
     if len(config.image_mean) == 1:
-        raise ValueError(
-            f"--model {folder} takes pictures of one channel, which `pipeline` and the Hub's widgets never give: they "
-            "turn all pictures to RGB. Publish one of three channels."
+        raise UserError(
+            f"--model {folder} takes images of one channel, which `pipeline` and the Hub's widgets never give: they "
+            "turn all images to RGB. Publish one of three channels."
         )
     model, image_processor = load_classifier(folder, "main", config)
     return model, image_processor
@@ -368,13 +368,13 @@ def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseIm
 def read_assessment(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     r"""
     Raises:
-        ValueError: if it is no assessment, or one of other weights.
+        UserError: if it is no assessment, or one of other weights.
     """
     content = read_json(folder / RESULTS_FILE, "assessment")
     if content is None or content.get("program") != ASSESSMENT_PROGRAM:
-        raise ValueError(f"--assessment {folder} is no output folder of training.assess.")
+        raise UserError(f"--assessment {folder} is no output folder of training.assess.")
     if content["model"].get("weights") != weights_fingerprint(model):
-        raise ValueError(
+        raise UserError(
             f"--assessment {folder} is of a model with other weights or references ({content['model']['name']}): "
             "assess this one."
         )
@@ -388,39 +388,39 @@ def requirements(backbone_type: str) -> str:
 
 
 def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:
-    """Example pictures by file name, without metadata (where it was taken), and no larger than needed."""
+    """Example images by file name, without metadata (where it was taken), and no larger than needed."""
     if names is None or list(names) == ["none"]:
         return {}
-    paths = [path for name in names for path in _pictures_of(Path(name))]
+    paths = [path for name in names for path in _images_of(Path(name))]
     if len(paths) > _MOST_EXAMPLES:
-        raise ValueError(f"--examples names {len(paths)} pictures: {_MOST_EXAMPLES} are enough.")
+        raise UserError(f"--examples names {len(paths)} images: {_MOST_EXAMPLES} are enough.")
     examples: dict[str, Image.Image] = {}
     stems = [path.stem for path in paths]
     for path in paths:
-        picture = decode_image(str(path), max_pixels=DEFAULT_MAX_PIXELS)
-        if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
-            raise ValueError(
-                f"{path} has {picture.width} x {picture.height} pixels, one side more than {MAX_ASPECT_RATIO} times "
+        image = decode_image(str(path), max_pixels=DEFAULT_MAX_PIXELS)
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise UserError(
+                f"{path} has {image.width} x {image.height} pixels, one side more than {MAX_ASPECT_RATIO} times "
                 "the other, which an endpoint refuses: crop it."
             )
-        picture.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
-        # Pictures in folders of their classes are often called alike.
+        image.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
+        # Images in folders of their classes are often called alike.
         stem = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
         name = re.sub(r"[^\w.-]", "_", stem) + ".png"
         if name in examples:
-            raise ValueError(f"--examples has two pictures of the name {name}: rename one.")
-        examples[name] = Image.fromarray(np.asarray(picture))
+            raise UserError(f"--examples has two images of the name {name}: rename one.")
+        examples[name] = Image.fromarray(np.asarray(image))
     return examples
 
 
-def _pictures_of(path: Path) -> list[Path]:
+def _images_of(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
         if not found:
-            raise ValueError(f"--examples {path} is an empty folder.")
+            raise UserError(f"--examples {path} is an empty folder.")
         return found
     if not path.exists():
-        raise ValueError(f"--examples {path}: there is no such picture.")
+        raise UserError(f"--examples {path}: there is no such image.")
     return [path]
 
 

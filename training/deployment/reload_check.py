@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model folder as someone would who has transformers alone, and writes what it answers.
 
-    python -E -P training/reload_check.py FOLDER PICTURE... OUTPUT.safetensors
+    python -E -P training/reload_check.py FOLDER IMAGE... OUTPUT.safetensors
 
 Run by its path, in a process of its own. It refuses to import the project's packages, so that the folder's own code is
 what runs.
@@ -20,8 +20,8 @@ class _Absent:
         return None
 
 
-def main(folder: str, pictures: list[str], output: str):
-    """Logits of the pictures, `(len(pictures), num_labels)`, in each scope that the model has, to `output`."""
+def main(folder: str, images: list[str], output: str):
+    """Logits of the images, `(len(images), num_labels)`, in each scope that the model has, to `output`."""
     sys.meta_path.insert(0, _Absent())
     import torch
     from PIL import Image
@@ -31,12 +31,12 @@ def main(folder: str, pictures: list[str], output: str):
 
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
     image_processor = AutoImageProcessor.from_pretrained(folder)
-    images = [Image.open(picture).convert("RGB") for picture in pictures]
-    inputs = image_processor(images, return_tensors="pt").to(model.dtype)
+    opened = [Image.open(image).convert("RGB") for image in images]
+    inputs = image_processor(opened, return_tensors="pt").to(model.dtype)
     scopes = ["self", "batch"] + (["reference"] if model.config.references is not None else [])
     with torch.no_grad():
         logits = {scope: model(**inputs, relation_scope=scope).logits.float() for scope in scopes}
-    (answer,) = pipeline("image-classification", model=folder, trust_remote_code=True)(images[0], top_k=1)
+    (answer,) = pipeline("image-classification", model=folder, trust_remote_code=True)(opened[0], top_k=1)
     if answer["label"] not in model.config.label2id:
         raise ValueError(f"The pipeline answers {answer['label']!r}, which is no class of the model.")
     save_file(logits, output)

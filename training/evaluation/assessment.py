@@ -28,7 +28,7 @@ _MOST_TELLING = ("reference", "single", "shuffled", "sorted")
 @dataclass(frozen=True)
 class Finding:
     r"""
-    What a difference of accuracies means, in words, and what this rests on: its interval, and the number of pictures
+    What a difference of accuracies means, in words, and what this rests on: its interval, and the number of images
     that are answered right under one protocol and wrong under the other.
     """
 
@@ -36,7 +36,7 @@ class Finding:
     batch_size: int | None
     accuracy: Estimate
     level: float
-    pictures_changed: float
+    images_changed: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def assess(
         predict (`Predict`):
             Gives the logits of one batch.
         labels (`torch.LongTensor` of shape `(n,)`):
-            Classes of the pictures, as the logits have them.
+            Classes of the images, as the logits have them.
         protocols (`Sequence[str]`), batch_sizes (`Sequence[int]`), num_shuffles (`int`):
             As in [`measure`].
         resamples (`int`, *optional*, defaults to 1000):
@@ -84,7 +84,7 @@ def assess(
             Whether to show a bar, on a terminal.
 
     Raises:
-        ValueError: as [`check_sizes`].
+        UserError: as [`check_sizes`].
     """
     num_orders = count_orders(protocols, batch_sizes, num_shuffles)
     disable = not (progress and sys.stderr.isatty())
@@ -162,23 +162,23 @@ def _say(
         amount += f" (the clearest of {num_batch_sizes} batch sizes, with an interval that allows for the choice)"
     doubt = None
     if changed == 0:
-        doubt = "no picture changed between right and wrong"
+        doubt = "no image changed between right and wrong"
     elif accuracy.contains_zero:
         doubt = "the interval contains 0"
     elif changed < math.log2(2 / (1 - level)):
         # Not even if all of them changed to the same side would a sign test tell that from chance.
-        doubt = f"{changed:.1f} pictures changed between right and wrong, too few to tell"
+        doubt = f"{changed:.1f} images changed between right and wrong, too few to tell"
     if kind == "leak":
         if doubt:
             return f"No leak seen: class-ordered batches change the accuracy by {amount}; {doubt}."
         if accuracy.low > 0:
             return (
-                f"Class-ordered batches add {amount}: the model reads labels off its neighbours; `sorted` is not its "
+                f"Class-ordered batches add {amount}: the model reads labels off its neighbors; `sorted` is not its "
                 "accuracy."
             )
-        return f"No leak, but class-ordered batches cost {amount}: the answers depend on the order of the pictures."
-    neighbours = "random batches" if kind == "shuffled" else "the references"
-    change = f"{neighbours} change the accuracy of each picture alone by {amount}"
+        return f"No leak, but class-ordered batches cost {amount}: the answers depend on the order of the images."
+    neighbors = "random batches" if kind == "shuffled" else "the references"
+    change = f"{neighbors} change the accuracy of each image alone by {amount}"
     if doubt:
         return f"Whether relations help is open: {change}; {doubt}."
     return f"Relations {'help' if accuracy.low > 0 else 'harm'}: {change}."

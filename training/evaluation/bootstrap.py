@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals for metrics and for differences between protocols, by a bootstrap over pictures and orders."""
+"""Intervals for metrics and for differences between protocols, by a bootstrap over images and orders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .protocols import Answers
 LEVEL = 0.95
 METRICS = ("accuracy", "top5_accuracy", "macro_f1", "calibration_error")
 _MEANS = ("accuracy", "top5_accuracy")
-# Numbers, of pictures times resamples, that are worked on at a time.
+# Numbers, of images times resamples, that are worked on at a time.
 _CHUNK = 2**23
 _DECIMALS = 9
 
@@ -41,33 +41,33 @@ class Estimate:
 
 class Bootstrap:
     r"""
-    Draws the pictures anew, with replacement, the same ones for all answers, so that differences are paired.
+    Draws the images anew, with replacement, the same ones for all answers, so that differences are paired.
 
     Where a protocol has s random orders, s - 1 of them are drawn with replacement as well, independently of the
-    pictures. Drawing s would make their variance too small by the factor (s - 1) / s; that of a single picture's
+    images. Drawing s would make their variance too small by the factor (s - 1) / s; that of a single image's
     answer over the orders counts somewhat too much, so the interval is rather too wide than too narrow.
 
     Where answers stand in one order alone, whole batches are drawn (`groups`): what a batch has in common, such as the
-    mean that all its pictures attend to, makes them right or wrong together, the more so if they share a class. k - 1
+    mean that all its images attend to, makes them right or wrong together, the more so if they share a class. k - 1
     of k batches are drawn, and the interval is wider by the ratio of Student's t with k - 1 degrees of freedom to the
     normal distribution. (In simulations without a leak, where a batch has nothing but its noise in common, 4 to 9 % of
-    such intervals of `sorted - shuffled` exclude 0; of intervals over pictures, up to 46 %.)
+    such intervals of `sorted - shuffled` exclude 0; of intervals over images, up to 46 %.)
 
     The interval is that of the percentiles; of macro-F1 and calibration error, which are no means, less twice the bias
     of the resamples: they are off the estimate there, to the same side and about as far as the estimate is off the
     truth, and percentiles alone would double what this corrects. It covers the truth too seldom where there is little
     to draw from: an accuracy of less than about five errors (without any, the interval is a point), macro-F1 with one
-    or two pictures of a class, and the calibration error of a model that has none, since every estimate is above 0.
+    or two images of a class, and the calibration error of a model that has none, since every estimate is above 0.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
-            Classes of the pictures.
+            Classes of the images.
         num_resamples (`int`, *optional*, defaults to 1000):
             How often to draw.
         seed (`int`, *optional*, defaults to 0):
             Of the draws.
         groups (`Sequence[torch.LongTensor]`, *optional*):
-            Row numbers of the pictures that are drawn together; every picture is in one. By default each by itself.
+            Row numbers of the images that are drawn together; every image is in one. By default each by itself.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Bootstrap:
         for resample in range(num_resamples):
             units = rng.integers(num_units, size=self.degrees_of_freedom or num_units)
             counts[:, resample] = np.bincount(units, minlength=num_units)
-        # How often each picture is drawn, (n, num_resamples).
+        # How often each image is drawn, (n, num_resamples).
         self.counts = torch.from_numpy(counts)
         if groups is not None:
             sizes = torch.tensor([len(group) for group in groups])
@@ -110,7 +110,7 @@ class Bootstrap:
         return dict(zip(METRICS, resampled, strict=True))
 
     def _metrics(self, answers: Answers, order: int, counts: torch.Tensor) -> torch.Tensor:
-        """`METRICS` of one order where the pictures occur so often, `(n, r)`: `(len(METRICS), r)`."""
+        """`METRICS` of one order where the images occur so often, `(n, r)`: `(len(METRICS), r)`."""
         classes, confidences = answers.classes[order], answers.confidences[order]
         is_right, num_drawn = (classes == self.labels).float(), counts.sum(0)
 
@@ -124,8 +124,8 @@ class Bootstrap:
         if self.degrees_of_freedom is not None:
             # Whole classes are missing from a draw of batches: those that were answered with them are wrong, but
             # these classes are not missed.
-            labelled = sums(self.labels, torch.ones_like(counts), answers.num_classes) > 0
-            occurs &= (sums(self.labels, counts, answers.num_classes) > 0) | ~labelled
+            labeled = sums(self.labels, torch.ones_like(counts), answers.num_classes) > 0
+            occurs &= (sums(self.labels, counts, answers.num_classes) > 0) | ~labeled
         f1 = (2 * right / both.clamp(min=1)).where(occurs, 0.0).sum(0) / occurs.sum(0)
         bins = (confidences * NUM_CALIBRATION_BINS).long().clamp(max=NUM_CALIBRATION_BINS - 1)
         gaps = sums(bins, counts * (confidences - is_right)[:, None], NUM_CALIBRATION_BINS)

@@ -5,7 +5,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,22 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, load_image_processor
+from modeling_rbi import RBIConfig, RBIForImageClassification, UserError, load_image_processor
+from modeling_rbi.errors_rbi import listed
 
 from ..data.reading import iter_rows, labels_of
-from .features import ExtractedPictures, is_itself
+from .features import ExtractedImages, is_itself
 from .protocols import Predict
-
-
-_MOST_NAMED = 5
 
 
 def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     r"""
     Raises:
-        ValueError: if it is a folder that is not there.
+        UserError: if it is a folder that is not there.
         OSError: if it is no model of the Hub, or the Hub cannot be reached.
     """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"--model {name}: there is no such folder.")
+        raise UserError(f"--model {name}: there is no such folder.")
     return AutoConfig.from_pretrained(name, revision=revision)
 
 
@@ -40,7 +37,7 @@ def load_classifier(name: str, revision: str, config: PreTrainedConfig) -> tuple
     The model, in evaluation mode, and its image processor.
 
     Raises:
-        ValueError: if it is no image classifier, lacks weights, which would start at random, or they cannot be read.
+        UserError: if it is no image classifier, lacks weights, which would start at random, or they cannot be read.
         OSError: if there is no such model, or no image processor beside it.
     """
     image_processor = load_image_processor(name, revision=revision)
@@ -49,9 +46,9 @@ def load_classifier(name: str, revision: str, config: PreTrainedConfig) -> tuple
     try:
         model, info = model_class.from_pretrained(name, revision=revision, output_loading_info=True)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"--model {name}: its weights cannot be read ({error}).") from error
+        raise UserError(f"--model {name}: its weights cannot be read ({error}).") from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"--model {name} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: it "
             "is not an image classifier that was trained, or was saved by a model of another kind."
         )
@@ -60,7 +57,7 @@ def load_classifier(name: str, revision: str, config: PreTrainedConfig) -> tuple
 
 def in_order_of_content(split: datasets.Dataset) -> datasets.Dataset:
     r"""
-    The pictures in an order, of no meaning, that depends on what they are and not on how they come: by a hash of
+    The images in an order, of no meaning, that depends on what they are and not on how they come: by a hash of
     their path below the folder that they share, or of their bytes where the data set holds them.
     """
     images, boxes = zip(*((row["image"], row.get("box")) for row in iter_rows(split)), strict=True)
@@ -78,18 +75,18 @@ def in_order_of_content(split: datasets.Dataset) -> datasets.Dataset:
 
 def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Tensor:
     r"""
-    The model's number of each class of the data, `(num_classes,)`, by name; -100 for classes without pictures.
+    The model's number of each class of the data, `(num_classes,)`, by name; -100 for classes without images.
 
     Raises:
-        ValueError: if the pictures are of one class, or of classes that the model does not have.
+        UserError: if the images are of one class, or of classes that the model does not have.
     """
     names = split.features["label"].names
     present = labels_of(split).unique().tolist()
     if len(present) < 2:
-        raise ValueError(f'All pictures are of one class, "{names[present[0]]}": there is nothing to tell apart.')
+        raise UserError(f'All images are of one class, "{names[present[0]]}": there is nothing to tell apart.')
     numbers = {name: number for number, name in enumerate(class_names(config))} | (config.label2id or {})
     if unknown := [names[label] for label in present if names[label] not in numbers]:
-        raise ValueError(
+        raise UserError(
             f"{len(unknown)} of the {len(present)} labels of the data are none of the model's ({listed(unknown)}; "
             f"the model has {listed(class_names(config))}): name them alike, in the data or in `id2label` and "
             "`label2id` of the model's config."
@@ -97,7 +94,7 @@ def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Ten
     matched = torch.full((len(names),), -100)
     matched[present] = torch.tensor([int(numbers[names[label]]) for label in present])
     if len(matched[present].unique()) < len(present):
-        raise ValueError("Several labels of the data are one class of the model: see `label2id` of its config.")
+        raise UserError("Several labels of the data are one class of the model: see `label2id` of its config.")
     return matched
 
 
@@ -112,26 +109,26 @@ def class_names(config: PreTrainedConfig) -> list[str]:
 
 
 @torch.no_grad()
-def count_in_bank(model: PreTrainedModel, pictures: ExtractedPictures) -> int:
-    """How many of the pictures are in the model's bank themselves."""
+def count_in_bank(model: PreTrainedModel, images: ExtractedImages) -> int:
+    """How many of the images are in the model's bank themselves."""
     if not isinstance(model, RBIForImageClassification) or model.rbi.references is None:
         return 0
     number = 0
-    for rows in torch.arange(len(pictures.labels)).split(256):
-        pixel_values, features, _ = (values.to(model.device) for values in pictures.batch(rows))
+    for rows in torch.arange(len(images.labels)).split(256):
+        pixel_values, features, _ = (values.to(model.device) for values in images.batch(rows))
         number += int(is_itself(model.rbi.rpe, model.rbi.references, pixel_values, features).any(1).sum())
     return number
 
 
-def predict_from(model: PreTrainedModel, pictures: ExtractedPictures) -> Predict:
+def predict_from(model: PreTrainedModel, images: ExtractedImages) -> Predict:
     """
-    Logits of rows of the pictures, from their features alone; of a classifier that is not RBI, they are these. A
-    picture that is in the model's bank itself does not attend to itself there.
+    Logits of rows of the images, from their features alone; of a classifier that is not RBI, they are these. An
+    image that is in the model's bank itself does not attend to itself there.
     """
 
     @torch.no_grad()
     def predict(rows: torch.Tensor, relation_scope: str) -> torch.Tensor:
-        pixel_values, features, _ = pictures.batch(rows)
+        pixel_values, features, _ = images.batch(rows)
         if not isinstance(model, RBIForImageClassification):
             return features.float()
         pixel_values, features, mask = pixel_values.to(model.device), features.to(model.device), None
@@ -143,9 +140,3 @@ def predict_from(model: PreTrainedModel, pictures: ExtractedPictures) -> Predict
         return output.logits.float().cpu()
 
     return predict
-
-
-def listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more

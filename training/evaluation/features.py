@@ -12,15 +12,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, ReferenceBank, RelationshipPositionEncoding
+from modeling_rbi import (
+    RBIConfig,
+    RBIForImageClassification,
+    RBIModel,
+    ReferenceBank,
+    RelationshipPositionEncoding,
+    UserError,
+)
 from modeling_rbi.relations_rbi import pairwise_mean_squared_error
 
-from ..data.pictures import Collator, Pictures
+from ..data.image_dataset import Collator, ImageDataset
 
 
 @dataclass(frozen=True)
-class CachedPictures:
-    """Pictures of a data set with their features, row by row."""
+class CachedImages:
+    """Images of a data set with their features, row by row."""
 
     pixel_values: torch.Tensor  # (n, num_channels, height, width), as the image processor gives them
     features: torch.Tensor  # (n, feature_size)
@@ -28,41 +35,41 @@ class CachedPictures:
 
     @classmethod
     def from_backbone(cls, model: RBIModel, pixel_values: torch.Tensor, labels: torch.Tensor, batch_size: int = 50):
-        """Runs the backbone once over all pictures."""
+        """Runs the backbone once over all images."""
         with torch.no_grad():
             features = [model.extract_features(batch)[0] for batch in pixel_values.split(batch_size)]
         return cls(pixel_values, torch.cat(features), labels)
 
 
-# Up to here, pictures at full size are kept as they are.
+# Up to here, images at full size are kept as they are.
 _MAX_FLOAT_BYTES = 2**30
-# Of two small pictures, pixels in [0, 1], that are the same: 50 dB, less than one grey level.
-_SAME_PICTURE = 1e-5
-# Of two pictures' features that are those of the same one, relatively: beyond what rounding does.
+# Of two small images, pixels in [0, 1], that are the same: 50 dB, less than one gray level.
+_SAME_IMAGE = 1e-5
+# Of two images' features that are those of the same one, relatively: beyond what rounding does.
 _SAME_FEATURES = 1e-3
-# Grey levels that a pixel may be off [0, 1] by rounding.
+# Gray levels that a pixel may be off [0, 1] by rounding.
 _TOLERANCE = 0.5
 
 
 class EightBitPixels:
     r"""
-    Pictures at a quarter of the memory: `pixels[rows]` are their normalised `pixel_values` in float32, from 8 bits of
+    Images at a quarter of the memory: `pixels[rows]` are their normalized `pixel_values` in float32, from 8 bits of
     each pixel.
 
     What an image processor resizes in 8 bits comes back as it was. Other pixels are rounded, by an error of 58.9 dB:
-    the PSNR of two pictures is then off by 0.01 dB at 30 dB, 0.1 dB at 40 dB, and 1 dB at 50 dB, the ceiling.
+    the PSNR of two images is then off by 0.01 dB at 30 dB, 0.1 dB at 40 dB, and 1 dB at 50 dB, the ceiling.
 
     Args:
-        num_pictures (`int`):
+        num_images (`int`):
             How many to make room for.
         shape (`tuple[int, int, int]`):
             `(num_channels, height, width)` of each.
         config (`RBIConfig`):
-            Whose `image_mean` and `image_std` undo the normalisation.
+            Whose `image_mean` and `image_std` undo the normalization.
     """
 
-    def __init__(self, num_pictures: int, shape: tuple[int, ...], config: RBIConfig):
-        self.levels = torch.empty(num_pictures, *shape, dtype=torch.uint8)
+    def __init__(self, num_images: int, shape: tuple[int, ...], config: RBIConfig):
+        self.levels = torch.empty(num_images, *shape, dtype=torch.uint8)
         self.mean, self.std = (
             torch.tensor(values, dtype=torch.float32)[:, None, None]
             for values in (config.image_mean, config.image_std)
@@ -79,9 +86,9 @@ class EightBitPixels:
     def __setitem__(self, rows, pixel_values: torch.Tensor):
         levels = (pixel_values * self.std + self.mean) * 255
         if levels.min() < -_TOLERANCE or levels.max() > 255 + _TOLERANCE:
-            raise ValueError(
+            raise UserError(
                 f"With `image_mean` and `image_std` of the model's config, pixels are {levels.min() / 255:.3f} to "
-                f"{levels.max() / 255:.3f}, not 0 to 1: PSNR is not that of the pictures. Set them to what "
+                f"{levels.max() / 255:.3f}, not 0 to 1: PSNR is not that of the images. Set them to what "
                 "`modeling_rbi.pixel_statistics` gives for the image processor."
             )
         self.levels[rows] = levels.round().clamp(0, 255).byte()
@@ -91,11 +98,11 @@ class EightBitPixels:
 
 
 @dataclass(frozen=True)
-class ExtractedPictures(CachedPictures):
-    """Cached pictures as [`extract`] gives them, on the CPU."""
+class ExtractedImages(CachedImages):
+    """Cached images as [`extract`] gives them, on the CPU."""
 
     pixel_values: torch.Tensor | EightBitPixels  # type: ignore[assignment]
-    seconds: float = 0.0  # that the pass took, with reading the pictures
+    seconds: float = 0.0  # that the pass took, with reading the images
 
     def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`pixel_values` in float32, features and labels of these rows, `(n,)`."""
@@ -105,51 +112,51 @@ class ExtractedPictures(CachedPictures):
 @torch.no_grad()
 def extract(
     model: PreTrainedModel,
-    pictures: Pictures,
+    images: ImageDataset,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     progress: bool = True,
-) -> ExtractedPictures:
+) -> ExtractedImages:
     r"""
-    Runs the backbone once over all pictures.
+    Runs the backbone once over all images.
 
     Of the pixels, those are kept that PSNR needs: averaged down to `config.psnr_image_size`, which gives the PSNR of
-    the whole ones, since averaging and normalisation commute. Where it is `None`, the full size is kept, and above
+    the whole ones, since averaging and normalization commute. Where it is `None`, the full size is kept, and above
     1 GiB as [`EightBitPixels`].
 
     Args:
         model (`RBIForImageClassification`, `RBIModel` or any image classifier):
             Put into evaluation mode. Of one that is not RBI the `features` are its logits, and no pixels are kept.
-        pictures (`Pictures`):
+        images (`ImageDataset`):
             With an `EvalTransform`.
         batch_size (`int`, *optional*, defaults to 64):
-            Pictures in a step of the backbone. It changes nothing else.
+            Images in a step of the backbone. It changes nothing else.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the model is moved to, and stays.
         num_workers (`int`, *optional*, defaults to 0):
-            Processes that read pictures; 0: this one.
+            Processes that read images; 0: this one.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a bar, on a terminal.
 
     Raises:
-        ValueError: if there are no pictures, or full-size pixels are not those that the config's `image_mean` and
+        UserError: if there are no images, or full-size pixels are not those that the config's `image_mean` and
             `image_std` stand for.
-        UnreadableImageError: if a picture cannot be decoded; names it.
+        UnreadableImageError: if an image cannot be decoded; names it.
     """
-    if not len(pictures):
-        raise ValueError("There are no pictures to run the backbone on.")
+    if not len(images):
+        raise UserError("There are no images to run the backbone on.")
     start = time.perf_counter()
     model = model.to(device).eval()
     base = model.rbi if isinstance(model, RBIForImageClassification) else model
     kept: torch.Tensor | EightBitPixels | None = None
     features: torch.Tensor | None = None
-    labels = torch.empty(len(pictures), dtype=torch.long)
-    loader = DataLoader(pictures, batch_size=batch_size, num_workers=num_workers, collate_fn=Collator())
+    labels = torch.empty(len(images), dtype=torch.long)
+    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=Collator())
     with tqdm(
-        total=len(pictures),
+        total=len(images),
         desc="Backbone",
-        unit=" pictures",
+        unit=" images",
         leave=False,
         disable=not (progress and sys.stderr.isatty()),
     ) as bar:
@@ -164,13 +171,13 @@ def extract(
                 output = base(pixel_values.to(base.dtype)).logits
                 small = pixel_values[:, :0].float()
             if kept is None or features is None:
-                features = torch.empty(len(pictures), output.shape[1], dtype=output.dtype)
-                kept = _make_room(len(pictures), small, base.config)
+                features = torch.empty(len(images), output.shape[1], dtype=output.dtype)
+                kept = _make_room(len(images), small, base.config)
             features[rows], kept[rows], labels[rows] = output.cpu(), small.cpu(), batch["labels"]
             done = rows.stop
             bar.update(len(batch["labels"]))
     assert kept is not None and features is not None
-    return ExtractedPictures(kept, features, labels, seconds=time.perf_counter() - start)
+    return ExtractedImages(kept, features, labels, seconds=time.perf_counter() - start)
 
 
 def _for_psnr(pixel_values: torch.Tensor, psnr_image_size: int | None) -> torch.Tensor:
@@ -180,22 +187,22 @@ def _for_psnr(pixel_values: torch.Tensor, psnr_image_size: int | None) -> torch.
     return nn.functional.adaptive_avg_pool2d(pixel_values, (height, width))
 
 
-def _make_room(num_pictures: int, pixel_values: torch.Tensor, config: RBIConfig) -> torch.Tensor | EightBitPixels:
-    """An empty store of pictures like these."""
+def _make_room(num_images: int, pixel_values: torch.Tensor, config: RBIConfig) -> torch.Tensor | EightBitPixels:
+    """An empty store of images like these."""
     shape = pixel_values.shape[1:]
-    is_large = num_pictures * shape.numel() * pixel_values.element_size() > _MAX_FLOAT_BYTES
+    is_large = num_images * shape.numel() * pixel_values.element_size() > _MAX_FLOAT_BYTES
     if is_large and getattr(config, "psnr_image_size", 0) is None:
-        return EightBitPixels(num_pictures, shape, config)
-    return torch.empty(num_pictures, *shape)
+        return EightBitPixels(num_images, shape, config)
+    return torch.empty(num_images, *shape)
 
 
 def is_itself(
     rpe: RelationshipPositionEncoding, bank: ReferenceBank, pixel_values: torch.Tensor, features: torch.Tensor
 ) -> torch.Tensor:
-    """Which references are the pictures themselves, (n, N): by small pictures or, where none are kept, by features."""
+    """Which references are the images themselves, (n, N): by small images or, where none are kept, by features."""
     if bank.images is not None:
         images = rpe.small_images(pixel_values).flatten(1).float() / 255
-        return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_PICTURE
+        return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_IMAGE
     others = bank.features.float()
     error = pairwise_mean_squared_error(features.float() - others.mean(0), others - others.mean(0))
     return error < _SAME_FEATURES**2 * others.square().mean(1)

@@ -22,8 +22,9 @@ from torchmetrics.functional.classification import (
 )
 from transformers import EvalPrediction
 
+from modeling_rbi import NO_LABEL, UserError
 
-NO_LABEL = -100
+
 NUM_CALIBRATION_BINS = 15
 # How far from 1 a row may sum and still be probabilities: bfloat16 rounds each of them to 3 digits.
 _SUM_TOLERANCE = 1e-2
@@ -50,10 +51,10 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
         [`TopKAccuracy`], [`MacroF1`] and [`CalibrationError`].
 
     Raises:
-        ValueError: if the shapes don't fit, a label is no class, or no row has a label.
+        UserError: if the shapes don't fit, a label is no class, or no row has a label.
     """
     predictions = eval_prediction.predictions
-    scores, labels = _labelled_rows(
+    scores, labels = _labeled_rows(
         predictions[0] if isinstance(predictions, tuple) else predictions, eval_prediction.label_ids
     )
     return {
@@ -94,7 +95,7 @@ class Accuracy(_ClassificationMetric):
     _accepts_class_numbers = True
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {"accuracy": _accuracy(*_labelled_rows(predictions, references))}
+        return {"accuracy": _accuracy(*_labeled_rows(predictions, references))}
 
 
 class TopKAccuracy(_ClassificationMetric):
@@ -109,19 +110,19 @@ class TopKAccuracy(_ClassificationMetric):
             Passed to `evaluate.Metric`.
 
     Raises:
-        ValueError: if `k` is less than 1.
+        UserError: if `k` is less than 1.
     """
 
     _description = "`top{k}_accuracy`: the share of rows whose label is among the best k classes."
 
     def __init__(self, k: int = 5, **kwargs):
         if k < 1:
-            raise ValueError(f"`k` must be at least 1, got {k}.")
+            raise UserError(f"`k` must be at least 1, got {k}.")
         super().__init__(**kwargs)
         self.k = k
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {f"top{self.k}_accuracy": _top_k_accuracy(*_labelled_rows(predictions, references), self.k)}
+        return {f"top{self.k}_accuracy": _top_k_accuracy(*_labeled_rows(predictions, references), self.k)}
 
 
 class MacroF1(_ClassificationMetric):
@@ -132,7 +133,7 @@ class MacroF1(_ClassificationMetric):
     _accepts_class_numbers = True
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {"macro_f1": _macro_f1(*_labelled_rows(predictions, references))}
+        return {"macro_f1": _macro_f1(*_labeled_rows(predictions, references))}
 
 
 class CalibrationError(_ClassificationMetric):
@@ -151,7 +152,7 @@ class CalibrationError(_ClassificationMetric):
             Passed to `evaluate.Metric`.
 
     Raises:
-        ValueError: if `num_bins` is less than 1.
+        UserError: if `num_bins` is less than 1.
     """
 
     _description = "`calibration_error`: the expected calibration error of the best class's probability."
@@ -164,38 +165,38 @@ class CalibrationError(_ClassificationMetric):
 
     def __init__(self, num_bins: int = NUM_CALIBRATION_BINS, **kwargs):
         if num_bins < 1:
-            raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+            raise UserError(f"`num_bins` must be at least 1, got {num_bins}.")
         super().__init__(**kwargs)
         self.num_bins = num_bins
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {"calibration_error": _calibration_error(*_labelled_rows(predictions, references), self.num_bins)}
+        return {"calibration_error": _calibration_error(*_labeled_rows(predictions, references), self.num_bins)}
 
 
-def _labelled_rows(predictions, references) -> tuple[torch.Tensor, torch.Tensor]:
+def _labeled_rows(predictions, references) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores, `(n, num_classes)`, or class numbers, `(n,)`, of the rows that have a label; and the labels, `(n,)`."""
     predictions, labels = torch.as_tensor(predictions), torch.as_tensor(references).long()
     if predictions.ndim not in (1, 2) or labels.shape != predictions.shape[:1]:
-        raise ValueError(
+        raise UserError(
             "Metrics take scores of shape (n, num_classes) or class numbers of shape (n,), with labels of shape (n,); "
             f"got {tuple(predictions.shape)} and {tuple(labels.shape)}."
         )
     has_label = labels != NO_LABEL
     predictions, labels = predictions[has_label], labels[has_label]
     if not len(labels):
-        raise ValueError(f"No row has a label (all are {NO_LABEL}, or there are none): there is nothing to measure.")
+        raise UserError(f"No row has a label (all are {NO_LABEL}, or there are none): there is nothing to measure.")
     if predictions.ndim == 2:
         num_classes = predictions.shape[1]
         if num_classes < 2:
-            raise ValueError(f"Classification metrics need scores of at least 2 classes, got {num_classes}.")
+            raise UserError(f"Classification metrics need scores of at least 2 classes, got {num_classes}.")
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
+            raise UserError(
                 f"The labels go from {labels.min()} to {labels.max()}, but there are scores of {num_classes} classes, "
                 f"0 to {num_classes - 1}."
             )
         return predictions.float(), labels
     if predictions.is_floating_point() or min(predictions.min(), labels.min()) < 0:
-        raise ValueError("Class numbers must be whole numbers that are not negative.")
+        raise UserError("Class numbers must be whole numbers that are not negative.")
     return predictions, labels
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of an assessment, as PNG files. No window is opened and no global state of matplotlib is changed."""
+"""Images of an assessment, as PNG files. No window is opened and no global state of matplotlib is changed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .metrics import NUM_CALIBRATION_BINS
 from .protocols import Answers
 
 
-COLOURS = {"single": "#444444", "reference": "#0072b2", "shuffled": "#009e73", "sorted": "#d55e00"}
+COLORS = {"single": "#444444", "reference": "#0072b2", "shuffled": "#009e73", "sorted": "#d55e00"}
 # Up to so many classes a confusion matrix has a row for each, and up to so many a number in each cell.
 _MOST_CLASSES = 40
 _MOST_NUMBERS = 16
@@ -27,7 +27,7 @@ _DPI = 150
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Two classes, how often a picture of one is answered with the other, and rows of examples of each kind."""
+    """Two classes, how often an image of one is answered with the other, and rows of examples of each kind."""
 
     first: str
     second: str
@@ -51,22 +51,22 @@ def plot_batch_sizes(path: Path, curves: Mapping[str, Mapping[int | None, Estima
     sizes = sorted({size for points in curves.values() for size in points if size is not None})
     for protocol, points in curves.items():
         level = points.get(None)
-        style: dict = {"color": COLOURS[protocol], "label": protocol}
+        style: dict = {"color": COLORS[protocol], "label": protocol}
         if level is not None:
             axes.axhline(100 * level.value, linestyle="--", **style)
-            axes.axhspan(100 * level.low, 100 * level.high, color=COLOURS[protocol], alpha=0.1, linewidth=0)
+            axes.axhspan(100 * level.low, 100 * level.high, color=COLORS[protocol], alpha=0.1, linewidth=0)
             continue
         value, low, high = ([100 * getattr(points[size], name) for size in sizes] for name in ("value", "low", "high"))
         axes.plot(sizes, value, marker="o", **style)
         if len(sizes) == 1:  # a band would have no width
             errors = [np.subtract(value, low), np.subtract(high, value)]
-            axes.errorbar(sizes, value, errors, color=COLOURS[protocol], capsize=4)
+            axes.errorbar(sizes, value, errors, color=COLORS[protocol], capsize=4)
         else:
-            axes.fill_between(sizes, low, high, color=COLOURS[protocol], alpha=0.2, linewidth=0)
+            axes.fill_between(sizes, low, high, color=COLORS[protocol], alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("pictures that attend to each other (batch size)")
+    axes.set_xlabel("images that attend to each other (batch size)")
     axes.set_ylabel("accuracy in %, 95 % intervals")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -82,7 +82,7 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
         path (`Path`):
             Where to write it.
         counts (`torch.Tensor` of shape `(num_classes, num_classes)`):
-            Pictures by their class (row) and the answer (column).
+            Images by their class (row) and the answer (column).
         names (`Sequence[str]`):
             Of the classes.
         title (`str`):
@@ -104,10 +104,10 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     totals = counts.sum(1, keepdim=True)
-    # A class that is answered but has no pictures has an empty row.
+    # A class that is answered but has no images has an empty row.
     shares = (counts / totals.clamp(min=1e-9)).where(totals > 0, float("nan"))
     image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the pictures of the class")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the images of the class")
     places = range(len(shown_names))
     axes.set_xticks(places, shown_names, rotation=90, fontsize=7, parse_math=False)
     axes.set_yticks(places, shown_names, fontsize=7, parse_math=False)
@@ -115,8 +115,8 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
         for row in places:
             for column in places:
                 if number := float(counts[row, column]):
-                    colour = "white" if shares[row, column] > 0.5 else "black"
-                    axes.text(column, row, f"{number:.3g}", ha="center", va="center", color=colour, fontsize=7)
+                    color = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, f"{number:.3g}", ha="center", va="center", color=color, fontsize=7)
     axes.set_xlabel("answer")
     axes.set_ylabel("class")
     axes.set_title(title, fontsize=9, parse_math=False)
@@ -133,12 +133,12 @@ def plot_reliability(path: Path, answers: Mapping[str, tuple[str, Answers]], lab
         answers (mapping of protocols to a name and `Answers`):
             What to compare.
         labels (`torch.LongTensor` of shape `(n,)`):
-            Classes of the pictures.
+            Classes of the images.
     """
     figure = Figure(figsize=(5.5, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="calibrated")
-    centres = (np.arange(NUM_CALIBRATION_BINS) + 0.5) / NUM_CALIBRATION_BINS
+    centers = (np.arange(NUM_CALIBRATION_BINS) + 0.5) / NUM_CALIBRATION_BINS
     for protocol, (name, each) in answers.items():
         confidences = each.confidences.flatten()
         bins = (confidences * NUM_CALIBRATION_BINS).long().clamp(max=NUM_CALIBRATION_BINS - 1)
@@ -148,9 +148,9 @@ def plot_reliability(path: Path, answers: Mapping[str, tuple[str, Answers]], lab
             for values in (torch.ones_like(confidences), is_right, confidences)
         )
         used = number > 0
-        style = {"color": COLOURS[protocol], "marker": "o", "markersize": 4}
+        style = {"color": COLORS[protocol], "marker": "o", "markersize": 4}
         upper.plot(confidence[used] / number[used], right[used] / number[used], label=name, **style)
-        lower.step(centres, number / number.sum(), where="mid", color=COLOURS[protocol])
+        lower.step(centers, number / number.sum(), where="mid", color=COLORS[protocol])
     upper.set_ylabel("accuracy")
     upper.legend()
     lower.set_ylabel("share of answers")
@@ -163,7 +163,7 @@ def plot_reliability(path: Path, answers: Mapping[str, tuple[str, Answers]], lab
 
 def plot_confused_pairs(path: Path, pairs: Sequence[ConfusedPair], load: Callable[[int], Image.Image], title: str):
     r"""
-    The classes that are most often taken for each other: of each pair a row with pictures of both, and between them
+    The classes that are most often taken for each other: of each pair a row with images of both, and between them
     wrong answers.
 
     Args:
@@ -172,14 +172,14 @@ def plot_confused_pairs(path: Path, pairs: Sequence[ConfusedPair], load: Callabl
         pairs (`Sequence[ConfusedPair]`):
             The pairs.
         load (`Callable`):
-            Gives the picture of a row.
+            Gives the image of a row.
         title (`str`):
             What was measured.
     """
     columns = (("first", 2), ("first as second", 2), ("second as first", 2), ("second", 2))
     width = sum(number for _, number in columns)
     figure = Figure(figsize=(1.5 * width, 0.9 + 1.9 * max(1, len(pairs))), layout="constrained")
-    figure.suptitle(title if pairs else f"{title}\nNo picture is answered wrongly.", fontsize=10, parse_math=False)
+    figure.suptitle(title if pairs else f"{title}\nNo image is answered wrongly.", fontsize=10, parse_math=False)
     grid = figure.subplots(max(1, len(pairs)), width, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -195,9 +195,9 @@ def plot_confused_pairs(path: Path, pairs: Sequence[ConfusedPair], load: Callabl
             if pair.rows[kind]:
                 line[place].set_title(headings[kind], fontsize=7, loc="left", parse_math=False)
             for axes, row in zip(line[place : place + number], pair.rows[kind], strict=False):
-                picture = load(row)
-                picture.thumbnail((192, 192))
-                axes.imshow(picture)
+                image = load(row)
+                image.thumbnail((192, 192))
+                axes.imshow(image)
             place += number
     figure.savefig(path, dpi=_DPI)
 

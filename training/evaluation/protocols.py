@@ -1,11 +1,11 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation protocols: who are the neighbours of a test picture?
+"""Evaluation protocols: who are the neighbors of a test image?
 
 `single`: none, it attends to itself; what a deployed model answers that has no references. `reference`: the references
 that the model carries; what it answers if it has. `shuffled`: a random batch of the test set; the paper's setting.
-`sorted`: a batch in the order of the classes, whose pictures mostly share a label; what a model gains there over
-`shuffled` is a leak of labels through the neighbours, not accuracy.
+`sorted`: a batch in the order of the classes, whose images mostly share a label; what a model gains there over
+`shuffled` is a leak of labels through the neighbors, not accuracy.
 """
 
 import statistics
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from transformers import EvalPrediction
 
+from modeling_rbi import UserError
+
 from .metrics import compute_metrics
 
 
-# Logits, (n, num_labels), of the pictures with these row numbers, (n,), as one batch in this relation scope.
+# Logits, (n, num_labels), of the images with these row numbers, (n,), as one batch in this relation scope.
 Predict = Callable[[torch.Tensor, str], torch.Tensor]
 
 # Relation scope of each protocol.
@@ -26,7 +28,7 @@ PROTOCOLS = {"single": "self", "reference": "reference", "shuffled": "batch", "s
 # Those in which an answer depends on who else is in the batch.
 BATCH_PROTOCOLS = ("shuffled", "sorted")
 TOP_K = 5
-# Pictures at a time where their number changes nothing.
+# Images at a time where their number changes nothing.
 _STEP = 256
 
 
@@ -47,7 +49,7 @@ class ProtocolAccuracies:
 
 @dataclass(frozen=True, order=True)
 class Condition:
-    """A protocol, and about how many pictures attend to each other in a batch, where it has batches."""
+    """A protocol, and about how many images attend to each other in a batch, where it has batches."""
 
     protocol: str
     batch_size: int | None = None
@@ -58,7 +60,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answers to n pictures, each in s orders of the test set, and the metrics of each order."""
+    """What a model answers to n images, each in s orders of the test set, and the metrics of each order."""
 
     classes: torch.Tensor  # (s, n); the number of classes where scores are not finite, which is no answer
     in_top_k: torch.Tensor  # (s, n), bool: whether the label is among the best `TOP_K`
@@ -93,12 +95,12 @@ class Answers:
 
 
 def in_batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """Splits an order of pictures, `(n,)`, into batches of equal size, give or take one, of about `batch_size`."""
+    """Splits an order of images, `(n,)`, into batches of equal size, give or take one, of about `batch_size`."""
     return order.tensor_split(max(1, round(len(order) / batch_size)))
 
 
 def orders(protocol: str, labels: torch.Tensor, num_shuffles: int, seed: int) -> list[torch.Tensor]:
-    """The orders, `(n,)` each, in which a protocol goes through the pictures; with the same seed the same."""
+    """The orders, `(n,)` each, in which a protocol goes through the images; with the same seed the same."""
     if protocol == "shuffled":
         generator = torch.Generator().manual_seed(seed)
         return [torch.randperm(len(labels), generator=generator) for _ in range(num_shuffles)]
@@ -106,7 +108,7 @@ def orders(protocol: str, labels: torch.Tensor, num_shuffles: int, seed: int) ->
 
 
 def scores_of(predict: Predict, order: torch.Tensor, batch_size: int, relation_scope: str) -> torch.Tensor:
-    """Logits of the pictures, `(n, num_labels)`, by row number, asked for in this order and batches of this size."""
+    """Logits of the images, `(n, num_labels)`, by row number, asked for in this order and batches of this size."""
     scores = torch.cat([predict(batch, relation_scope) for batch in in_batches(order, batch_size)])
     return torch.empty_like(scores).index_copy_(0, order, scores)
 
@@ -127,20 +129,20 @@ def measure(
         predict (`Predict`):
             Gives the logits of one batch.
         labels (`torch.LongTensor` of shape `(n,)`):
-            Classes of the pictures.
+            Classes of the images.
         protocols (`Sequence[str]`):
             Keys of `PROTOCOLS`.
         batch_sizes (`Sequence[int]`):
-            About how many pictures attend to each other.
+            About how many images attend to each other.
         num_shuffles (`int`, *optional*, defaults to 5):
             Random orders of `shuffled`, the same at every batch size.
         seed (`int`, *optional*, defaults to 0):
             Of the random orders.
         on_order (`Callable`, *optional*):
-            Called after each order of the pictures; there are [`count_orders`] in all.
+            Called after each order of the images; there are [`count_orders`] in all.
 
     Raises:
-        ValueError: as [`check_sizes`].
+        UserError: as [`check_sizes`].
     """
     check_sizes(len(labels), batch_sizes, num_shuffles)
     measured = {}
@@ -165,30 +167,30 @@ def conditions_of(protocols: Sequence[str], batch_sizes: Sequence[int]) -> list[
 
 
 def count_orders(protocols: Sequence[str], batch_sizes: Sequence[int], num_shuffles: int) -> int:
-    """How often the pictures are gone through."""
+    """How often the images are gone through."""
     return sum(
         num_shuffles if condition.protocol == "shuffled" else 1 for condition in conditions_of(protocols, batch_sizes)
     )
 
 
-def check_sizes(num_pictures: int, batch_sizes: Sequence[int], num_shuffles: int):
+def check_sizes(num_images: int, batch_sizes: Sequence[int], num_shuffles: int):
     r"""
     Raises:
-        ValueError: if there are no pictures, fewer than a batch is to have, or fewer than 2 shuffles or pictures in a
+        UserError: if there are no images, fewer than a batch is to have, or fewer than 2 shuffles or images in a
             batch.
     """
-    if not num_pictures:
-        raise ValueError("There are no pictures to evaluate on.")
+    if not num_images:
+        raise UserError("There are no images to evaluate on.")
     if num_shuffles < 2:
-        raise ValueError(f"`num_shuffles` must be at least 2, got {num_shuffles}.")
+        raise UserError(f"`num_shuffles` must be at least 2, got {num_shuffles}.")
     for batch_size in batch_sizes:
         if batch_size < 2:
-            raise ValueError(
-                f"A batch size must be at least 2, got {batch_size}: one picture alone is the protocol `single`."
+            raise UserError(
+                f"A batch size must be at least 2, got {batch_size}: one image alone is the protocol `single`."
             )
-        if batch_size > num_pictures:
-            raise ValueError(
-                f"The batch size {batch_size} is more than the {num_pictures} pictures there are: leave it out."
+        if batch_size > num_images:
+            raise UserError(
+                f"The batch size {batch_size} is more than the {num_images} images there are: leave it out."
             )
 
 
@@ -202,18 +204,18 @@ def evaluate_protocols(
         predict (`Predict`):
             Gives the logits of one batch.
         rows (`torch.LongTensor` of shape `(n,)`):
-            Row numbers of the test pictures.
+            Row numbers of the test images.
         labels (`torch.LongTensor` of shape `(n,)`):
             Their classes.
         batch_size (`int`):
-            About how many pictures attend to each other. The batches are made equally large, give or take one.
+            About how many images attend to each other. The batches are made equally large, give or take one.
         num_shuffles (`int`, *optional*, defaults to 5):
             Number of random orders, at least 2.
         seed (`int`, *optional*, defaults to 0):
             Of the random orders.
 
     Raises:
-        ValueError: as [`check_sizes`], except that a batch may be all pictures there are.
+        UserError: as [`check_sizes`], except that a batch may be all images there are.
     """
     check_sizes(len(rows), [min(batch_size, max(len(rows), 2))], num_shuffles)
 

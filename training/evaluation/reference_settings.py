@@ -15,12 +15,12 @@ from transformers import EvalPrediction
 from modeling_rbi import RBIForImageClassification
 
 from .bootstrap import Bootstrap, interval
-from .features import CachedPictures, is_itself
+from .features import CachedImages, is_itself
 from .metrics import compute_metrics
 from .protocols import Answers
 
 
-# With fewer held-out pictures, what is best among them is chance: the model keeps the settings that it has.
+# With fewer held-out images, what is best among them is chance: the model keeps the settings that it has.
 MIN_FOR_FIT = 100
 SHARES = (0.25, 0.5)
 # Temperature and gain.
@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and what held-out pictures say of them."""
+    """Settings, and what held-out images say of them."""
 
     settings: Settings
     scope: str
@@ -78,9 +78,9 @@ def candidates_for(model: RBIForImageClassification) -> list[Settings]:
     kernels: Sequence[tuple[float | None, float | None]] = [(None, None)]
     if model.config.attention_type == "cosine":
         references = model.describe_references()
-        has_gain = model.config.relation_position_encoding == "bias" and references["has_pictures"]
+        has_gain = model.config.relation_position_encoding == "bias" and references["has_images"]
         kernels = KERNELS if has_gain else [(temperature, None) for temperature in sorted({tau for tau, _ in KERNELS})]
-    votes = VOTE_WEIGHTS if model.describe_references()["num_labelled"] else VOTE_WEIGHTS[:1]
+    votes = VOTE_WEIGHTS if model.describe_references()["num_labeled"] else VOTE_WEIGHTS[:1]
     return [
         Settings(share, temperature, gain, vote)
         for share, (temperature, gain), vote in itertools.product(SHARES, kernels, votes)
@@ -88,11 +88,11 @@ def candidates_for(model: RBIForImageClassification) -> list[Settings]:
 
 
 @torch.no_grad()
-def scores_with_references(model: RBIForImageClassification, pictures: CachedPictures, scope: str) -> torch.Tensor:
-    """Logits, (n, num_labels); a picture that is in the bank itself does not attend to that."""
+def scores_with_references(model: RBIForImageClassification, images: CachedImages, scope: str) -> torch.Tensor:
+    """Logits, (n, num_labels); an image that is in the bank itself does not attend to that."""
     parts, bank = [], model.rbi.references
-    for rows in torch.arange(len(pictures.labels)).split(_STEP):
-        pixel_values, features = pictures.pixel_values[rows].to(model.device), pictures.features[rows].to(model.device)
+    for rows in torch.arange(len(images.labels)).split(_STEP):
+        pixel_values, features = images.pixel_values[rows].to(model.device), images.features[rows].to(model.device)
         mask = None
         if scope == "reference" and bank is not None:
             mask = ~is_itself(model.rbi.rpe, bank, pixel_values, features)
@@ -103,18 +103,18 @@ def scores_with_references(model: RBIForImageClassification, pictures: CachedPic
 
 def fit_references(
     model: RBIForImageClassification,
-    held_out: CachedPictures,
+    held_out: CachedImages,
     candidates: Sequence[Settings],
     progress: bool = False,
 ) -> list[Candidate]:
     r"""
-    Tells how good each setting is on held-out pictures, and leaves the model as it was.
+    Tells how good each setting is on held-out images, and leaves the model as it was.
 
     Args:
         model (`RBIForImageClassification`):
             With a bank.
-        held_out (`CachedPictures`):
-            Pictures like those that it will meet, which nothing was trained on and which are not in the bank.
+        held_out (`CachedImages`):
+            Images like those that it will meet, which nothing was trained on and which are not in the bank.
         candidates (`Sequence[Settings]`):
             What to choose from.
         progress (`bool`, *optional*, defaults to `False`):
@@ -158,9 +158,9 @@ def is_better(candidate: Candidate, num_candidates: int) -> bool:
 
 
 def paired_gain(
-    model: RBIForImageClassification, held_out: CachedPictures, name: str = "accuracy", seed: int = 0
+    model: RBIForImageClassification, held_out: CachedImages, name: str = "accuracy", seed: int = 0
 ) -> tuple[float, float, float]:
-    """What `reference` adds to `single` on the pictures, with its 95 % interval, in points."""
+    """What `reference` adds to `single` on the images, with its 95 % interval, in points."""
     single, reference = (
         Answers.from_scores(scores_with_references(model, held_out, scope), held_out.labels)
         for scope in ("self", "reference")

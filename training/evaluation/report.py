@@ -78,7 +78,7 @@ def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
     rows: list[dict[str, Any]] = []
     for condition, metrics in assessment.metrics.items():
         row: dict[str, Any] = _columns(condition) | {
-            "pictures": len(assessment.labels),
+            "images": len(assessment.labels),
             "orders": len(assessment.answers[condition].metrics),
         }
         for name, estimate in metrics.items():
@@ -89,17 +89,17 @@ def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
     rows = []
     for condition, answers in assessment.answers.items():
         counts = confusion(answers, assessment.labels)
-        pictures, answered, right = counts.sum(1), counts.sum(0), counts.diagonal()
-        for label in ((pictures + answered)[: len(names)] > 0).nonzero().flatten().tolist():
+        images, answered, right = counts.sum(1), counts.sum(0), counts.diagonal()
+        for label in ((images + answered)[: len(names)] > 0).nonzero().flatten().tolist():
             rows.append(
                 _columns(condition)
                 | {
                     "class": names[label],
-                    "pictures": int(pictures[label]),
+                    "images": int(images[label]),
                     "answered": float(answered[label]),
-                    "recall": _ratio(right[label], pictures[label]),
+                    "recall": _ratio(right[label], images[label]),
                     "precision": _ratio(right[label], answered[label]),
-                    "f1": _ratio(2 * right[label], pictures[label] + answered[label]),
+                    "f1": _ratio(2 * right[label], images[label] + answered[label]),
                 }
             )
     _write_csv(folder / "per_class.csv", rows)
@@ -107,7 +107,7 @@ def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
 
 def confusion(answers: Answers, labels: torch.Tensor) -> torch.Tensor:
     r"""
-    Pictures by class (row) and answer (column), the mean over the orders, `(num_classes + 1, num_classes + 1)`; the
+    Images by class (row) and answer (column), the mean over the orders, `(num_classes + 1, num_classes + 1)`; the
     last column is of no answer, the last row empty.
     """
     size = answers.num_classes + 1
@@ -116,7 +116,7 @@ def confusion(answers: Answers, labels: torch.Tensor) -> torch.Tensor:
 
 
 def confused_pairs(answers: Answers, labels: torch.Tensor, names: Sequence[str], number: int) -> list[ConfusedPair]:
-    """The pairs of classes with most pictures of one answered as the other, the worst first."""
+    """The pairs of classes with most images of one answered as the other, the worst first."""
     counts = confusion(answers, labels)[: len(names), : len(names)]
     errors = (counts + counts.T).triu(diagonal=1)
     order = errors.flatten().argsort(descending=True, stable=True)[:number].tolist()
@@ -147,7 +147,7 @@ def confused_pairs(answers: Answers, labels: torch.Tensor, names: Sequence[str],
 
 
 def draw(folder: Path, assessment: Assessment, names: Sequence[str], load: Callable[[int], Any]):
-    """Draws the figures; that over batch sizes only where there are any. `load` gives the picture of a row."""
+    """Draws the figures; that over batch sizes only where there are any. `load` gives the image of a row."""
     curves: dict[str, dict[int | None, Estimate]] = {}
     for condition, metrics in assessment.metrics.items():
         curves.setdefault(condition.protocol, {})[condition.batch_size] = metrics["accuracy"]

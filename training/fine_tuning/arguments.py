@@ -11,6 +11,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
+from modeling_rbi import UserError
+
 from ..cli import default_output_dir, find_recipes, parse_arguments
 from ..data.reading import DataArguments
 from ..data.transforms import AugmentationArguments
@@ -48,14 +50,14 @@ class RunArguments:
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Build everything and train one step on a few made-up pictures, in the data set's published "
+            "help": "Build everything and train one step on a few made-up images, in the data set's published "
             "layout; downloads and keeps nothing."
         },
     )
 
     def __post_init__(self):
         if self.num_folds is not None and self.num_folds < 2:
-            raise ValueError(f"--num_folds must be at least 2, got {self.num_folds}.")
+            raise UserError(f"--num_folds must be at least 2, got {self.num_folds}.")
 
 
 @dataclass
@@ -65,65 +67,65 @@ class FineTuningArguments:
     train_relation_scope: str = field(
         default="batch",
         metadata={
-            "help": "Whom pictures attend to in training: batch; reference, a bank of the training pictures and those "
-            "of --unlabelled_dir, taken anew each epoch; or self, the control without relations.",
+            "help": "Whom images attend to in training: batch; reference, a bank of the training images and those "
+            "of --unlabeled_dir, taken anew each epoch; or self, the control without relations.",
             "choices": ["batch", "reference", "self"],
         },
     )
     self_loss_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the loss that is that of each picture by itself, with the same features and classifier; "
+            "help": "Share of the loss that is that of each image by itself, with the same features and classifier; "
             "by default as the model's config has it."
         },
     )
-    unlabelled_dir: str | None = field(
+    unlabeled_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of pictures without labels, searched through, which come into training batches as "
-            "neighbours of the others and have no loss."
+            "help": "Folder of images without labels, searched through, which come into training batches as "
+            "neighbors of the others and have no loss."
         },
     )
-    unlabelled_per_batch: int = field(
-        default=32, metadata={"help": "Pictures of --unlabelled_dir in a batch of a device, beside the others."}
+    unlabeled_per_batch: int = field(
+        default=32, metadata={"help": "Images of --unlabeled_dir in a batch of a device, beside the others."}
     )
     references_per_class: int | None = field(
         default=None,
         metadata={
-            "help": "Give the trained model a reference bank of this many training pictures of each class. Small "
+            "help": "Give the trained model a reference bank of this many training images of each class. Small "
             "copies of them are saved with it."
         },
     )
-    unlabelled_references: int | None = field(
+    unlabeled_references: int | None = field(
         default=None,
-        metadata={"help": "Put this many pictures of --unlabelled_dir, drawn at random, into the reference bank."},
+        metadata={"help": "Put this many images of --unlabeled_dir, drawn at random, into the reference bank."},
     )
     relation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Pictures that attend to each other. By default those of a device's batch, or with "
+            "help": "Images that attend to each other. By default those of a device's batch, or with "
             "--gather_across_processes of all devices'. Smaller: the batch is split. Larger: a multiple of the batch, "
             "within the accumulated one; the step then takes two passes, and no more memory than the batch."
         },
     )
     gather_across_processes: bool = field(
-        default=False, metadata={"help": "Whether pictures attend to those of all processes (GPUs)."}
+        default=False, metadata={"help": "Whether images attend to those of all processes (GPUs)."}
     )
     batch_sampler: str = field(
         default="shuffled",
         metadata={
-            "help": "shuffled: every picture once an epoch; balanced: every class equally often.",
+            "help": "shuffled: every image once an epoch; balanced: every class equally often.",
             "choices": ["shuffled", "balanced"],
         },
     )
     images_per_class: int = field(
         default=1,
-        metadata={"help": "With --batch_sampler balanced: pictures of a class in a batch, K of P x K batches."},
+        metadata={"help": "With --batch_sampler balanced: images of a class in a batch, K of P x K batches."},
     )
     class_weights: str | None = field(
         default=None,
         metadata={
-            "help": "balanced: the loss weighs classes by one over their number of training pictures.",
+            "help": "balanced: the loss weighs classes by one over their number of training images.",
             "choices": ["balanced"],
         },
     )
@@ -144,12 +146,12 @@ class FineTuningArguments:
     freeze_backbone: bool = field(default=False, metadata={"help": "Train RRA and the classifier alone."})
     freeze_batch_norm: bool = field(
         default=False,
-        metadata={"help": "Keep the statistics of batch normalisation: for few pictures or small batches."},
+        metadata={"help": "Keep the statistics of batch normalization: for few images or small batches."},
     )
     batch_norm_momentum: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the newest batch in the running statistics of batch normalisation, such as 0.1. "
+            "help": "Share of the newest batch in the running statistics of batch normalization, such as 0.1. "
             "MobileNet and EfficientNet of transformers have TensorFlow's 0.99, which here keeps the last batch alone."
         },
     )
@@ -174,46 +176,46 @@ class FineTuningArguments:
             "images_per_class",
             "lora_rank",
             "early_stopping_patience",
-            "unlabelled_per_batch",
+            "unlabeled_per_batch",
             "references_per_class",
-            "unlabelled_references",
+            "unlabeled_references",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+                raise UserError(f"--{name} must be at least 1, got {value}.")
         for name in ("layer_decay", "ema_decay", "batch_norm_momentum"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise ValueError(f"--{name} must be between 0 and 1, got {value}.")
+                raise UserError(f"--{name} must be between 0 and 1, got {value}.")
         if self.self_loss_weight is not None and not 0 <= self.self_loss_weight < 1:
-            raise ValueError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
-        for_relations = ("relation_batch_size", "gather_across_processes", "self_loss_weight", "unlabelled_dir")
+            raise UserError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
+        for_relations = ("relation_batch_size", "gather_across_processes", "self_loss_weight", "unlabeled_dir")
         if self.train_relation_scope == "self" and (
             chosen := [f"--{name}" for name in for_relations if getattr(self, name)]
         ):
-            raise ValueError(
+            raise UserError(
                 f"--train_relation_scope self is training without relations: leave {' and '.join(chosen)} out."
             )
         if self.train_relation_scope == "reference" and (self.relation_batch_size or self.gather_across_processes):
-            raise ValueError(
+            raise UserError(
                 "--train_relation_scope reference attends to the bank in place of the batch: leave "
                 "--relation_batch_size and --gather_across_processes out."
             )
-        if self.unlabelled_references is not None and self.unlabelled_dir is None:
-            raise ValueError("--unlabelled_references are pictures of --unlabelled_dir: name it.")
-        if self.unlabelled_dir is not None and self.relation_batch_size is not None:
-            raise ValueError(
-                "--relation_batch_size would part the unlabelled pictures from the others: leave it out beside "
-                "--unlabelled_dir."
+        if self.unlabeled_references is not None and self.unlabeled_dir is None:
+            raise UserError("--unlabeled_references are images of --unlabeled_dir: name it.")
+        if self.unlabeled_dir is not None and self.relation_batch_size is not None:
+            raise UserError(
+                "--relation_batch_size would part the unlabeled images from the others: leave it out beside "
+                "--unlabeled_dir."
             )
         if self.lora_rank is not None and self.freeze_backbone:
-            raise ValueError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
+            raise UserError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
         if self.freeze_batch_norm and self.batch_norm_momentum is not None:
-            raise ValueError("--freeze_batch_norm keeps the statistics: leave --batch_norm_momentum out.")
+            raise UserError("--freeze_batch_norm keeps the statistics: leave --batch_norm_momentum out.")
         if self.images_per_class > 1 and self.batch_sampler != "balanced":
-            raise ValueError("--images_per_class is for --batch_sampler balanced: add it.")
+            raise UserError("--images_per_class is for --batch_sampler balanced: add it.")
         if self.class_weights is not None and self.batch_sampler == "balanced":
-            raise ValueError(
+            raise UserError(
                 "--class_weights balanced and --batch_sampler balanced would balance twice: use one of them."
             )
 
@@ -250,16 +252,14 @@ class Arguments:
 
     def __post_init__(self):
         if self.fine_tuning.early_stopping_patience is not None and self.training.eval_strategy == IntervalStrategy.NO:
-            raise ValueError("--early_stopping_patience needs evaluations: set --eval_strategy epoch.")
+            raise UserError("--early_stopping_patience needs evaluations: set --eval_strategy epoch.")
         if self.training.push_to_hub and self.training.hub_strategy != HubStrategy.END:
-            raise ValueError(
+            raise UserError(
                 f"--hub_strategy {self.training.hub_strategy.value} would publish checkpoints, which do not load "
                 "without this package: leave it at end."
             )
         if self.training.push_to_hub and self.run.num_folds is not None:
-            raise ValueError(
-                "--num_folds trains several models: publish the one that you want, with training.publish."
-            )
+            raise UserError("--num_folds trains several models: publish the one that you want, with training.publish.")
 
     @property
     def command(self) -> str:

@@ -11,10 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_rbi import MAX_REFERENCES
+from modeling_rbi import MAX_REFERENCES, NO_LABEL, UserError
 
-from ..data.pictures import Collator, Pictures
-from ..data.reading import NO_LABEL
+from ..data.image_dataset import Collator, ImageDataset
 from ..data.transforms import EvalTransform
 from ..evaluation.features import extract
 from .arguments import FineTuningArguments
@@ -23,14 +22,14 @@ from .trainer import RBITrainer
 
 class BankTrainer(RBITrainer):
     r"""
-    As `RBITrainer`, through a reference bank of the training pictures, none of which attends to itself, and others.
-    The bank's features are those of the pictures as they are, without augmentation; they are taken anew before each
+    As `RBITrainer`, through a reference bank of the training images, none of which attends to itself, and others.
+    The bank's features are those of the images as they are, without augmentation; they are taken anew before each
     epoch and each evaluation.
 
     Args:
-        unlabelled (`datasets.Dataset`, *optional*):
-            References beside the training pictures. Their labels are not used.
-        train_dataset (`Pictures`), processing_class (`BaseImageProcessor`), kwargs:
+        unlabeled (`datasets.Dataset`, *optional*):
+            References beside the training images. Their labels are not used.
+        train_dataset (`ImageDataset`), processing_class (`BaseImageProcessor`), kwargs:
             As for `RBITrainer`.
     """
 
@@ -39,17 +38,17 @@ class BankTrainer(RBITrainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        unlabelled: datasets.Dataset | None = None,
-        train_dataset: Pictures,
+        unlabeled: datasets.Dataset | None = None,
+        train_dataset: ImageDataset,
         processing_class: BaseImageProcessor,
         data_collator: Collator | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        size = len(train_dataset) + (0 if unlabelled is None else len(unlabelled))
+        size = len(train_dataset) + (0 if unlabeled is None else len(unlabeled))
         if size > MAX_REFERENCES:
-            raise ValueError(
-                f"A bank of all {size} training and unlabelled pictures is more than a model carries "
+            raise UserError(
+                f"A bank of all {size} training and unlabeled images is more than a model carries "
                 f"({MAX_REFERENCES}): train in batches, and give --references_per_class."
             )
         fine_tuning = kwargs.get("fine_tuning") or FineTuningArguments()
@@ -58,10 +57,10 @@ class BankTrainer(RBITrainer):
             "--mixup_alpha or --cutmix_alpha": data_collator is not None and data_collator.mixing is not None,
             "--ema_decay": fine_tuning.ema_decay is not None,
             "--lora_rank": fine_tuning.lora_rank is not None,
-            "--crop_to_boxes beside pictures without boxes": train_dataset.crop_to_boxes and unlabelled is not None,
+            "--crop_to_boxes beside images without boxes": train_dataset.crop_to_boxes and unlabeled is not None,
         }
         if names := [name for name, is_given in refused.items() if is_given]:
-            raise ValueError(f"Training through a bank does not go with {' and '.join(names)}.")
+            raise UserError(f"Training through a bank does not go with {' and '.join(names)}.")
         super().__init__(
             model,
             args,
@@ -74,11 +73,11 @@ class BankTrainer(RBITrainer):
         columns = ["image", "label", *(["box"] if train_dataset.crop_to_boxes else [])]
         splits = [
             split.select_columns(columns).cast_column("label", datasets.Value("int64"))
-            for split in (train_dataset.split, unlabelled)
+            for split in (train_dataset.split, unlabeled)
             if split is not None
         ]
-        self.num_labelled = len(train_dataset)
-        self.references = Pictures(
+        self.num_labeled = len(train_dataset)
+        self.references = ImageDataset(
             datasets.concatenate_datasets(splits),
             EvalTransform(processing_class),
             crop_to_boxes=train_dataset.crop_to_boxes,
@@ -94,7 +93,7 @@ class BankTrainer(RBITrainer):
         model, scope = self.model, self.model.config.relation_scope
         is_training, had_references = model.training, model.config.references is not None
         taken = extract(model, self.references, self.args.per_device_eval_batch_size, self.args.device, progress=False)
-        labels = taken.labels.index_fill(0, torch.arange(self.num_labelled, len(taken.labels)), NO_LABEL)
+        labels = taken.labels.index_fill(0, torch.arange(self.num_labeled, len(taken.labels)), NO_LABEL)
         model.set_reference_features(taken.features, taken.pixel_values[:], labels)
         if had_references:  # whoever evaluates may ask in another scope
             model.config.relation_scope = scope
@@ -104,8 +103,8 @@ class BankTrainer(RBITrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One batch, forward and backward; pictures attend to the bank in place of the batch."""
-        # The training pictures are the first references.
+        """One batch, forward and backward; images attend to the bank in place of the batch."""
+        # The training images are the first references.
         mask = inputs["rows"][:, None] != torch.arange(len(self.references))
         more = {"relation_scope": "reference", "reference_mask": mask.to(self.args.device)}
         handle = model.register_forward_pre_hook(partial(_with_arguments, more=more), with_kwargs=True)
@@ -129,7 +128,7 @@ class _BankCallback(TrainerCallback):
 
 
 class _RowCollator:
-    """Adds `rows`, (B,), the row numbers of training pictures, to a batch."""
+    """Adds `rows`, (B,), the row numbers of training images, to a batch."""
 
     def __init__(self, collator: Collator):
         self.collator = collator

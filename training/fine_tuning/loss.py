@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss, and the training step over a neighbourhood that is larger than what fits into memory at once."""
+"""The training loss, and the training step over a neighborhood that is larger than what fits into memory at once."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,15 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from modeling_rbi import RBIForImageClassification, RBIImageClassifierOutput
-
-
-IGNORED = -100
+from modeling_rbi import NO_LABEL, RBIForImageClassification, RBIImageClassifierOutput
 
 
 def count_targets(batch: dict[str, torch.Tensor], class_weights: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    What the sum of a batch's losses is divided by: its pictures that are no padding, weighted by class.
+    What the sum of a batch's losses is divided by: its images that are no padding, weighted by class.
 
     Args:
         batch (`dict[str, torch.Tensor]`):
@@ -26,7 +23,7 @@ def count_targets(batch: dict[str, torch.Tensor], class_weights: torch.Tensor | 
             Weight of each class.
     """
     labels = batch["labels"]
-    is_real = labels != IGNORED
+    is_real = labels != NO_LABEL
     if class_weights is None:
         return is_real.sum().float()
     class_weights = class_weights.to(labels.device)
@@ -50,7 +47,7 @@ def classification_loss(
         logits (`torch.FloatTensor` of shape `(B, num_labels)`):
             Scores of the model.
         batch (`dict[str, torch.Tensor]`):
-            With `labels`, (B,), -100 for padding; or with the soft `targets`, (B, num_labels), of mixed pictures.
+            With `labels`, (B,), -100 for padding; or with the soft `targets`, (B, num_labels), of mixed images.
         num_targets (`torch.Tensor`):
             See [`count_targets`].
         class_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
@@ -58,7 +55,7 @@ def classification_loss(
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of a target that is spread over all classes.
     """
-    is_real = batch["labels"] != IGNORED
+    is_real = batch["labels"] != NO_LABEL
     targets = batch["targets" if "targets" in batch else "labels"][is_real]
     loss = nn.functional.cross_entropy(
         logits[is_real].float(),
@@ -79,7 +76,7 @@ def training_loss(
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    The loss of what a model in training gives: that of its answers, or, where it has also answered for each picture by
+    The loss of what a model in training gives: that of its answers, or, where it has also answered for each image by
     itself, the mean of both, weighted by `self_loss_weight`.
 
     Args:
@@ -106,23 +103,23 @@ def backward_in_two_passes(
     backward: Callable[[torch.Tensor], None],
 ) -> torch.Tensor:
     r"""
-    Gradients of a loss over a neighbourhood, with the memory of a small batch (as GradCache, Gao et al. 2021, does for
+    Gradients of a loss over a neighborhood, with the memory of a small batch (as GradCache, Gao et al. 2021, does for
     contrastive losses): the backbone runs over small batches without gradient; the head and the loss over all their
     features give the gradient of each feature; and the backbone runs again, small batch by small batch, to take these
-    gradients on. What is kept of the whole are pictures and features. It costs one more forward of the backbone.
+    gradients on. What is kept of the whole are images and features. It costs one more forward of the backbone.
 
     The gradients are those of the whole batch, to rounding: dropout draws the same in both passes. Batch
-    normalisation is the exception, as in any gradient accumulation: it normalises each small batch by itself.
+    normalization is the exception, as in any gradient accumulation: it normalizes each small batch by itself.
 
     Args:
         model (`RBIForImageClassification`):
             The model, not wrapped, in training mode.
         pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`):
-            The neighbourhood's pictures.
+            The neighborhood's images.
         relation_mask (`torch.BoolTensor` of shape `(B,)` or `(B, B)`, *optional*):
             As in the model's forward.
         micro_batch_size (`int`):
-            Pictures that the backbone takes at a time, at most.
+            Images that the backbone takes at a time, at most.
         loss_of (`Callable`):
             The loss of the model's output.
         backward (`Callable`):
@@ -131,7 +128,7 @@ def backward_in_two_passes(
     Returns:
         The loss, detached.
     """
-    # Of equal size, give or take one: a last part of one picture would have no batch statistics.
+    # Of equal size, give or take one: a last part of one image would have no batch statistics.
     num_parts = math.ceil(len(pixel_values) / micro_batch_size)
     parts = pixel_values.tensor_split(num_parts)
     states, features = [], []

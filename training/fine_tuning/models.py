@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, load_image_processor, pixel_statistics
+from modeling_rbi import RBIConfig, RBIForImageClassification, UserError, load_image_processor, pixel_statistics
 
 from ..data.packaged.backbones import packaged_model
 
@@ -54,7 +54,7 @@ class ModelArguments:
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Pictures are resized directly to a square of this many pixels. By default they are resized and "
+            "help": "Images are resized directly to a square of this many pixels. By default they are resized and "
             "cropped as the backbone's own image processor does."
         },
     )
@@ -73,29 +73,27 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.model_name_or_path is None and self.backbone_config is None:
-            raise ValueError("Name the backbone: --model_name_or_path, or --backbone_config to start at random.")
+            raise UserError("Name the backbone: --model_name_or_path, or --backbone_config to start at random.")
         if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"--image_size must be at least 1, got {self.image_size}.")
+            raise UserError(f"--image_size must be at least 1, got {self.image_size}.")
         if (self.image_mean is not None or self.image_std is not None) and self.image_size is None:
-            raise ValueError(
-                "--image_mean and --image_std go with --image_size: the backbone's processor has its own."
-            )
+            raise UserError("--image_mean and --image_std go with --image_size: the backbone's processor has its own.")
         for name in ("backbone_config", "rbi_config"):
             self._parse(name)
         known = set(RBIConfig.own_fields()) - {"backbone_config"}
         for name in self.rbi_fields.keys() - known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"its fields are {', '.join(sorted(known))}."
-            raise ValueError(f"--rbi_config has the unknown field `{name}`: {hint}")
+            raise UserError(f"--rbi_config has the unknown field `{name}`: {hint}")
 
     def _parse(self, name: str) -> dict[str, Any]:
         text = getattr(self, name)
         try:
             value = json.loads(text) if text else {}
         except ValueError as error:
-            raise ValueError(f"--{name} must be JSON, got {text} ({error}).") from error
+            raise UserError(f"--{name} must be JSON, got {text} ({error}).") from error
         if not isinstance(value, dict):
-            raise ValueError(f"--{name} must be a JSON object, got {text}.")
+            raise UserError(f"--{name} must be a JSON object, got {text}.")
         return value
 
     @property
@@ -114,7 +112,7 @@ def check_model(args: ModelArguments):
     Sees whether the model is there, before the work of others begins.
 
     Raises:
-        ValueError: if it is a folder that is not there.
+        UserError: if it is a folder that is not there.
         OSError: if it is no model of the Hub, or the Hub cannot be reached.
     """
     name = args.model_name_or_path
@@ -123,7 +121,7 @@ def check_model(args: ModelArguments):
     if name.startswith("packaged/"):
         packaged_model(name)
     elif not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
+        raise UserError(f"--model_name_or_path {name}: there is no such folder.")
     else:
         hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
         AutoConfig.from_pretrained(name, **hub)
@@ -133,7 +131,7 @@ def load_model(
     args: ModelArguments, label_names: list[str], from_scratch: bool = False
 ) -> tuple[RBIForImageClassification, BaseImageProcessor]:
     r"""
-    The model for these classes, and the image processor that its pictures go through.
+    The model for these classes, and the image processor that its images go through.
 
     Args:
         args (`ModelArguments`):
@@ -144,7 +142,7 @@ def load_model(
             Whether to build the backbone of `backbone_config` even beside `model_name_or_path`.
 
     Raises:
-        ValueError, OSError: if there is no such model, or it cannot be a backbone.
+        UserError, OSError: if there is no such model, or it cannot be a backbone.
     """
     labels = {
         "id2label": dict(enumerate(label_names)),
@@ -154,7 +152,7 @@ def load_model(
     try:
         return _start_at_random(args, labels) if starts_at_random else _load_pretrained(args, labels)
     except StrictDataclassError as error:
-        raise ValueError(f"The config of the model is wrong: {error.__cause__ or error}") from error
+        raise UserError(f"The config of the model is wrong: {error.__cause__ or error}") from error
 
 
 def _start_at_random(
@@ -162,7 +160,7 @@ def _start_at_random(
 ) -> tuple[RBIForImageClassification, BaseImageProcessor]:
     fields = args.backbone_fields
     if fields.get("model_type") not in CONFIG_MAPPING:
-        raise ValueError(
+        raise UserError(
             f"--backbone_config has the model_type {fields.get('model_type')!r}, which transformers does not know."
         )
     backbone_config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
@@ -192,7 +190,7 @@ def _load_pretrained(
         return model, image_processor
     num_labels = len(labels["id2label"])
     if config.num_labels != num_labels and not args.ignore_mismatched_sizes:
-        raise ValueError(
+        raise UserError(
             f"The classifier of {args.model_name_or_path} is of {config.num_labels} classes, not of {num_labels}: add "
             "--ignore_mismatched_sizes to start it anew."
         )
@@ -203,7 +201,7 @@ def _load_pretrained(
         **{"image_mean": image_mean, "image_std": image_std} | labels | args.rbi_fields | hub,
     )
     if model.config.num_added_classes:
-        raise ValueError(
+        raise UserError(
             f"{args.model_name_or_path} answers {model.config.num_added_classes} classes by its references alone: it "
             "cannot be trained further. Train a model of all classes."
         )

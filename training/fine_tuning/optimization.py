@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_rbi import RBIForImageClassification
+from modeling_rbi import MissingPackageError, RBIForImageClassification, UserError
 
 
 # Beside AdamW and all that `--optim` of TrainingArguments offers. RAdam is the authors' optimizer.
@@ -118,14 +118,14 @@ def freeze_backbone(model: RBIForImageClassification):
 
 
 def freeze_batch_norm(model: RBIForImageClassification):
-    """Keeps the running statistics of batch normalisation, and normalises with them in training too."""
+    """Keeps the running statistics of batch normalization, and normalizes with them in training too."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_pre_hook(lambda module, _: module.eval() and None)
 
 
 def set_batch_norm_momentum(model: RBIForImageClassification, momentum: float):
-    """Sets the share of the newest batch in the running statistics of batch normalisation."""
+    """Sets the share of the newest batch in the running statistics of batch normalization."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = momentum
@@ -139,12 +139,12 @@ def add_lora(
     RRA and the classifier are trained whole.
 
     Raises:
-        ImportError: if peft is not installed.
+        MissingPackageError: if peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs peft: `pip install peft`.") from error
+        raise MissingPackageError("LoRA needs peft: `pip install peft`.") from error
     targets = [
         name
         for name, module in model.named_modules()
@@ -185,7 +185,7 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 < decay < 1:
-            raise ValueError(f"The decay of the moving average must be between 0 and 1, got {decay}.")
+            raise UserError(f"The decay of the moving average must be between 0 and 1, got {decay}.")
         self.decay = decay
         self.num_updates = 0
         self.average = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning RBI on labelled pictures: from arguments to a model and the record of how it came to be."""
+"""Fine-tuning RBI on labeled images: from arguments to a model and the record of how it came to be."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,12 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_rbi import MAX_REFERENCES, RBIForImageClassification
+from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 
 from ..data import layouts
-from ..data.checks import load_checked_pictures, load_unlabelled_pictures
+from ..data.checks import load_checked_images, load_unlabeled_images
+from ..data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from ..data.mixing import Mixing
-from ..data.pictures import Collator, Pictures, WithUnlabelled
 from ..data.reading import DataArguments, fingerprint, labels_of
 from ..data.splits import stratified_folds
 from ..data.tiny import make_published
@@ -53,88 +53,88 @@ def prepare_output_dir(args: Arguments) -> Path | None:
         The checkpoint to resume from, or `None` to start anew.
 
     Raises:
-        ValueError: if the folder holds another run, or what to resume is not there or was run otherwise.
+        UserError: if the folder holds another run, or what to resume is not there or was run otherwise.
     """
     folder, resume = Path(args.training.output_dir), args.training.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        raise UserError(f"--output_dir {folder} is a file: name a folder.")
     record = RunRecord.read(folder)
     is_empty = not folder.exists() or not any(folder.iterdir())
     if resume is None or str(resume).lower() == "false":
         if is_empty:
             return None
         if record is None:
-            raise ValueError(f"--output_dir {folder} is not empty: name another folder.")
+            raise UserError(f"--output_dir {folder} is not empty: name another folder.")
         if record.get("status") == "finished":
-            raise ValueError(f"--output_dir {folder} holds a finished run: name another folder.")
-        raise ValueError(
+            raise UserError(f"--output_dir {folder} holds a finished run: name another folder.")
+        raise UserError(
             f"--output_dir {folder} holds a run that is not finished: go on with it with --resume_from_checkpoint "
             "last, or name another folder."
         )
     if record is not None and record.get("status") == "finished":
-        raise ValueError(f"The run in {folder} is finished: there is nothing to go on with.")
+        raise UserError(f"The run in {folder} is finished: there is nothing to go on with.")
     if record is not None and (changed := differences(record.get("arguments", {}), args.resolved())):
-        raise ValueError(
+        raise UserError(
             f"The run in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or name "
             "another --output_dir."
         )
     if str(resume).lower() in ("true", "last"):
         if record is None:
-            raise ValueError(f"--output_dir {folder} holds no run to go on with.")
+            raise UserError(f"--output_dir {folder} holds no run to go on with.")
         checkpoint = last_complete_checkpoint(folder)
         if checkpoint is None and args.run.num_folds is None:
             logger.warning(f"The run in {folder} was stopped before its first checkpoint: it starts again.")
         return checkpoint
     checkpoint = Path(resume)
     if not checkpoint.is_dir():
-        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder: name a checkpoint, or `last`.")
+        raise UserError(f"--resume_from_checkpoint {checkpoint} is no folder: name a checkpoint, or `last`.")
     return checkpoint
 
 
 def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
     r"""
-    The pictures, checked, those of `--unlabelled_dir` as the split `unlabelled`, and what the record says of them.
+    The images, checked, those of `--unlabeled_dir` as the split `unlabeled`, and what the record says of them.
 
     Raises:
         BadDataError: if they cannot be trained on, or hold files that cannot be; names them.
-        ValueError: if there are fewer unlabelled pictures than are asked for.
+        UserError: if there are fewer unlabeled images than are asked for.
     """
-    pictures, report = load_checked_pictures(args.data, args.training.seed)
+    images, report = load_checked_images(args.data, args.training.seed)
     skipped = [
-        {"kind": finding.kind, "message": finding.message, "pictures": [place.name for place in finding.leave_out]}
+        {"kind": finding.kind, "message": finding.message, "images": [place.name for place in finding.leave_out]}
         for finding in report.findings
         if finding.leave_out
     ]
-    if args.fine_tuning.unlabelled_dir is not None:
-        pictures["unlabelled"] = _load_unlabelled(args)
-    return pictures, {
-        "fingerprint": fingerprint(pictures),
-        "label_names": pictures["train"].features["label"].names,
+    if args.fine_tuning.unlabeled_dir is not None:
+        images["unlabeled"] = _load_unlabeled(args)
+    return images, {
+        "fingerprint": fingerprint(images),
+        "label_names": images["train"].features["label"].names,
         "cropped_to_boxes": args.data.crop_to_boxes,
         "skipped": skipped,
         "notes": [finding.message for finding in report.notes],
     }
 
 
-def _load_unlabelled(args: Arguments) -> datasets.Dataset:
-    """As many pictures as all processes ask for, at least."""
+def _load_unlabeled(args: Arguments) -> datasets.Dataset:
+    """As many images as all processes ask for, at least."""
     options = args.fine_tuning
-    pictures = load_unlabelled_pictures(str(options.unlabelled_dir), args.data.max_pixels, args.data.skip_bad_images)
+    images = load_unlabeled_images(str(options.unlabeled_dir), args.data.max_pixels, args.data.skip_bad_images)
     is_in_batches = options.train_relation_scope == "batch"
-    per_batch = options.unlabelled_per_batch * args.training.world_size if is_in_batches else 0
-    references = options.unlabelled_references or 0
-    for name, number in (("unlabelled_per_batch", per_batch), ("unlabelled_references", references)):
-        if number > len(pictures):
-            raise ValueError(
-                f"--unlabelled_dir {options.unlabelled_dir} has {len(pictures)} pictures, fewer than the {number} "
+    per_batch = options.unlabeled_per_batch * args.training.world_size if is_in_batches else 0
+    references = options.unlabeled_references or 0
+    for name, number in (("unlabeled_per_batch", per_batch), ("unlabeled_references", references)):
+        if number > len(images):
+            raise UserError(
+                f"--unlabeled_dir {options.unlabeled_dir} has {len(images)} images, fewer than the {number} "
                 f"that --{name} asks for{' on all processes' if number > getattr(options, name) else ''}: lower it."
             )
-    return pictures
+    return images
 
 
 def train(
     args: Arguments,
-    pictures: datasets.DatasetDict,
+    images: datasets.DatasetDict,
     data_record: dict[str, Any],
     checkpoint: Path | None = None,
     console: Console | None = None,
@@ -147,9 +147,9 @@ def train(
     Args:
         args (`Arguments`):
             What the user asked for.
-        pictures (`datasets.DatasetDict`):
+        images (`datasets.DatasetDict`):
             In the canonical form, with `train`, and `validation` unless nothing is to be chosen by it. Those of
-            `unlabelled`, if it is there, are neighbours in training alone.
+            `unlabeled`, if it is there, are neighbors in training alone.
         data_record (`dict[str, Any]`):
             What the record says of the data.
         checkpoint (`Path`, *optional*):
@@ -169,8 +169,8 @@ def train(
     output_dir = Path(args.training.output_dir)
     if checkpoint is not None:
         _check_same_run(RunRecord.read(output_dir), data_record, args.training)
-    unlabelled = pictures.get("unlabelled")
-    _check_references(args.fine_tuning, pictures["train"], data_record["label_names"])
+    unlabeled = images.get("unlabeled")
+    _check_references(args.fine_tuning, images["train"], data_record["label_names"])
     record = RunRecord(output_dir, args.training.should_save)
     arguments = args.resolved()  # before the trainer changes them
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
@@ -187,23 +187,23 @@ def train(
         trained = add_lora(
             model, args.fine_tuning.lora_rank, args.fine_tuning.lora_alpha, args.fine_tuning.lora_dropout
         )
-    if "validation" not in pictures and args.fine_tuning.early_stopping_patience is not None:
-        raise ValueError("--early_stopping_patience needs validation pictures: raise --train_val_split.")
-    if "validation" not in pictures:
+    if "validation" not in images and args.fine_tuning.early_stopping_patience is not None:
+        raise UserError("--early_stopping_patience needs validation images: raise --train_val_split.")
+    if "validation" not in images:
         args.training.eval_strategy = IntervalStrategy.NO
         args.training.load_best_model_at_end = False
-    make = partial(Pictures, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
+    make = partial(ImageDataset, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
     parts = {
-        name: make(split, EvalTransform(image_processor)) for name, split in pictures.items() if name != "unlabelled"
+        name: make(split, EvalTransform(image_processor)) for name, split in images.items() if name != "unlabeled"
     }
     transform = TrainTransform(image_processor, args.augmentation)
-    labelled = make(pictures["train"], transform, augment=True)
-    train_set: Pictures | WithUnlabelled = labelled
+    labeled = make(images["train"], transform, augment=True)
+    train_set: ImageDataset | WithUnlabeled = labeled
     if args.fine_tuning.train_relation_scope == "reference":
-        trainer_class = partial(BankTrainer, unlabelled=unlabelled)
-    elif unlabelled is not None:
-        others = Pictures(unlabelled, transform, augment=True, max_pixels=args.data.max_pixels)
-        train_set = WithUnlabelled(labelled, others)
+        trainer_class = partial(BankTrainer, unlabeled=unlabeled)
+    elif unlabeled is not None:
+        others = ImageDataset(unlabeled, transform, augment=True, max_pixels=args.data.max_pixels)
+        train_set = WithUnlabeled(labeled, others)
     callbacks: list[transformers.TrainerCallback] = [RecordCallback(record)]
     if args.fine_tuning.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.fine_tuning.early_stopping_patience))
@@ -237,7 +237,7 @@ def train(
         next={"resume": args.resume_command},
     )
     console.print(
-        f"{_sizes(pictures)} of {len(data_record['label_names'])} classes; "
+        f"{_sizes(images)} of {len(data_record['label_names'])} classes; "
         f"{record.content['model']['trainable_parameters']:,} parameters to train. Output: {output_dir.resolve()}",
         soft_wrap=True,
         highlight=False,
@@ -250,7 +250,7 @@ def train(
         trainer.average_batch_statistics()  # the bank's features are those of the backbone that is saved
         if isinstance(trainer, BankTrainer):
             trainer.take_references(is_stale=True)  # the best epoch's backbone may be another
-        _set_references(model, parts["train"], unlabelled, image_processor, args)
+        _set_references(model, parts["train"], unlabeled, image_processor, args)
         # Its mean loss is of the steps since a resume; that of each epoch is in the record.
         speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
         results = {"train": speed} | _evaluate(trainer, parts, args)
@@ -281,40 +281,40 @@ def train(
 def _check_references(options: FineTuningArguments, train_set: datasets.Dataset, label_names: list[str]):
     r"""
     Raises:
-        ValueError: if the trained model could not be given the bank that is asked for.
+        UserError: if the trained model could not be given the bank that is asked for.
     """
-    size = options.unlabelled_references or 0
+    size = options.unlabeled_references or 0
     if options.references_per_class is not None:
         counts = labels_of(train_set).bincount(minlength=len(label_names))
         if absent := [label_names[label] for label in (counts == 0).nonzero().flatten().tolist()]:
-            raise ValueError(
-                f"--references_per_class takes pictures of each class, and {', '.join(absent[:10])} has none to train "
+            raise UserError(
+                f"--references_per_class takes images of each class, and {', '.join(absent[:10])} has none to train "
                 "on: add some, or leave the option out."
             )
         size += int(counts.clamp(max=options.references_per_class).sum())
     if size > MAX_REFERENCES:
-        raise ValueError(
-            f"The reference bank would have {size} pictures, more than a model carries ({MAX_REFERENCES}): lower "
-            "--references_per_class or --unlabelled_references."
+        raise UserError(
+            f"The reference bank would have {size} images, more than a model carries ({MAX_REFERENCES}): lower "
+            "--references_per_class or --unlabeled_references."
         )
 
 
 def _set_references(
     model: RBIForImageClassification,
-    train_set: Pictures,
-    unlabelled: datasets.Dataset | None,
+    train_set: ImageDataset,
+    unlabeled: datasets.Dataset | None,
     image_processor: BaseImageProcessor,
     args: Arguments,
 ):
-    """Gives the trained model its bank, if one is asked for: of training pictures, of unlabelled ones, or of both."""
+    """Gives the trained model its bank, if one is asked for: of training images, of unlabeled ones, or of both."""
     options, seed = args.fine_tuning, args.training.seed
     model.eval()
     if options.references_per_class is not None:
         model.set_references(train_set, per_class=options.references_per_class, seed=seed)
-    if options.unlabelled_references is not None and unlabelled is not None:
+    if options.unlabeled_references is not None and unlabeled is not None:
         put = model.set_references if options.references_per_class is None else model.add_references
-        pictures = Pictures(unlabelled, EvalTransform(image_processor), max_pixels=args.data.max_pixels)
-        put(pictures, num_references=options.unlabelled_references, strategy="random", seed=seed)
+        images = ImageDataset(unlabeled, EvalTransform(image_processor), max_pixels=args.data.max_pixels)
+        put(images, num_references=options.unlabeled_references, strategy="random", seed=seed)
 
 
 def _save(trainer: RBITrainer, output_dir: Path, results: dict[str, Any]):
@@ -362,22 +362,22 @@ def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], 
     if before is None:
         return
     if before["data"]["fingerprint"] != data_record["fingerprint"]:
-        raise ValueError(
-            "The data are not those that the run was started with (other pictures, labels or file sizes): give those "
+        raise UserError(
+            "The data are not those that the run was started with (other images, labels or file sizes): give those "
             "back, or start another run."
         )
     was, now = before["environment"]["hardware"], describe_environment(training)["hardware"]
     for name in ("processes", "distributed", "mixed_precision"):
         if was[name] != now[name]:
-            raise ValueError(
+            raise UserError(
                 f"The run was started with {name.replace('_', ' ')} {was[name]}, not {now[name]}: go on as it was."
             )
 
 
-def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) -> dict[str, dict[str, float]]:
+def _evaluate(trainer: RBITrainer, parts: dict[str, ImageDataset], args: Arguments) -> dict[str, dict[str, float]]:
     """
-    Metrics of the validation and test pictures, each alone, and with the model's references if it has any; of the test
-    pictures in shuffled batches, too.
+    Metrics of the validation and test images, each alone, and with the model's references if it has any; of the test
+    images in shuffled batches, too.
     """
     results = {}
     config = rbi_model(trainer.model).config
@@ -400,14 +400,14 @@ def _evaluate(trainer: RBITrainer, parts: dict[str, Pictures], args: Arguments) 
 
 
 def cross_validate(
-    args: Arguments, num_folds: int, pictures: datasets.DatasetDict, data_record: dict[str, Any]
+    args: Arguments, num_folds: int, images: datasets.DatasetDict, data_record: dict[str, Any]
 ) -> dict[str, Any]:
     r"""
     Trains a model for each fold, each in its own folder, and gives mean and spread of their validation metrics. Folds
     that are finished are not trained again.
     """
     console = Console(quiet=not args.training.should_log)
-    whole = datasets.concatenate_datasets([pictures[name] for name in ("train", "validation") if name in pictures])
+    whole = datasets.concatenate_datasets([images[name] for name in ("train", "validation") if name in images])
     folds = stratified_folds(labels_of(whole), num_folds, args.training.seed)
     output_dir = Path(args.training.output_dir)
     _check_same_run(RunRecord.read(output_dir), data_record, args.training)
@@ -428,7 +428,7 @@ def cross_validate(
         if record is None or record.get("status") != "finished":
             console.rule(f"Fold {number} of {len(folds)}")
             parts = {"train": whole.select(train_rows), "validation": whole.select(validation_rows)}
-            parts |= {name: pictures[name] for name in ("test", "unlabelled") if name in pictures}
+            parts |= {name: images[name] for name in ("test", "unlabeled") if name in images}
             one = dataclasses.replace(args, training=dataclasses.replace(args.training, output_dir=str(folder)))
             split = datasets.DatasetDict(parts)
             record = train(
@@ -455,7 +455,7 @@ def cross_validate(
 
 
 def dry_run(args: Arguments) -> dict[str, Any]:
-    """Trains one step on made-up pictures, in the data set's published layout if it has one; keeps nothing."""
+    """Trains one step on made-up images, in the data set's published layout if it has one; keeps nothing."""
     plan_neighborhoods(args.training, args.fine_tuning)
     # It would say that the made-up data set is smaller than the published one.
     logging.getLogger(layouts.__name__).setLevel(logging.ERROR)
@@ -486,20 +486,20 @@ def dry_run(args: Arguments) -> dict[str, Any]:
             args.fine_tuning,
             relation_batch_size=None,
             images_per_class=min(args.fine_tuning.images_per_class, 2),
-            unlabelled_per_batch=2,
+            unlabeled_per_batch=2,
         )
-        if args.fine_tuning.unlabelled_dir is not None:
-            fine_tuning.unlabelled_dir = str(make_published("tiny_imagenet", Path(name) / "unlabelled"))
-        for option in ("references_per_class", "unlabelled_references"):
+        if args.fine_tuning.unlabeled_dir is not None:
+            fine_tuning.unlabeled_dir = str(make_published("tiny_imagenet", Path(name) / "unlabeled"))
+        for option in ("references_per_class", "unlabeled_references"):
             if getattr(fine_tuning, option) is not None:
                 setattr(fine_tuning, option, 1)
         small = dataclasses.replace(args, data=data, training=training, fine_tuning=fine_tuning)
-        pictures, data_record = load_data(small)
-        return train(small, pictures, data_record, console=Console(quiet=True))
+        images, data_record = load_data(small)
+        return train(small, images, data_record, console=Console(quiet=True))
 
 
-def _sizes(pictures: datasets.DatasetDict) -> str:
-    return ", ".join(f"{len(split)} {name}" for name, split in pictures.items()) + " pictures"
+def _sizes(images: datasets.DatasetDict) -> str:
+    return ", ".join(f"{len(split)} {name}" for name, split in images.items()) + " images"
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Trainer` of transformers for RBI.
 
-A plain `Trainer` trains an RBI model as well. What [`RBITrainer`] adds: batches as neighbourhoods (equal sizes, the
-same on any number of processes), neighbourhoods larger or smaller than the device's batch, mixed pictures, learning
+A plain `Trainer` trains an RBI model as well. What [`RBITrainer`] adds: batches as neighborhoods (equal sizes, the
+same on any number of processes), neighborhoods larger or smaller than the device's batch, mixed images, learning
 rates by depth, class weights, and a moving average of the weights.
 """
 
@@ -25,9 +25,9 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
-from modeling_rbi import RBIImageClassifierOutput
+from modeling_rbi import RBIImageClassifierOutput, UserError
 
-from ..data.pictures import Collator, Pictures, WithUnlabelled
+from ..data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from ..data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
 from ..files import write_json
 from .arguments import FineTuningArguments
@@ -43,10 +43,10 @@ RUNNING_LOSS_FILE = "running_loss.json"
 
 def plan_neighborhoods(args: TrainingArguments, fine_tuning: FineTuningArguments) -> tuple[int, int | None]:
     r"""
-    Batches of a device that one neighbourhood takes, and the size that a device's batch is split to, if it is.
+    Batches of a device that one neighborhood takes, and the size that a device's batch is split to, if it is.
 
     Raises:
-        ValueError: if the neighbourhood, the batch and its accumulation do not fit each other.
+        UserError: if the neighborhood, the batch and its accumulation do not fit each other.
     """
     size, gather = fine_tuning.relation_batch_size, fine_tuning.gather_across_processes
     batch_size = args.per_device_train_batch_size
@@ -56,15 +56,15 @@ def plan_neighborhoods(args: TrainingArguments, fine_tuning: FineTuningArguments
     whose = f"all {args.world_size} processes" if gather else "a device"
     if size < unit:
         if gather:
-            raise ValueError(
+            raise UserError(
                 f"--relation_batch_size {size} is smaller than the batches of {whose} together ({unit}): turn "
                 "--gather_across_processes off."
             )
         return 1, size
     if size % unit or args.gradient_accumulation_steps % (size // unit):
-        raise ValueError(
+        raise UserError(
             f"--relation_batch_size {size} must be a multiple of the batch of {whose} ({unit}), and that multiple "
-            f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighbourhood is "
+            f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighborhood is "
             "made of whole batches of one optimizer step."
         )
     return size // unit, None
@@ -72,25 +72,25 @@ def plan_neighborhoods(args: TrainingArguments, fine_tuning: FineTuningArguments
 
 class RBITrainer(Trainer):
     r"""
-    `Trainer` that makes the batch a neighbourhood.
+    `Trainer` that makes the batch a neighborhood.
 
     Args:
         model (`RBIForImageClassification` or a `PeftModel` of one):
             The model.
         args (`TrainingArguments`):
-            As for `Trainer`. Without `dataloader_drop_last` the pictures of an epoch are spread over batches of equal
-            size, give or take one, so that no neighbourhood is smaller than the others.
+            As for `Trainer`. Without `dataloader_drop_last` the images of an epoch are spread over batches of equal
+            size, give or take one, so that no neighborhood is smaller than the others.
         fine_tuning (`FineTuningArguments`, *optional*):
             What RBI adds.
-        train_dataset (`Pictures` or `WithUnlabelled`):
-            Training pictures.
+        train_dataset (`ImageDataset` or `WithUnlabeled`):
+            Training images.
         data_collator (`Collator`, *optional*):
             With its `mixing` for mixup and cutmix.
         kwargs:
             As for `Trainer`.
 
     Raises:
-        ValueError: if the batch sizes do not fit each other, or an option does not go with FSDP or DeepSpeed.
+        UserError: if the batch sizes do not fit each other, or an option does not go with FSDP or DeepSpeed.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class RBITrainer(Trainer):
         args: TrainingArguments,
         *,
         fine_tuning: FineTuningArguments | None = None,
-        train_dataset: Pictures | WithUnlabelled | None = None,
+        train_dataset: ImageDataset | WithUnlabeled | None = None,
         data_collator: Collator | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
@@ -112,14 +112,14 @@ class RBITrainer(Trainer):
         self.self_loss_weight = config.self_loss_weight
         self.num_micro_batches, self.split_size = plan_neighborhoods(args, self.fine_tuning)
         args = copy.copy(args)
-        # One batch of the loader is a neighbourhood, so that much of the accumulation happens within it.
+        # One batch of the loader is a neighborhood, so that much of the accumulation happens within it.
         args.gradient_accumulation_steps //= self.num_micro_batches
-        # Of the training's pictures alone: `Trainer` itself would leave out those of the validation and the test, too.
+        # Of the training's images alone: `Trainer` itself would leave out those of the validation and the test, too.
         self._drops_last, args.dataloader_drop_last = args.dataloader_drop_last, False
         if args.auto_find_batch_size:
-            raise ValueError("--auto_find_batch_size would change the neighbourhood: choose the batch size.")
+            raise UserError("--auto_find_batch_size would change the neighborhood: choose the batch size.")
         if args.n_gpu > 1:
-            args._n_gpu = 1  # DataParallel would split the neighbourhood
+            args._n_gpu = 1  # DataParallel would split the neighborhood
             logger.warning("Training on one GPU of several: `accelerate launch -m training.train` takes all of them.")
         self.class_weights = None
         if self.fine_tuning.class_weights == "balanced" and train_dataset is not None:
@@ -147,24 +147,24 @@ class RBITrainer(Trainer):
             "--relation_batch_size larger than a batch": self.num_micro_batches > 1,
             "--ema_decay": self.fine_tuning.ema_decay is not None,
             "--references_per_class": self.fine_tuning.references_per_class is not None,
-            "--unlabelled_references": self.fine_tuning.unlabelled_references is not None,
+            "--unlabeled_references": self.fine_tuning.unlabeled_references is not None,
         }
         if chosen := [name for name, is_on in options.items() if is_on]:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(chosen)} cannot be used with {self.accelerator.distributed_type.value}, which shards "
                 "the weights: leave it out, or train with DDP (training/accelerate/multi_gpu.yaml)."
             )
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Batches of this process, each its share of a neighbourhood. They are sharded here, not by Accelerate."""
+        """Batches of this process, each its share of a neighborhood. They are sharded here, not by Accelerate."""
         if self.train_dataset is None:
-            raise ValueError("Training needs a `train_dataset`.")
+            raise UserError("Training needs a `train_dataset`.")
         args = self.args
         common = {"batch_size": self._global_batch_size()} | self._process_options()
-        if isinstance(self.train_dataset, WithUnlabelled):
+        if isinstance(self.train_dataset, WithUnlabeled):
             common |= {
-                "num_unlabelled": len(self.train_dataset.unlabelled),
-                "unlabelled_per_batch": self._num_unlabelled_per_batch(),
+                "num_unlabeled": len(self.train_dataset.unlabeled),
+                "unlabeled_per_batch": self._num_unlabeled_per_batch(),
             }
         if self.fine_tuning.batch_sampler == "balanced":
             self._train_sampler = BalancedSampler(
@@ -185,12 +185,12 @@ class RBITrainer(Trainer):
     def _global_batch_size(self) -> int:
         return self.args.per_device_train_batch_size * self.num_micro_batches * self.args.world_size
 
-    def _num_unlabelled_per_batch(self) -> int:
-        has_unlabelled = isinstance(self.train_dataset, WithUnlabelled)
-        return self.fine_tuning.unlabelled_per_batch * self.args.world_size if has_unlabelled else 0
+    def _num_unlabeled_per_batch(self) -> int:
+        has_unlabeled = isinstance(self.train_dataset, WithUnlabeled)
+        return self.fine_tuning.unlabeled_per_batch * self.args.world_size if has_unlabeled else 0
 
     def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
-        """As `Trainer.num_examples`, of the pictures with labels: of the others, an epoch draws some."""
+        """As `Trainer.num_examples`, of the images with labels: of the others, an epoch draws some."""
         sampler = dataloader.batch_sampler
         return sampler.num_rows if isinstance(sampler, NeighborhoodSampler) else super().num_examples(dataloader)
 
@@ -231,7 +231,7 @@ class RBITrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One neighbourhood, forward and backward; in two passes where it is larger than a device's batch."""
+        """One neighborhood, forward and backward; in two passes where it is larger than a device's batch."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -295,7 +295,7 @@ class RBITrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """
-        As `Trainer.evaluation_loop`, of the moving average if there is one. The loss is that of the pictures alone:
+        As `Trainer.evaluation_loop`, of the moving average if there is one. The loss is that of the images alone:
         `Trainer` counts those twice that fill the last batch up on several processes.
         """
         self.average_batch_statistics()
@@ -312,23 +312,23 @@ class RBITrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
         return output
 
-    def evaluate_shuffled(self, pictures: Pictures, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate_shuffled(self, images: ImageDataset, metric_key_prefix: str = "eval") -> dict[str, float]:
         r"""
-        Metrics of pictures that attend to each other in random neighbourhoods of the training's size, its unlabelled
-        pictures counted, the last included, on any number of processes; whatever `config.relation_scope` is.
+        Metrics of images that attend to each other in random neighborhoods of the training's size, its unlabeled
+        images counted, the last included, on any number of processes; whatever `config.relation_scope` is.
 
         Args:
-            pictures (`Pictures`):
-                The pictures.
+            images (`ImageDataset`):
+                The images.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
                 What the metrics' names begin with.
         """
-        size = self._global_batch_size() + self._num_unlabelled_per_batch()
+        size = self._global_batch_size() + self._num_unlabeled_per_batch()
         if self.split_size is not None:
             size = self.split_size * self.args.world_size
-        sampler = ShuffledSampler(len(pictures), size, **self._process_options())
+        sampler = ShuffledSampler(len(images), size, **self._process_options())
         loader = torch.utils.data.DataLoader(
-            pictures, batch_sampler=sampler, collate_fn=Collator(), num_workers=self.args.dataloader_num_workers
+            images, batch_sampler=sampler, collate_fn=Collator(), num_workers=self.args.dataloader_num_workers
         )
         config = rbi_model(self.accelerator.unwrap_model(self.model)).config
         scope, config.relation_scope = config.relation_scope, "batch"
@@ -410,11 +410,11 @@ class _RBICallback(TrainerCallback):
 
 def balanced_class_weights(labels: list[int], num_labels: int) -> torch.Tensor:
     r"""
-    Weight of each class for the loss, one over its number of pictures, scaled so that the mean over pictures is 1.
+    Weight of each class for the loss, one over its number of images, scaled so that the mean over images is 1.
 
     Args:
         labels (`list[int]`):
-            Class of each training picture.
+            Class of each training image.
         num_labels (`int`):
             Number of classes.
     """

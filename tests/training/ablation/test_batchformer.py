@@ -46,7 +46,7 @@ def test_the_layer_is_the_formula():
 
 
 def test_the_layer_is_the_authors():
-    """4 heads, a feed-forward size of C, dropout 0.5 in all its places, normalisation after the sums, relu."""
+    """4 heads, a feed-forward size of C, dropout 0.5 in all its places, normalization after the sums, relu."""
     encoder = BatchFormer(24).encoder
     assert encoder.self_attn.num_heads == 4 and encoder.linear1.weight.shape == encoder.linear2.weight.shape == (
         24,

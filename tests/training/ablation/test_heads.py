@@ -9,89 +9,89 @@ from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel
 from training.ablation import heads as frozen
 from training.ablation.batchformer import BatchFormerForImageClassification
 from training.ablation.heads import Budget, predict_with, train_head, train_plain, untrained_head
-from training.evaluation.features import CachedPictures
+from training.evaluation.features import CachedImages
 
 
 BUDGET = Budget(steps=60, batch_size=15, learning_rate=1e-2, head_learning_rate=1e-3)
 
 
 @pytest.fixture
-def pictures(backbone_config):
-    """45 pictures of 3 classes, 24 features that tell them apart."""
+def images(backbone_config):
+    """45 images of 3 classes, 24 features that tell them apart."""
     labels = torch.arange(3).repeat(15)
     features = torch.randn(3, 24)[labels] + 0.1 * torch.randn(45, 24)
-    return CachedPictures(torch.randn(45, 3, 32, 32), features, labels)
+    return CachedImages(torch.randn(45, 3, 32, 32), features, labels)
 
 
 def _config(preset, backbone_config):
     return getattr(RBIConfig, preset)(backbone_config=backbone_config, feature_size=24, num_labels=3)
 
 
-def _accuracy(head, pictures, scope="batch"):
-    return (head.predict(torch.arange(45), scope).argmax(-1) == pictures.labels).float().mean().item()
+def _accuracy(head, images, scope="batch"):
+    return (head.predict(torch.arange(45), scope).argmax(-1) == images.labels).float().mean().item()
 
 
-def test_cached_features_give_the_logits_of_the_pictures(backbone_config):
+def test_cached_features_give_the_logits_of_the_images(backbone_config):
     model = RBIForImageClassification(_config("kernel", backbone_config)).eval()
     pixel_values = torch.randn(7, 3, 32, 32)
-    pictures = CachedPictures.from_backbone(model.rbi, pixel_values, torch.zeros(7, dtype=torch.long), batch_size=3)
+    images = CachedImages.from_backbone(model.rbi, pixel_values, torch.zeros(7, dtype=torch.long), batch_size=3)
     for scope in ("self", "batch"):
         with torch.no_grad():
             logits = model(pixel_values, relation_scope=scope).logits
-        torch.testing.assert_close(predict_with(model, pictures)(torch.arange(7), scope), logits)
+        torch.testing.assert_close(predict_with(model, images)(torch.arange(7), scope), logits)
 
 
-def test_every_head_learns(pictures, config):
+def test_every_head_learns(images, config):
     config.feature_size, config.num_labels = 24, 3
     rows = torch.arange(45)
     heads = [
-        train_plain(pictures, rows, 3, BUDGET, seed=0),
-        train_head(pictures, rows, config, BUDGET, seed=0),
-        train_head(pictures, rows, config, BUDGET, seed=0, relation_scope="self"),
+        train_plain(images, rows, 3, BUDGET, seed=0),
+        train_head(images, rows, config, BUDGET, seed=0),
+        train_head(images, rows, config, BUDGET, seed=0, relation_scope="self"),
     ]
-    assert [_accuracy(head, pictures) for head in heads] == [1, 1, 1]
+    assert [_accuracy(head, images) for head in heads] == [1, 1, 1]
     assert heads[0].num_parameters == 24 * 3 + 3
     assert heads[1].num_parameters == heads[2].num_parameters > heads[0].num_parameters
 
 
-def test_training_is_repeatable(pictures, backbone_config):
+def test_training_is_repeatable(images, backbone_config):
     rows = torch.arange(45)
     first, again, other = (
-        train_head(pictures, rows, _config("paper", backbone_config), BUDGET, seed).predict(rows, "batch")
+        train_head(images, rows, _config("paper", backbone_config), BUDGET, seed).predict(rows, "batch")
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_the_self_control_never_looks_at_others(pictures, backbone_config):
+def test_the_self_control_never_looks_at_others(images, backbone_config):
     head = train_head(
-        pictures, torch.arange(45), _config("kernel", backbone_config), BUDGET, seed=0, relation_scope="self"
+        images, torch.arange(45), _config("kernel", backbone_config), BUDGET, seed=0, relation_scope="self"
     )
     assert torch.equal(head.predict(torch.arange(45), "batch"), head.predict(torch.arange(45), "self"))
 
 
-def test_the_untrained_kernel_head_keeps_the_classifier_it_is_given(pictures, backbone_config):
-    plain = train_plain(pictures, torch.arange(45), 3, BUDGET, seed=0)
-    head = untrained_head(pictures, plain, _config("kernel", backbone_config))
+def test_the_untrained_kernel_head_keeps_the_classifier_it_is_given(images, backbone_config):
+    plain = train_plain(images, torch.arange(45), 3, BUDGET, seed=0)
+    head = untrained_head(images, plain, _config("kernel", backbone_config))
     rows = torch.arange(45)
     torch.testing.assert_close(head.predict(rows, "self"), plain.predict(rows, "self"))
     assert not torch.allclose(head.predict(rows, "batch"), plain.predict(rows, "batch"), atol=1e-3)
 
 
-def test_the_given_config_is_not_changed(pictures, backbone_config):
+def test_the_given_config_is_not_changed(images, backbone_config):
     config = _config("paper", backbone_config)
     before = config.to_dict()
-    train_head(pictures, torch.arange(45), config, Budget(steps=1), seed=0)
+    train_head(images, torch.arange(45), config, Budget(steps=1), seed=0)
     assert config.to_dict() == before
 
 
 def test_from_backbone_runs_the_model(backbone_config):
     model = RBIModel(_config("paper", backbone_config)).eval()
     pixel_values = torch.randn(5, 3, 32, 32)
-    pictures = CachedPictures.from_backbone(model, pixel_values, torch.arange(5), batch_size=2)
+    images = CachedImages.from_backbone(model, pixel_values, torch.arange(5), batch_size=2)
     with torch.no_grad():
-        torch.testing.assert_close(pictures.features, model.extract_features(pixel_values)[0])
+        torch.testing.assert_close(images.features, model.extract_features(pixel_values)[0])
 
 
 def _spy(monkeypatch):
@@ -108,24 +108,24 @@ def _spy(monkeypatch):
     return calls
 
 
-def test_without_training_the_attention_it_is_a_linear_classifier(pictures, backbone_config):
+def test_without_training_the_attention_it_is_a_linear_classifier(images, backbone_config):
     config = _config("kernel", backbone_config)
-    head = train_head(pictures, torch.arange(45), config, BUDGET, 0, "self", trains_attention=False)
+    head = train_head(images, torch.arange(45), config, BUDGET, 0, "self", trains_attention=False)
     classifier = head.model.classifier
-    expected = torch.nn.functional.linear(pictures.features, classifier.weight, classifier.bias)
+    expected = torch.nn.functional.linear(images.features, classifier.weight, classifier.bias)
     torch.testing.assert_close(head.predict(torch.arange(45), "batch"), expected)
     assert head.num_parameters == 24 * 3 + 3
-    assert _accuracy(head, pictures) == 1
+    assert _accuracy(head, images) == 1
 
 
-def test_through_the_bank_no_picture_attends_to_itself(pictures, backbone_config, monkeypatch):
+def test_through_the_bank_no_image_attends_to_itself(images, backbone_config, monkeypatch):
     calls = _spy(monkeypatch)
     rows, bank = torch.arange(0, 30, 2), torch.arange(30).flip(0)
     config = _config("kernel", backbone_config)
-    head = train_head(pictures, rows, config, replace(BUDGET, steps=5), 0, "reference", bank=bank)
+    head = train_head(images, rows, config, replace(BUDGET, steps=5), 0, "reference", bank=bank)
     assert len(calls) == 5
     for call in calls:
-        itself = call["image_features"][:, None].eq(pictures.features[bank]).all(-1)
+        itself = call["image_features"][:, None].eq(images.features[bank]).all(-1)
         assert itself.sum() == len(itself)
         assert torch.equal(call["reference_mask"], ~itself)
         assert call["relation_scope"] == "reference"
@@ -135,36 +135,36 @@ def test_through_the_bank_no_picture_attends_to_itself(pictures, backbone_config
     torch.testing.assert_close(with_bank[:2], head.predict(others[:2], "reference"))
 
 
-def test_the_share_of_the_loss_without_relations(pictures, backbone_config):
+def test_the_share_of_the_loss_without_relations(images, backbone_config):
     """With nearly all of it, the head is trained as that which has no relations."""
     rows, weights = torch.arange(45), {}
     for share, scope in ((0.0, "self"), (1 - 1e-7, "batch"), (0.0, "batch")):
         config = _config("kernel", backbone_config)
         config.self_loss_weight = share
-        head = train_head(pictures, rows, config, BUDGET, 0, scope, trains_attention=False)
+        head = train_head(images, rows, config, BUDGET, 0, scope, trains_attention=False)
         weights[share, scope] = head.model.classifier.weight
     torch.testing.assert_close(weights[1 - 1e-7, "batch"], weights[0.0, "self"], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(weights[0.0, "batch"], weights[0.0, "self"], atol=1e-3)
 
 
-def test_balanced_batches_have_so_many_pictures_of_a_class(pictures, backbone_config, monkeypatch):
+def test_balanced_batches_have_so_many_images_of_a_class(images, backbone_config, monkeypatch):
     calls = _spy(monkeypatch)
     budget = replace(BUDGET, steps=12, batch_size=6, images_per_class=3)
-    train_head(pictures, torch.arange(45), _config("kernel", backbone_config), budget, 0)
+    train_head(images, torch.arange(45), _config("kernel", backbone_config), budget, 0)
     seen = torch.zeros(45, dtype=torch.bool)
     for call in calls:
-        same = call["image_features"][:, None].eq(pictures.features).all(-1)
-        counts = pictures.labels[same.int().argmax(1)].bincount(minlength=3)
+        same = call["image_features"][:, None].eq(images.features).all(-1)
+        counts = images.labels[same.int().argmax(1)].bincount(minlength=3)
         assert sorted(counts.tolist()) == [0, 3, 3]
         seen |= same.any(0)
-    assert seen.sum() > 30, "another epoch draws other pictures"
+    assert seen.sum() > 30, "another epoch draws other images"
 
 
-def test_class_weights_and_label_smoothing(pictures, backbone_config):
+def test_class_weights_and_label_smoothing(images, backbone_config):
     rows, config = torch.arange(45), _config("kernel", backbone_config)
 
     def probabilities(**kwargs):
-        head = train_head(pictures, rows, config, replace(BUDGET, **kwargs), 0, "self", trains_attention=False)
+        head = train_head(images, rows, config, replace(BUDGET, **kwargs), 0, "self", trains_attention=False)
         return head.predict(rows, "self").softmax(-1)
 
     usual = probabilities()
@@ -172,10 +172,10 @@ def test_class_weights_and_label_smoothing(pictures, backbone_config):
     assert probabilities(label_smoothing=0.5).amax(-1).mean() < usual.amax(-1).mean() - 0.1
 
 
-def test_batchformer_is_trained_and_dropped_at_test(pictures, backbone_config):
+def test_batchformer_is_trained_and_dropped_at_test(images, backbone_config):
     config = _config("kernel", backbone_config)
     head = train_head(
-        pictures,
+        images,
         torch.arange(45),
         config,
         BUDGET,
@@ -187,17 +187,17 @@ def test_batchformer_is_trained_and_dropped_at_test(pictures, backbone_config):
     start = BatchFormerForImageClassification(config).batchformer
     assert head.num_parameters == 24 * 3 + 3 + sum(parameter.numel() for parameter in start.parameters())
     classifier = head.model.classifier
-    expected = torch.nn.functional.linear(pictures.features, classifier.weight, classifier.bias)
+    expected = torch.nn.functional.linear(images.features, classifier.weight, classifier.bias)
     torch.testing.assert_close(head.predict(torch.arange(45), "batch"), expected)
-    plain = train_head(pictures, torch.arange(45), config, BUDGET, 0, "self", trains_attention=False)
+    plain = train_head(images, torch.arange(45), config, BUDGET, 0, "self", trains_attention=False)
     assert not torch.allclose(plain.model.classifier.weight, classifier.weight, atol=1e-3)
-    assert _accuracy(head, pictures) == 1
+    assert _accuracy(head, images) == 1
 
 
-def test_an_untrained_head_with_a_bank(pictures, backbone_config):
-    plain = train_plain(pictures, torch.arange(20), 3, BUDGET, seed=0)
+def test_an_untrained_head_with_a_bank(images, backbone_config):
+    plain = train_plain(images, torch.arange(20), 3, BUDGET, seed=0)
     config, bank = _config("kernel", backbone_config), torch.arange(20)
-    head = untrained_head(pictures, plain, config, bank)
+    head = untrained_head(images, plain, config, bank)
     rows = torch.arange(20, 45)
     torch.testing.assert_close(head.predict(rows, "self"), plain.predict(rows, "self"))
     with_bank = head.predict(rows, "reference")
@@ -205,7 +205,7 @@ def test_an_untrained_head_with_a_bank(pictures, backbone_config):
     torch.testing.assert_close(with_bank[3:9], head.predict(rows[3:9], "reference"))
 
 
-def test_random_batches_are_an_epoch_each_picture_once():
+def test_random_batches_are_an_epoch_each_image_once():
     rows = torch.arange(100, 117)
     batches = frozen._random_batches(rows, 5, seed=1)
     for _ in range(2):

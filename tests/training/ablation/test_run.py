@@ -17,9 +17,9 @@ from training.ablation.arguments import AblationArguments
 from training.ablation.arms import ARMS, choose_arms
 from training.ablation.report import paired_difference
 from training.ablation.run import Cached, ablate, ablation_markdown, draw_data, train_end_to_end
-from training.data.pictures import Pictures
+from training.data.image_dataset import ImageDataset
 from training.data.transforms import EvalTransform
-from training.evaluation.features import CachedPictures, extract
+from training.evaluation.features import CachedImages, extract
 from training.fine_tuning.bank_trainer import BankTrainer
 from training.fine_tuning.models import load_model
 
@@ -116,7 +116,7 @@ def cache(tmp_path_factory):
 def frozen(published, cache, tmp_path_factory):
     """An ablation of all arms on a frozen backbone: what it gave, its folder and its command line."""
     folder = tmp_path_factory.mktemp("frozen") / "out"
-    line = command_line(published, folder, num_unlabelled=7, **FROZEN)
+    line = command_line(published, folder, num_unlabeled=7, **FROZEN)
     return ablate(AblationArguments.parse(line)), folder, line
 
 
@@ -129,7 +129,7 @@ def end_to_end(published, cache, tmp_path_factory):
         folder,
         num_train_epochs=2,
         learning_rate=1e-2,
-        num_unlabelled=5,
+        num_unlabeled=5,
         batch_sampler="balanced",
         images_per_class=4,
     )
@@ -153,11 +153,11 @@ class TestFrozen:
                 assert run["parameters"] > 0 and run["seconds"] > 0
         assert results["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
         sizes = results["data"]["fingerprints"]["42"]["splits"]
-        assert {part: split["pictures"] for part, split in sizes.items()} == {
+        assert {part: split["images"] for part, split in sizes.items()} == {
             "train": 32,
             "validation": 8,
             "test": 33,
-            "unlabelled": 7,
+            "unlabeled": 7,
         }
 
     def test_arms_without_relations_answer_the_same_everywhere(self, frozen):
@@ -198,10 +198,10 @@ class TestFrozen:
             assert bool(rows[name][5].strip()) == ARMS[name].has_bank
         assert "without augmentation" in text and "7 without labels of the test, which are not tested on" in text
 
-    def test_each_picture_goes_through_the_backbone_once(self, frozen):
+    def test_each_image_goes_through_the_backbone_once(self, frozen):
         (path,) = frozen[1].glob("features-*.safetensors")
         with safe_open(path, "pt") as file:
-            assert file.get_slice("features").get_shape() == [80, 24]  # of 80 pictures, in all seeds
+            assert file.get_slice("features").get_shape() == [80, 24]  # of 80 images, in all seeds
 
     def test_a_rerun_does_nothing_anew_and_gives_the_same(self, frozen, monkeypatch):
         results, _, line = frozen
@@ -261,8 +261,8 @@ class TestResuming:
         shutil.copytree(published, folder)
         arms, more = ["plain"], {**FROZEN, "dataset_dir": folder}
         ablate(make("out", arms, **more))
-        picture = next(folder.rglob("*.jpg"))
-        picture.write_bytes(picture.read_bytes() + b" ")
+        image = next(folder.rglob("*.jpg"))
+        image.write_bytes(image.read_bytes() + b" ")
         with pytest.raises(ValueError, match="data of seed 42 are not those"):
             ablate(make("out", arms, **more))
 
@@ -270,10 +270,10 @@ class TestResuming:
 @pytest.mark.slow
 class TestEndToEnd:
     def scores(self, args, model, folder):
-        test = draw_data(args, 42).pictures["test"]
+        test = draw_data(args, 42).images["test"]
         processor = load_image_processor(str(folder))
-        pictures = extract(model, Pictures(test, EvalTransform(processor)), progress=False)
-        return pictures, nn.functional.linear(pictures.features, model.classifier.weight, model.classifier.bias)
+        images = extract(model, ImageDataset(test, EvalTransform(processor)), progress=False)
+        return images, nn.functional.linear(images.features, model.classifier.weight, model.classifier.bias)
 
     @pytest.mark.parametrize("name", ["plain", "batchformer"])
     def test_it_is_a_backbone_and_a_linear_classifier(self, end_to_end, name):
@@ -281,11 +281,11 @@ class TestEndToEnd:
         model = RBIForImageClassification.from_pretrained(folder / name / "seed-42")
         for projection in (model.rbi.rra.query, model.rbi.rra.key, model.rbi.rra.value):
             assert torch.equal(projection.weight, torch.eye(24)) and not projection.bias.any()
-        pictures, expected = self.scores(args, model, folder / name / "seed-42")
+        images, expected = self.scores(args, model, folder / name / "seed-42")
         with torch.no_grad():
-            logits = model(image_features=pictures.features, relation_scope="self").logits
+            logits = model(image_features=images.features, relation_scope="self").logits
         torch.testing.assert_close(logits, expected)
-        accuracy = (expected.argmax(-1) == pictures.labels).float().mean().item()
+        accuracy = (expected.argmax(-1) == images.labels).float().mean().item()
         assert results["arms"][name]["runs"][0]["test"]["single"]["accuracy"] == pytest.approx(accuracy)
 
     def test_plain_trains_the_backbone_and_the_classifier(self, end_to_end):
@@ -325,15 +325,15 @@ class TestEndToEnd:
         model = RBIForImageClassification.from_pretrained(folder / "bank-trained+single" / "seed-42")
         assert model.config.relation_scope == "reference" and len(model.rbi.references) == 32 + 5
         assert (model.rbi.references.labels == -100).tolist() == [False] * 32 + [True] * 5
-        pictures, _ = self.scores(args, model, folder / "bank-trained+single" / "seed-42")
+        images, _ = self.scores(args, model, folder / "bank-trained+single" / "seed-42")
         with torch.no_grad():
-            answers = model(pictures.pixel_values, image_features=pictures.features).logits.argmax(-1)
-        accuracy = (answers == pictures.labels).float().mean().item()
+            answers = model(images.pixel_values, image_features=images.features).logits.argmax(-1)
+        accuracy = (answers == images.labels).float().mean().item()
         measured = results["arms"]["bank-trained+single"]["runs"][0]["test"]["reference"]["accuracy"]
         assert accuracy == pytest.approx(measured)
 
 
-def test_through_the_bank_no_picture_attends_to_itself_end_to_end(make, monkeypatch, tmp_path):
+def test_through_the_bank_no_image_attends_to_itself_end_to_end(make, monkeypatch, tmp_path):
     asked, batches = [], []
     forward, training_step = RBIForImageClassification.forward, BankTrainer.training_step
 
@@ -345,7 +345,7 @@ def test_through_the_bank_no_picture_attends_to_itself_end_to_end(make, monkeypa
 
     def spied_step(self, model, inputs, *args):
         labels = torch.tensor(self.train_dataset.labels)
-        assert torch.equal(labels[inputs["rows"]], inputs["labels"]), "the rows are those of the pictures"
+        assert torch.equal(labels[inputs["rows"]], inputs["labels"]), "the rows are those of the images"
         batches.append(inputs["rows"])
         return training_step(self, model, inputs, *args)
 
@@ -361,7 +361,7 @@ def test_through_the_bank_no_picture_attends_to_itself_end_to_end(make, monkeypa
 
 
 def planted(num_classes=10, per_class=12, seed=0):
-    """Features that hardly tell the classes apart, and pictures that are alike in a class."""
+    """Features that hardly tell the classes apart, and images that are alike in a class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_classes).repeat(per_class)
     features = torch.randn(num_classes, 24, generator=generator)[labels]
@@ -370,14 +370,14 @@ def planted(num_classes=10, per_class=12, seed=0):
     pixels += 0.02 * torch.randn(pixels.shape, generator=generator)
     order = torch.randperm(len(labels), generator=generator)
     rows = dict(zip(("train", "validation", "test"), order.split([40, 10, len(order) - 50]), strict=True))
-    return Cached(CachedPictures(pixels, features, labels), rows)
+    return Cached(CachedImages(pixels, features, labels), rows)
 
 
 @pytest.mark.parametrize(
     ("name", "protocol"),
     [("rbi-kernel-untrained", "shuffled"), ("bank-untrained", "reference"), ("bank-trained", "reference")],
 )
-def test_where_neighbours_help_the_difference_to_the_control_is_above_zero(make, backbone_config, name, protocol):
+def test_where_neighbors_help_the_difference_to_the_control_is_above_zero(make, backbone_config, name, protocol):
     args = make(
         arms=[name],
         **{
@@ -415,56 +415,54 @@ def test_the_budget_is_that_of_the_arguments(make):
     assert budget.images_per_class == 4 and budget.class_weights is None
 
 
-def test_features_are_those_of_each_seeds_pictures_even_where_one_occurs_twice(make, tmp_path):
-    args = make(**FROZEN, num_unlabelled=3)
+def test_features_are_those_of_each_seeds_images_even_where_one_occurs_twice(make, tmp_path):
+    args = make(**FROZEN, num_unlabeled=3)
     (tmp_path / "out").mkdir()
     draws = [draw_data(args, seed) for seed in (5, 6)]
     for draw in draws:
-        draw.pictures["test"] = datasets.concatenate_datasets(
-            [draw.pictures["test"].select([4, 4]), draw.pictures["test"]]
-        )
+        draw.images["test"] = datasets.concatenate_datasets([draw.images["test"].select([4, 4]), draw.images["test"]])
     _, cached = ablation.cache_features(args, draws, tmp_path / "out")
-    assert len(cached[0].pictures.features) == 80
+    assert len(cached[0].images.features) == 80
     torch.manual_seed(42)
     model, processor = load_model(args.model, draws[0].record["label_names"])
     for draw, own in zip(draws, cached, strict=True):
-        for part, split in draw.pictures.items():
-            expected = extract(model, Pictures(split, EvalTransform(processor)), progress=False)
-            torch.testing.assert_close(own.pictures.features[own.rows[part]], expected.features)
-            labels = torch.full_like(expected.labels, -100) if part == "unlabelled" else expected.labels
-            assert torch.equal(own.pictures.labels[own.rows[part]], labels)
+        for part, split in draw.images.items():
+            expected = extract(model, ImageDataset(split, EvalTransform(processor)), progress=False)
+            torch.testing.assert_close(own.images.features[own.rows[part]], expected.features)
+            labels = torch.full_like(expected.labels, -100) if part == "unlabeled" else expected.labels
+            assert torch.equal(own.images.labels[own.rows[part]], labels)
 
 
-class TestUnlabelled:
+class TestUnlabeled:
     def places(self, split):
         return {row["image"]["path"] for row in split}
 
     def test_from_the_test_they_are_not_tested_on(self, make):
-        usual, draw = draw_data(make(), 3), draw_data(make(num_unlabelled=9), 3)
-        taken, left = self.places(draw.pictures["unlabelled"]), self.places(draw.pictures["test"])
+        usual, draw = draw_data(make(), 3), draw_data(make(num_unlabeled=9), 3)
+        taken, left = self.places(draw.images["unlabeled"]), self.places(draw.images["test"])
         assert len(taken) == 9 and not taken & left
-        assert taken | left == self.places(usual.pictures["test"])
-        assert draw.record["unlabelled_from"] == "test"
-        assert self.places(draw_data(make(num_unlabelled=9), 4).pictures["unlabelled"]) != taken
+        assert taken | left == self.places(usual.images["test"])
+        assert draw.record["unlabeled_from"] == "test"
+        assert self.places(draw_data(make(num_unlabeled=9), 4).images["unlabeled"]) != taken
 
     def test_from_what_the_recipe_leaves_unused(self, make):
-        draw = draw_data(make(num_unlabelled=9, train_samples_per_class=3), 3)
-        taken = self.places(draw.pictures["unlabelled"])
-        assert len(taken) == 9 and len(draw.pictures["test"]) == 40
-        assert not taken & set.union(*(self.places(draw.pictures[part]) for part in ("train", "validation", "test")))
-        assert "the recipe leaves out" in draw.record["unlabelled_from"]
+        draw = draw_data(make(num_unlabeled=9, train_samples_per_class=3), 3)
+        taken = self.places(draw.images["unlabeled"])
+        assert len(taken) == 9 and len(draw.images["test"]) == 40
+        assert not taken & set.union(*(self.places(draw.images[part]) for part in ("train", "validation", "test")))
+        assert "the recipe leaves out" in draw.record["unlabeled_from"]
 
     def test_no_more_than_there_are(self, make):
-        with pytest.raises(ValueError, match="--num_unlabelled 39: the test has 40 pictures, two of which must stay"):
-            draw_data(make(num_unlabelled=39), 0)
-        with pytest.raises(ValueError, match="--num_unlabelled 21: the recipe leaves 20 pictures unused"):
-            draw_data(make(num_unlabelled=21, train_samples_per_class=3), 0)
+        with pytest.raises(ValueError, match="--num_unlabeled 39: the test has 40 images, two of which must stay"):
+            draw_data(make(num_unlabeled=39), 0)
+        with pytest.raises(ValueError, match="--num_unlabeled 21: the recipe leaves 20 images unused"):
+            draw_data(make(num_unlabeled=21, train_samples_per_class=3), 0)
 
-    def test_the_bank_is_training_and_unlabelled_pictures(self):
+    def test_the_bank_is_training_and_unlabeled_images(self):
         rows = {"train": torch.tensor([4, 2]), "validation": torch.tensor([0]), "test": torch.tensor([1])}
-        cached = Cached(CachedPictures(torch.zeros(6, 1), torch.zeros(6, 1), torch.zeros(6)), rows)
+        cached = Cached(CachedImages(torch.zeros(6, 1), torch.zeros(6, 1), torch.zeros(6)), rows)
         assert cached.bank.tolist() == [4, 2]
-        assert Cached(cached.pictures, rows | {"unlabelled": torch.tensor([5])}).bank.tolist() == [4, 2, 5]
+        assert Cached(cached.images, rows | {"unlabeled": torch.tensor([5])}).bank.tolist() == [4, 2, 5]
 
 
 class TestBadInput:
@@ -477,15 +475,15 @@ class TestBadInput:
             ({"per_device_eval_batch_size": 1}, "--per_device_eval_batch_size must be at least 2"),
             ({"freeze_backbone": True, "max_steps": 9}, "give --frozen_steps"),
             ({"ema_decay": 0.9}, "--ema_decay averages the backbone"),
-            ({"mixup_alpha": 0.2}, "originals of mixed pictures"),
+            ({"mixup_alpha": 0.2}, "originals of mixed images"),
             ({"rbi_config": '{"residual_gate": "sum"}'}, "does not go with the arm plain: .*exclude each other"),
             (
                 {"batch_sampler": "balanced", "images_per_class": 8, "per_device_train_batch_size": 40},
-                "batches of 40 pictures are more than the 32 training pictures",
+                "batches of 40 images are more than the 32 training images",
             ),
             (
                 {"batch_sampler": "balanced", "images_per_class": 3},
-                "Batches of 8 pictures cannot hold 3 of each class",
+                "Batches of 8 images cannot hold 3 of each class",
             ),
         ],
     )
@@ -501,7 +499,7 @@ class TestBadInput:
         [
             ({"num_seeds": 1}, "--num_seeds must be at least 2, got 1"),
             ({"num_shuffles": 1}, "--num_shuffles must be at least 2"),
-            ({"num_unlabelled": -1}, "--num_unlabelled must be at least 0"),
+            ({"num_unlabeled": -1}, "--num_unlabeled must be at least 0"),
             ({"frozen_steps": 0}, "--frozen_steps must be at least 1"),
         ],
     )

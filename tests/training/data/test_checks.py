@@ -17,12 +17,12 @@ from training.data.checks import (
     DataReport,
     Finding,
     Place,
-    check_pictures,
+    check_images,
     drop_bad,
-    load_unlabelled_pictures,
+    load_unlabeled_images,
     refuse_bad,
 )
-from training.data.reading import BOX, IMAGE, BadDataError, DataArguments, ignored_files, load_pictures
+from training.data.reading import BOX, IMAGE, BadDataError, DataArguments, ignored_files, load_images
 from training.files import cache_dir
 
 
@@ -54,7 +54,7 @@ def _png_with_header_only(width, height):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A clean folder: 2 classes, 6 pictures each in train, 2 in validation and test."""
+    """A clean folder: 2 classes, 6 images each in train, 2 in validation and test."""
     for split, count in (("train", 6), ("validation", 2), ("test", 2)):
         for label in ("a", "b"):
             for number in range(count):
@@ -64,8 +64,8 @@ def folder(tmp_path):
 
 def _check(folder, **kwargs):
     args = DataArguments(train_dir=str(folder), allow_missing_classes=True)
-    dataset = load_pictures(args, 0)
-    return dataset, check_pictures(dataset, ignored=ignored_files(args), **kwargs)
+    dataset = load_images(args, 0)
+    return dataset, check_images(dataset, ignored=ignored_files(args), **kwargs)
 
 
 def _kinds(report):
@@ -116,7 +116,7 @@ BAD = {
     ],
     "narrow": [lambda path: Image.new("RGB", (2, 201)).save(path, "PNG")],
     "unreadable": [
-        lambda path: path.write_text("not a picture"),
+        lambda path: path.write_text("not an image"),
         lambda path: path.symlink_to("nowhere"),
         lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"),
     ],
@@ -130,7 +130,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("kind", "number"), [(kind, number) for kind in BAD for number in range(len(BAD[kind]))])
-def test_pictures_that_can_not_be_used(folder, kind, number):
+def test_images_that_can_not_be_used(folder, kind, number):
     path = folder / "train" / "a" / "x.jpg"
     BAD[kind][number](path)
     dataset, report = _check(folder, max_pixels=64 * 64 if number else 1000 if kind == "oversized" else 64 * 64)
@@ -141,10 +141,10 @@ def test_pictures_that_can_not_be_used(folder, kind, number):
         refuse_bad(report)
     dropped = drop_bad(dataset, report)
     assert _paths(dataset) - _paths(dropped) == {str(path)}
-    refuse_bad(check_pictures(dropped))
+    refuse_bad(check_images(dropped))
 
 
-def test_test_pictures_that_can_not_be_used_go_too(folder):
+def test_test_images_that_can_not_be_used_go_too(folder):
     (folder / "test" / "a" / "x.jpg").write_bytes(b"")
     dataset, report = _check(folder)
     assert _left_out(dataset, report) == {"test/a/x.jpg"}
@@ -165,7 +165,7 @@ COPIES = {
     ("source", "target", "goes"),
     [("train", "test", "train/a/0.png"), ("validation", "test", "validation/a/0.png"), ("train", "validation", None)],
 )
-def test_the_same_picture_in_several_splits(folder, how, source, target, goes):
+def test_the_same_image_in_several_splits(folder, how, source, target, goes):
     COPIES[how](folder / source / "a" / "0.png", folder / target / "a" / "copy")
     dataset, report = _check(folder)
     finding = _only(report, "leak")
@@ -184,7 +184,7 @@ def test_in_three_splits_the_test_stays(folder):
     assert _left_out(dataset, report) == {"train/a/x.png", "train/a/y.bmp", "validation/a/x.png"}
 
 
-def test_the_same_picture_twice_in_a_split_is_a_note(folder):
+def test_the_same_image_twice_in_a_split_is_a_note(folder):
     _save(folder / "train" / "a" / "x.png", seed=1)
     _save(folder / "train" / "a" / "y.bmp", seed=1)
     dataset, report = _check(folder)
@@ -194,7 +194,7 @@ def test_the_same_picture_twice_in_a_split_is_a_note(folder):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_same_picture_under_two_labels(folder, split):
+def test_the_same_image_under_two_labels(folder, split):
     _save(folder / "train" / "a" / "x.png", seed=1)
     _save(folder / split / "b" / "y.bmp", seed=1)
     dataset, report = _check(folder)
@@ -203,7 +203,7 @@ def test_the_same_picture_under_two_labels(folder, split):
     assert _left_out(dataset, report) == {"train/a/x.png", f"{split}/b/y.bmp"}
 
 
-def test_a_picture_that_differs_in_one_pixel_is_another(folder):
+def test_an_image_that_differs_in_one_pixel_is_another(folder):
     image = _image(1)
     image.save(folder / "train" / "a" / "x.png")
     image.putpixel((3, 3), tuple(255 - value for value in image.getpixel((3, 3))))
@@ -211,7 +211,7 @@ def test_a_picture_that_differs_in_one_pixel_is_another(folder):
     assert _check(folder)[1].findings == ()
 
 
-def test_pixels_of_another_shape_are_another_picture(folder):
+def test_pixels_of_another_shape_are_another_image(folder):
     pixels = bytes(16 * 12 * 3)
     Image.frombytes("RGB", (16, 12), pixels).save(folder / "train" / "a" / "x.png")
     Image.frombytes("RGB", (12, 16), pixels).save(folder / "test" / "b" / "y.png")
@@ -233,12 +233,12 @@ def test_classes(folder):
         _save(folder / "train" / "rare" / f"{number}.png")
     dataset, report = _check(folder)
     assert [finding.message for finding in report.findings] == [
-        '"rare" has no pictures in validation',
-        '"rare" has no pictures in test',
+        '"rare" has no images in validation',
+        '"rare" has no images in test',
         '"rare" has 3, fewer than 5',
     ]
     assert [finding.fatal for finding in report.findings] == [True, False, False]
-    with pytest.raises(BadDataError, match='"rare" has no pictures in validation'):
+    with pytest.raises(BadDataError, match='"rare" has no images in validation'):
         drop_bad(dataset, report)
     report = _check(folder, allow_missing_classes=True, min_per_class=3)[1]
     assert _kinds(report) == {"missing_class": 2} and not report.fatal
@@ -256,11 +256,11 @@ def _encoded(image, format_="PNG"):
     return {"path": None, "bytes": buffer.getvalue()}
 
 
-def test_pictures_as_bytes_are_named_by_split_and_row():
+def test_images_as_bytes_are_named_by_split_and_row():
     good = [_encoded(_image(number)) for number in range(6)]
     train = _bytes_dataset([*good[:4], {"path": "x.jpg", "bytes": b"?"}, good[4]], [0, 1, 0, 1, 0, 0])
     test = _bytes_dataset([_encoded(_image(4), "BMP"), good[5]], [0, 1])
-    report = check_pictures(datasets.DatasetDict({"train": train, "test": test}), min_per_class=0)
+    report = check_images(datasets.DatasetDict({"train": train, "test": test}), min_per_class=0)
     assert _kinds(report) == {"unreadable": 1, "leak": 1}
     assert report.findings[0].message.startswith("train[4] (x.jpg): ")
     assert "train[5]" in report.findings[1].message and "test[0]" in report.findings[1].message
@@ -271,23 +271,23 @@ def test_with_boxes_what_is_in_them_counts():
     image = _encoded(_image(1))
     boxes = [[0, 0, 8, 8], [8, 0, 16, 8], [0, 0, 8, 8], [100, 100, 120, 120]]
     train = _bytes_dataset([image] * 4, [0, 1, 0, 0], boxes)
-    report = check_pictures(datasets.DatasetDict({"train": train}), min_per_class=0)
+    report = check_images(datasets.DatasetDict({"train": train}), min_per_class=0)
     assert _kinds(report) == {"empty_box": 1, "duplicate": 1}
     assert [place.row for place in report.findings[1].places] == [0, 2]
     assert report.rows_to_leave_out() == {"train": [3]}
 
 
-class TestUnlabelled:
+class TestUnlabeled:
     @pytest.fixture
     def folder(self, tmp_path):
-        """7 pictures, one of them in a folder of its own."""
+        """7 images, one of them in a folder of its own."""
         for number in range(6):
             _save(tmp_path / "others" / f"{number}.png")
         _save(tmp_path / "others" / "more" / "6.png")
         return tmp_path / "others"
 
     def test_all_that_are_whole(self, folder):
-        split = load_unlabelled_pictures(folder)
+        split = load_unlabeled_images(folder)
         assert [os.path.relpath(row["image"]["path"], folder) for row in split] == [
             *(f"{number}.png" for number in range(6)),
             "more/6.png",
@@ -297,31 +297,31 @@ class TestUnlabelled:
     def test_those_that_can_not_be_used_are_named_or_left_out(self, folder, kind, number, caplog):
         path = folder / "more" / "x.jpg"
         BAD[kind][number](path)
-        with pytest.raises(BadDataError, match=r"(?s)1 of the 8 pictures in .*others.*x\.jpg.*--skip_bad_images"):
-            load_unlabelled_pictures(folder, max_pixels=1000)
+        with pytest.raises(BadDataError, match=r"(?s)1 of the 8 images in .*others.*x\.jpg.*--skip_bad_images"):
+            load_unlabeled_images(folder, max_pixels=1000)
         assert not caplog.messages
-        split = load_unlabelled_pictures(folder, max_pixels=1000, skip_bad_images=True)
-        assert "1 of the 8 pictures in" in caplog.text
+        split = load_unlabeled_images(folder, max_pixels=1000, skip_bad_images=True)
+        assert "1 of the 8 images in" in caplog.text
         assert len(split) == 7 and str(path) not in {row["image"]["path"] for row in split}
 
     def test_the_first_of_many_are_named(self, folder):
         for number in range(5):
             (folder / f"{number}.png").write_bytes(b"")
         with pytest.raises(BadDataError, match="5 of the 7") as raised:
-            load_unlabelled_pictures(folder)
+            load_unlabeled_images(folder)
         assert str(raised.value).count(".png") == 3
 
     def test_none_is_left(self, folder):
         for path in folder.rglob("*.png"):
             path.write_bytes(b"")
-        with pytest.raises(BadDataError, match=r"No picture in .*others is fit to be used"):
-            load_unlabelled_pictures(folder, skip_bad_images=True)
+        with pytest.raises(BadDataError, match=r"No image in .*others is fit to be used"):
+            load_unlabeled_images(folder, skip_bad_images=True)
 
 
 class TestKeptFacts:
     @pytest.fixture
     def decoded(self, monkeypatch):
-        """Names of the pictures that are decoded."""
+        """Names of the images that are decoded."""
         names = []
         decode_image = checks.decode_image
 
@@ -332,13 +332,13 @@ class TestKeptFacts:
         monkeypatch.setattr(checks, "decode_image", decode)
         return names
 
-    def test_pictures_are_decoded_once_however_they_are_split(self, tmp_path, decoded):
+    def test_images_are_decoded_once_however_they_are_split(self, tmp_path, decoded):
         for number in range(12):
             _save(tmp_path / "data" / "ab"[number % 2] / f"{number}.png")
         (tmp_path / "data" / "a" / "bad.jpg").write_bytes(b"")
         for seed, share in ((0, 0.2), (1, 0.5), (2, 0)):
-            dataset = load_pictures(DataArguments(train_dir=str(tmp_path / "data"), train_val_split=share), seed)
-            report = check_pictures(dataset, min_per_class=0)
+            dataset = load_images(DataArguments(train_dir=str(tmp_path / "data"), train_val_split=share), seed)
+            report = check_images(dataset, min_per_class=0)
             assert _only(report, "zero_size").places[0].name.endswith("bad.jpg")
             assert len(decoded) == 13
         assert len(list((cache_dir() / "checks").iterdir())) == 1
@@ -355,7 +355,7 @@ class TestKeptFacts:
         assert _check(folder)[1].findings == ()
         assert _kinds(_check(folder, max_pixels=100)[1]) == {"oversized": 20}
 
-    def test_a_picture_that_comes_back_is_seen(self, folder):
+    def test_an_image_that_comes_back_is_seen(self, folder):
         path = folder / "train" / "a" / "x.png"
         path.symlink_to(folder.parent / "later.png")
         assert _kinds(_check(folder)[1]) == {"unreadable": 1}
@@ -376,7 +376,7 @@ class TestKeptFacts:
 
     def test_the_same_bytes_are_decoded_once(self, decoded):
         split = _bytes_dataset([_encoded(_image(1))] * 5, [0] * 5)
-        report = check_pictures(datasets.DatasetDict({"train": split}), min_per_class=0)
+        report = check_images(datasets.DatasetDict({"train": split}), min_per_class=0)
         assert len(report.by_kind()["duplicate"][0].places) == 5
         assert len(decoded) == 1
 
@@ -419,15 +419,15 @@ class TestDropBad:
         with pytest.raises(ValueError, match="check this one"):
             drop_bad(datasets.DatasetDict({"train": dataset["train"]}), report)
 
-    def test_a_class_or_split_without_pictures(self, folder):
+    def test_a_class_or_split_without_images(self, folder):
         for split in ("train", "test"):
             for path in (folder / split / "a").iterdir():
                 path.write_bytes(b"")
-        with pytest.raises(BadDataError, match="No training picture of a is fit"):
+        with pytest.raises(BadDataError, match="No training image of a is fit"):
             drop_bad(*_check(folder))
         for path in (folder / "test" / "b").iterdir():
             path.write_bytes(b"")
-        with pytest.raises(BadDataError, match="No picture of test is fit"):
+        with pytest.raises(BadDataError, match="No image of test is fit"):
             drop_bad(*_check(folder))
 
 
@@ -436,7 +436,7 @@ def test_the_report_as_a_record(folder):
     (folder / "train" / ".DS_Store").write_bytes(b"")
     _, report = _check(folder)
     record = json.loads(json.dumps(report.to_dict()))
-    assert record["pictures"] == {"train": 13, "validation": 4, "test": 4}
+    assert record["images"] == {"train": 13, "validation": 4, "test": 4}
     assert (record["fatal"], record["notes"], record["left_out"]) == (1, 1, {"train": [6]})
     assert [finding["kind"] for finding in record["findings"]] == ["zero_size", "hidden_file"]
     assert record["findings"][0]["places"][0]["name"].endswith("x.jpg")

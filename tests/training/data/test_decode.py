@@ -1,4 +1,4 @@
-"""Pictures of every kind come out as upright RGB, or as an error that names the file."""
+"""Images of every kind come out as upright RGB, or as an error that names the file."""
 
 import io
 import struct
@@ -13,19 +13,19 @@ from training.data.decode import DEFAULT_MAX_PIXELS, UnreadableImageError, decod
 
 RNG = np.random.default_rng(0)
 # Smooth, so that JPEG keeps it, and different under all turns and mirrors.
-PICTURE = Image.fromarray(RNG.integers(0, 255, (3, 4, 3), dtype=np.uint8)).resize((40, 30), Image.Resampling.BILINEAR)
+IMAGE = Image.fromarray(RNG.integers(0, 255, (3, 4, 3), dtype=np.uint8)).resize((40, 30), Image.Resampling.BILINEAR)
 
 
-def _bytes(picture, image_format, **kwargs) -> bytes:
+def _bytes(image, image_format, **kwargs) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, image_format, **kwargs)
+    image.save(buffer, image_format, **kwargs)
     return buffer.getvalue()
 
 
-def _turned(picture, orientation, image_format) -> bytes:
+def _turned(image, orientation, image_format) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return _bytes(picture, image_format, exif=exif, **({} if image_format == "TIFF" else {"quality": 95}))
+    return _bytes(image, image_format, exif=exif, **({} if image_format == "TIFF" else {"quality": 95}))
 
 
 def _png(width, height) -> bytes:
@@ -38,29 +38,29 @@ def _png(width, height) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def _pixel(picture):
-    assert picture.mode == "RGB"
-    colours = picture.getcolors()
-    assert len(colours) == 1
-    return colours[0][1]
+def _pixel(image):
+    assert image.mode == "RGB"
+    colors = image.getcolors()
+    assert len(colors) == 1
+    return colors[0][1]
 
 
 class TestSources:
     def test_all_give_the_same(self, tmp_path):
-        path, data = tmp_path / "a.png", _bytes(PICTURE, "PNG")
+        path, data = tmp_path / "a.png", _bytes(IMAGE, "PNG")
         path.write_bytes(data)
-        sources = [path, str(path), data, {"path": str(path), "bytes": None}, {"path": None, "bytes": data}, PICTURE]
+        sources = [path, str(path), data, {"path": str(path), "bytes": None}, {"path": None, "bytes": data}, IMAGE]
         for source in [*sources, {"path": "elsewhere.png", "bytes": data}, Image.open(path)]:
             result = decode_image(source)
             assert (result.mode, result.size) == ("RGB", (40, 30))
-            assert result.tobytes() == PICTURE.tobytes()
+            assert result.tobytes() == IMAGE.tobytes()
 
-    def test_a_given_picture_is_left_as_it_is(self):
-        given = PICTURE.copy()
+    def test_a_given_image_is_left_as_it_is(self):
+        given = IMAGE.copy()
         given.info["note"] = "kept"
         decode_image(given, box=[1, 1, 5, 5]).putpixel((0, 0), (1, 2, 3))
         assert given.info == {"note": "kept"}
-        assert given.tobytes() == PICTURE.tobytes()
+        assert given.tobytes() == IMAGE.tobytes()
 
     def test_nothing_and_other_things(self):
         with pytest.raises(UnreadableImageError, match="neither a path nor bytes"):
@@ -73,7 +73,7 @@ class TestOrientation:
     @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_as_pillow_turns_them(self, orientation, image_format):
-        data = _turned(PICTURE, orientation, image_format)
+        data = _turned(IMAGE, orientation, image_format)
         result = decode_image(data)
         assert result.tobytes() == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB").tobytes()
         assert result.size == ((40, 30) if orientation < 5 else (30, 40))
@@ -82,8 +82,8 @@ class TestOrientation:
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_a_box_is_of_the_stored_pixels(self, orientation):
-        cut = PICTURE.crop((3, 5, 20, 29))
-        result = decode_image(_turned(PICTURE, orientation, "PNG"), box=[3, 5, 20, 29])
+        cut = IMAGE.crop((3, 5, 20, 29))
+        result = decode_image(_turned(IMAGE, orientation, "PNG"), box=[3, 5, 20, 29])
         expected = decode_image(_turned(cut, orientation, "PNG"))
         assert result.size == expected.size
         assert result.tobytes() == expected.tobytes()
@@ -93,11 +93,11 @@ class TestOrientation:
         "exif", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff"]
     )
     def test_broken_exif_is_no_harm(self, exif):
-        assert decode_image(_bytes(PICTURE, "JPEG", exif=exif)).size == (40, 30)
+        assert decode_image(_bytes(IMAGE, "JPEG", exif=exif)).size == (40, 30)
 
     @pytest.mark.parametrize("orientation", [0, 9, 65535])
     def test_unknown_values_turn_nothing(self, orientation):
-        assert decode_image(_turned(PICTURE, orientation, "PNG")).tobytes() == PICTURE.tobytes()
+        assert decode_image(_turned(IMAGE, orientation, "PNG")).tobytes() == IMAGE.tobytes()
 
 
 class TestModes:
@@ -120,9 +120,9 @@ class TestModes:
             ("F", 100.0, "TIFF", (100, 100, 100)),
         ],
     )
-    def test_colours(self, mode, value, image_format, expected):
-        picture = Image.new(mode, (5, 4), value)
-        for source in (picture, _bytes(picture, image_format)):
+    def test_colors(self, mode, value, image_format, expected):
+        image = Image.new(mode, (5, 4), value)
+        for source in (image, _bytes(image, image_format)):
             assert _pixel(decode_image(source)) == pytest.approx(expected, abs=1)
             assert _pixel(decode_image(source, box=[1, 1, 3, 3])) == pytest.approx(expected, abs=1)
 
@@ -131,7 +131,7 @@ class TestModes:
         assert decode_image(Image.new(mode, (5, 4))).mode == "RGB"
 
     def test_palette(self):
-        palette = PICTURE.quantize(16)
+        palette = IMAGE.quantize(16)
         assert decode_image(_bytes(palette, "PNG")).tobytes() == palette.convert("RGB").tobytes()
 
     @pytest.mark.parametrize("image_format", ["PNG", "GIF"])
@@ -143,10 +143,10 @@ class TestModes:
         assert result.getpixel((0, 0)) == (0, 200, 0)
         assert result.getpixel((1, 1)) == (255, 255, 255)
 
-    def test_transparent_colour(self):
-        picture = Image.new("RGB", (5, 4), (1, 2, 3))
-        picture.putpixel((0, 0), (4, 5, 6))
-        result = decode_image(_bytes(picture, "PNG", transparency=(1, 2, 3)))
+    def test_transparent_color(self):
+        image = Image.new("RGB", (5, 4), (1, 2, 3))
+        image.putpixel((0, 0), (4, 5, 6))
+        result = decode_image(_bytes(image, "PNG", transparency=(1, 2, 3)))
         assert result.getpixel((0, 0)) == (4, 5, 6)
         assert result.getpixel((1, 1)) == (255, 255, 255)
 
@@ -164,7 +164,7 @@ class TestModes:
             decode_image(path)
 
     def test_first_frame(self):
-        frames = [Image.new("RGB", (5, 4), colour) for colour in ((200, 0, 0), (0, 200, 0))]
+        frames = [Image.new("RGB", (5, 4), color) for color in ((200, 0, 0), (0, 200, 0))]
         data = _bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
         assert Image.open(io.BytesIO(data)).n_frames == 2
         assert _pixel(decode_image(data)) == (200, 0, 0)
@@ -180,12 +180,12 @@ class TestBroken:
             path.write_bytes(data[: int(share * len(data))])
             with pytest.raises(UnreadableImageError, match=r"cut\."):
                 decode_image(path)
-            with pytest.raises(UnreadableImageError, match=r"the picture"):
+            with pytest.raises(UnreadableImageError, match=r"the image"):
                 decode_image({"path": None, "bytes": path.read_bytes()})
 
     @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "ICO"])
-    def test_altered_bytes_give_a_picture_or_the_one_error(self, image_format):
-        data = np.frombuffer(_bytes(PICTURE, image_format), np.uint8)
+    def test_altered_bytes_give_an_image_or_the_one_error(self, image_format):
+        data = np.frombuffer(_bytes(IMAGE, image_format), np.uint8)
         refused = 0
         for _ in range(150):
             altered = data.copy()
@@ -199,9 +199,9 @@ class TestBroken:
 
     def test_names_what_is_wrong(self, tmp_path):
         for name, content, message in [
-            ("a.jpg", b"no picture at all", r"a\.jpg is not a picture"),
+            ("a.jpg", b"no image at all", r"a\.jpg is not an image"),
             ("b.jpg", b"", r"b\.jpg is empty"),
-            ("c.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", r"c\.eps is not a picture"),
+            ("c.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", r"c\.eps is not an image"),
         ]:
             (tmp_path / name).write_bytes(content)
             with pytest.raises(UnreadableImageError, match=message):
@@ -238,10 +238,10 @@ class TestMaxPixels:
 
     def test_a_limit_of_the_callers(self, no_decoding):
         with pytest.raises(UnreadableImageError, match="40 x 30 = 1200 pixels, more than the limit of 1199"):
-            decode_image(_bytes(PICTURE, "PNG"), max_pixels=1199)
+            decode_image(_bytes(IMAGE, "PNG"), max_pixels=1199)
 
     def test_the_limit_itself_is_allowed(self):
-        assert decode_image(_bytes(PICTURE, "PNG"), max_pixels=1200).size == (40, 30)
+        assert decode_image(_bytes(IMAGE, "PNG"), max_pixels=1200).size == (40, 30)
 
 
 class TestBox:
@@ -256,15 +256,15 @@ class TestBox:
         ],
     )
     def test_cuts(self, box, whole):
-        assert decode_image(PICTURE, box=box).tobytes() == PICTURE.crop(whole).tobytes()
+        assert decode_image(IMAGE, box=box).tobytes() == IMAGE.crop(whole).tobytes()
 
     @pytest.mark.parametrize("box", [[5, 5, 5, 9], [9, 5, 3, 9], [40, 0, 50, 9], [-9, 0, 0, 9], [0, 31, 9, 40]])
     def test_empty(self, box, tmp_path):
-        PICTURE.save(tmp_path / "a.png")
+        IMAGE.save(tmp_path / "a.png")
         with pytest.raises(ValueError, match=r"No part of .*a\.png, 40 x 30, is in its box"):
             decode_image(tmp_path / "a.png", box=box)
 
     @pytest.mark.parametrize("box", [[1, 2, 3], [1, 2, 3, float("nan")], [0, 0, float("inf"), 9], []])
     def test_no_box(self, box):
         with pytest.raises(ValueError, match="must be 4 finite numbers"):
-            decode_image(PICTURE, box=box)
+            decode_image(IMAGE, box=box)

@@ -1,6 +1,6 @@
 """Published layouts are read right from wherever they lie, and every fault in them is named.
 
-The oracle is in the pixels: a made-up picture holds a rectangle in the colour of its class, which is its box.
+The oracle is in the pixels: a made-up image holds a rectangle in the color of its class, which is its box.
 """
 
 import logging
@@ -17,7 +17,7 @@ from PIL import Image
 from training.data.archives import unpack
 from training.data.decode import decode_image
 from training.data.layouts import LAYOUTS, PUBLISHED
-from training.data.tiny import class_colour, make_published
+from training.data.tiny import class_color, make_published
 
 
 NUM_CLASSES = 4
@@ -57,11 +57,11 @@ def make(tmp_path):
 
 
 def _check_pixels(data: datasets.DatasetDict):
-    """Labels and boxes are what is seen: inside the box the colour of the class, at its rim and beyond grey."""
+    """Labels and boxes are what is seen: inside the box the color of the class, at its rim and beyond gray."""
     for row in (row for split in data.values() for row in split):
         pixels = np.asarray(decode_image(row["image"])).astype(float)
-        colour = np.array(class_colour(row["label"], NUM_CLASSES))
-        inside = np.abs(pixels - colour).max(axis=2) < 60
+        color = np.array(class_color(row["label"], NUM_CLASSES))
+        inside = np.abs(pixels - color).max(axis=2) < 60
         if "box" in row:
             left, top, right, bottom = (int(edge) for edge in row["box"])
             assert row["box"] == [left, top, right, bottom]
@@ -75,7 +75,7 @@ def _check_pixels(data: datasets.DatasetDict):
             assert inside.mean() > 0.1
 
 
-def _by_picture(data: datasets.DatasetDict) -> dict[str, dict]:
+def _by_image(data: datasets.DatasetDict) -> dict[str, dict]:
     return {
         split: {Path(row["image"]["path"]).name: (row["label"], row.get("box")) for row in rows}
         for split, rows in data.items()
@@ -117,21 +117,21 @@ class TestEveryLayout:
 
     def test_from_everywhere(self, name, make, tmp_path, monkeypatch):
         path = make(name)
-        expected = _by_picture(LAYOUTS[name](path))
+        expected = _by_image(LAYOUTS[name](path))
         monkeypatch.chdir(path.parent)
         for given in (path, tmp_path / "data", path.parent, Path(path.name), str(path)):
             data = LAYOUTS[name](given)
-            assert _by_picture(data) == expected
+            assert _by_image(data) == expected
             assert Path(data["train"][0]["image"]["path"]).is_absolute()
 
     def test_from_archives(self, name, make, tmp_path):
-        expected = _by_picture(LAYOUTS[name](make(name)))
+        expected = _by_image(LAYOUTS[name](make(name)))
         shutil.rmtree(tmp_path / "data")
         path = make(name, archive=True)
         archives = [file for file in (tmp_path / "data").iterdir() if file.name in PUBLISHED[name].archives]
         for given in (path, tmp_path / "data", *archives):
             data = LAYOUTS[name](given)
-            assert _by_picture(data) == expected
+            assert _by_image(data) == expected
             _check_pixels(data)
 
     def test_from_unpacked_archives(self, name, make, tmp_path):
@@ -157,11 +157,11 @@ class TestEveryLayout:
             LAYOUTS[name](make(name))
         assert not caplog.records
 
-    def test_an_absent_picture(self, name, make, tmp_path):
+    def test_an_absent_image(self, name, make, tmp_path):
         path = make(name)
         image = Path(LAYOUTS[name](path)["test"][3]["image"]["path"])
         image.unlink()
-        with pytest.raises(FileNotFoundError, match=rf"1 of \d+ pictures of the split 'test'.*{image.name}"):
+        with pytest.raises(FileNotFoundError, match=rf"1 of \d+ images of the split 'test'.*{image.name}"):
             LAYOUTS[name](path)
 
     def test_every_listed_file_is_missed(self, name, make, tmp_path):
@@ -203,7 +203,7 @@ class TestTexts:
                 random.Random(number).shuffle(lines)
                 file.write_text("\n".join(lines))
         after = LAYOUTS[name](path)
-        assert _by_picture(after) == _by_picture(before)
+        assert _by_image(after) == _by_image(before)
         assert after["train"].features == before["train"].features
 
     @pytest.mark.parametrize("name", WITH_TEXTS)
@@ -213,7 +213,7 @@ class TestTexts:
         for file in (tmp_path / "data").rglob("*.txt"):
             file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
         after = LAYOUTS[name](path)
-        assert _by_picture(after) == _by_picture(before)
+        assert _by_image(after) == _by_image(before)
         assert after["train"].features == before["train"].features
 
     @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ class TestTexts:
             ("cub_200_2011", "image_class_labels.txt", lambda lines: lines[1:], "lacks a line for 1 of 24, the first"),
             ("cub_200_2011", "train_test_split.txt", lambda lines: lines[1:], "train_test_split.txt lacks a line"),
             ("nabirds", "bounding_boxes.txt", lambda lines: lines[:-2], "bounding_boxes.txt lacks a line for 2 of 24"),
-            ("cub_200_2011", "images.txt", lambda lines: lines[1:], "images.txt lacks a picture for 1 of 24"),
+            ("cub_200_2011", "images.txt", lambda lines: lines[1:], "images.txt lacks an image for 1 of 24"),
             ("cub_200_2011", "classes.txt", lambda lines: lines[1:], r"classes.txt lacks a name for 1 of 4.* 1\."),
             ("nabirds", "classes.txt", lambda lines: lines[:-1], r"classes.txt lacks a name for 1 of 4.* 295\."),
             ("cub_200_2011", "images.txt", lambda lines: [*lines, lines[0]], "line 25: 1 stands there twice"),
@@ -257,7 +257,7 @@ class TestTexts:
         with pytest.raises(ValueError, match=r"classes\.txt is not a text in UTF-8"):
             LAYOUTS["cub_200_2011"](path)
 
-    def test_a_picture_in_two_splits(self, make):
+    def test_an_image_in_two_splits(self, make):
         data = make("fgvc_aircraft") / "data"
         line = (data / "images_variant_test.txt").read_text().splitlines()[0]
         with (data / "images_variant_train.txt").open("a") as file:
@@ -291,7 +291,7 @@ class TestTinyImageNet:
         data = LAYOUTS["tiny_imagenet"](make("tiny_imagenet"))
         assert {Path(row["image"]["path"]).name[:4] for row in data["test"]} == {"val_"}
 
-    def test_test_pictures_are_not_needed(self, make):
+    def test_test_images_are_not_needed(self, make):
         path = make("tiny_imagenet")
         shutil.rmtree(path / "test")
         assert set(LAYOUTS["tiny_imagenet"](path)) == {"train", "test"}
@@ -349,7 +349,7 @@ class TestMatlabFiles:
 
     @pytest.mark.parametrize(
         ("numbers", "message"),
-        [([1, 2, 3], "listed twice, but 2 are, the first of them 1"), ([25], "lists picture 25"), ([0], "picture 0")],
+        [([1, 2, 3], "listed twice, but 2 are, the first of them 1"), ([25], "lists image 25"), ([0], "image 0")],
     )
     def test_numbers_of_flowers(self, numbers, message, make):
         from scipy.io import savemat
@@ -359,7 +359,7 @@ class TestMatlabFiles:
         with pytest.raises(ValueError, match=message):
             LAYOUTS["oxford_flowers"](path)
 
-    def test_one_picture_is_a_list_too(self, tmp_path):
+    def test_one_image_is_a_list_too(self, tmp_path):
         path = make_published("stanford_cars", tmp_path / "data", 2, 2)
         assert [len(split) for split in LAYOUTS["stanford_cars"](path).values()] == [2, 2]
         from scipy.io import savemat
@@ -391,7 +391,7 @@ def test_two_sets_in_one_folder(tmp_path):
         LAYOUTS["cub_200_2011"](tmp_path)
 
 
-def test_pictures_are_not_opened(tmp_path, monkeypatch):
+def test_images_are_not_opened(tmp_path, monkeypatch):
     path = make_published("cub_200_2011", tmp_path)
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened"))
     LAYOUTS["cub_200_2011"](path)

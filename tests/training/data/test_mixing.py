@@ -19,7 +19,7 @@ def mix(pixel_values, labels, seed, num_labels=9, **alphas):
 
 
 def batch(size=6, height=20, width=30):
-    """Pictures in which each pixel has a value of its own. Each has its own label, so that targets are contents."""
+    """Images in which each pixel has a value of its own. Each has its own label, so that targets are contents."""
     pixel_values = torch.arange(size * 3 * height * width, dtype=torch.float32).view(size, 3, height, width)
     return pixel_values, torch.arange(size)
 
@@ -76,7 +76,7 @@ def test_cutmix_reaches_every_pixel():
 
 
 def _own_shares(num_seeds, **alphas):
-    """Of pictures in `num_seeds` batches; those that are their own partner are left out."""
+    """Of images in `num_seeds` batches; those that are their own partner are left out."""
     pixel_values, labels = batch(5, 64, 64)
     for seed in range(num_seeds):
         own = mix(pixel_values, labels, seed, **alphas).targets.diagonal()
@@ -112,7 +112,7 @@ def test_of_two_methods_each_batch_takes_one():
 
 @pytest.mark.parametrize("alphas", METHODS)
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
-def test_pictures_with_an_original_in_common_are_not_related(alphas, size):
+def test_images_with_an_original_in_common_are_not_related(alphas, size):
     pixel_values, labels = batch(size)
     for seed in range(10):
         _, targets, relation_mask = mix(pixel_values, labels, seed, **alphas)
@@ -158,7 +158,7 @@ class _Draws:
 
 
 @pytest.mark.parametrize("alphas", METHODS)
-def test_labels_that_two_pictures_share_add_up(alphas):
+def test_labels_that_two_images_share_add_up(alphas):
     pixel_values, _ = batch(9)
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3])
     for seed in range(10):

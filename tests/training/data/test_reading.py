@@ -23,34 +23,34 @@ from training.data.reading import (
     fingerprint,
     ignored_files,
     labels_of,
-    load_pictures,
+    load_images,
     natural_key,
-    read_unlabelled,
+    read_unlabeled,
     walk_folder,
 )
 from training.data.tiny import make_published
 
 
-def _picture(path, seed=None):
+def _image(path, seed=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = random.Random(seed if seed is not None else str(path)).randbytes(8 * 8 * 3)
     Image.frombytes("RGB", (8, 8), pixels).save(path)
 
 
 def _folder(root, counts):
-    """A folder of class folders, with as many pictures each."""
+    """A folder of class folders, with as many images each."""
     for name, count in counts.items():
         for number in range(count):
-            _picture(root / name / f"{number}.png")
+            _image(root / name / f"{number}.png")
     return root
 
 
 def _load(seed=0, **kwargs):
-    return load_pictures(DataArguments(**kwargs), seed)
+    return load_images(DataArguments(**kwargs), seed)
 
 
 def _rows(split):
-    """File name and label name of each picture."""
+    """File name and label name of each image."""
     names = split.features["label"].names
     return [(os.path.basename(row["image"]["path"]), names[row["label"]]) for row in split]
 
@@ -73,7 +73,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def faces():
-    """Pictures as bytes: 3 classes of 4, as on the Hub."""
+    """Images as bytes: 3 classes of 4, as on the Hub."""
     data = [random.Random(number).randbytes(192) for number in range(12)]
     images = [Image.frombytes("RGB", (8, 8), pixels) for pixels in data]
     return datasets.Dataset.from_dict(
@@ -141,7 +141,7 @@ class TestFolders:
         _check_form(dataset)
         assert {name: len(split) for name, split in dataset.items()} == {"train": 6, "validation": 4, "test": 2}
 
-    def test_test_pictures_are_never_held_out(self, folder, tmp_path):
+    def test_test_images_are_never_held_out(self, folder, tmp_path):
         test = _folder(tmp_path / "test", {"cat2": 3, "dog": 2})
         dataset = _load(train_dir=str(folder), test_dir=str(test))
         assert len(dataset["test"]) == 5
@@ -155,19 +155,19 @@ class TestFolders:
 
     def test_splits_are_never_taken_for_classes(self, tmp_path):
         for name in ("train", "test"):
-            _picture(tmp_path / "flat" / name / "1.png")
+            _image(tmp_path / "flat" / name / "1.png")
             _folder(tmp_path / "loose" / name, {"a": 2, "b": 2})
         with pytest.raises(BadDataError, match="nothing but test, train, and no folders of classes"):
             _load(train_dir=str(tmp_path / "flat"))
-        _picture(tmp_path / "loose" / "train" / "1.png")
+        _image(tmp_path / "loose" / "train" / "1.png")
         assert list(_load(train_dir=str(tmp_path / "loose"))) == ["train", "validation", "test"]
-        _picture(tmp_path / "loose" / "bus" / "1.png")
-        with pytest.raises(ValueError, match=r"folder train with folders in it, beside folders of pictures \(bus\)"):
+        _image(tmp_path / "loose" / "bus" / "1.png")
+        with pytest.raises(ValueError, match=r"folder train with folders in it, beside folders of images \(bus\)"):
             _load(train_dir=str(tmp_path / "loose"))
 
     def test_a_test_folder_without_classes_is_left_out(self, tmp_path, caplog):
         _folder(tmp_path / "train", {"a": 3, "b": 3})
-        _picture(tmp_path / "test" / "1.png")
+        _image(tmp_path / "test" / "1.png")
         assert list(_load(train_dir=str(tmp_path))) == ["train", "validation"]
         assert "no labels: left out" in caplog.text
 
@@ -180,7 +180,7 @@ class TestFolders:
         with pytest.raises(ValueError, match=r"val and .*valid are both for validation"):
             _load(train_dir=str(tmp_path))
 
-    def test_what_is_no_picture_of_a_class(self, folder):
+    def test_what_is_no_image_of_a_class(self, folder):
         for name in (".DS_Store", "dog/Thumbs.db", "dog/._0.png", "dog/notes.txt", "loose.png", "dog/.hidden/a.png"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(b"?")
@@ -200,20 +200,20 @@ class TestFolders:
     def test_what_lies_beside_the_folders_of_splits(self, tmp_path, caplog):
         _folder(tmp_path / "train", {"a": 3, "b": 3})
         (tmp_path / "__MACOSX").mkdir()
-        (tmp_path / "unlabelled").mkdir()
+        (tmp_path / "unlabeled").mkdir()
         found = ignored_files(DataArguments(train_dir=str(tmp_path)))
-        assert found == {"hidden": [str(tmp_path / "__MACOSX")], "stray": [str(tmp_path / "unlabelled")]}
-        assert "unlabelled" in caplog.text
+        assert found == {"hidden": [str(tmp_path / "__MACOSX")], "stray": [str(tmp_path / "unlabeled")]}
+        assert "unlabeled" in caplog.text
 
-    def test_nested_pictures_are_of_the_outermost_folder(self, folder):
-        _picture(folder / "dog" / "poodle" / "toy" / "x.jpg")
+    def test_nested_images_are_of_the_outermost_folder(self, folder):
+        _image(folder / "dog" / "poodle" / "toy" / "x.jpg")
         assert ("x.jpg", "dog") in _rows(_load(train_dir=str(folder), train_val_split=0)["train"])
 
     def test_links(self, folder, tmp_path):
         (folder / "dog" / "again").symlink_to(folder, target_is_directory=True)
         (folder / "linked").symlink_to(_folder(tmp_path / "else", {"a": 2}) / "a", target_is_directory=True)
         content = walk_folder(folder)
-        assert {name: len(paths) for name, paths in content.pictures.items()} == {
+        assert {name: len(paths) for name, paths in content.images.items()} == {
             "cat2": 4,
             "cat10": 10,
             "dog": 6,
@@ -228,7 +228,7 @@ class TestFolders:
         assert {os.path.splitext(path)[1] for path in content.strays} <= {
             *(".eps", ".ps", ".bufr", ".grib", ".wmf", ".emf", ".h5", ".hdf"),
         }
-        assert len(content.pictures["a"]) > 40
+        assert len(content.images["a"]) > 40
 
     def test_names_that_are_not_utf8(self, folder):
         with open(os.fsencode(folder / "dog") + b"/\xff.png", "wb"):
@@ -238,7 +238,7 @@ class TestFolders:
 
     @pytest.mark.parametrize(
         ("counts", "message"),
-        [({}, "no pictures"), ({"a": 3}, 'of one class, "a"'), ({"": 3}, "3 pictures beside.*folder for each class")],
+        [({}, "no images"), ({"a": 3}, 'of one class, "a"'), ({"": 3}, "3 images beside.*folder for each class")],
     )
     def test_nothing_to_learn(self, tmp_path, counts, message):
         tmp_path.joinpath("data").mkdir()
@@ -262,9 +262,9 @@ class TestFolders:
         _check_form(dataset)
         assert _rows(dataset["validation"]) == [("0.png", "dog")]
 
-    def test_a_class_with_one_picture_is_trained_on(self, folder):
+    def test_a_class_with_one_image_is_trained_on(self, folder):
         _folder(folder, {"rare": 1})
-        with pytest.raises(BadDataError, match="1 classes have no pictures for validation: rare"):
+        with pytest.raises(BadDataError, match="1 classes have no images for validation: rare"):
             _load(train_dir=str(folder))
         dataset = _load(train_dir=str(folder), allow_missing_classes=True)
         assert ("0.png", "rare") in _rows(dataset["train"])
@@ -294,7 +294,7 @@ class TestFewer:
 
     def test_of_each_class(self, counts):
         assert counts(train_samples_per_class=2)["train"] == [2, 2, 2]
-        with pytest.raises(BadDataError, match='Class "cat2" has 2 training pictures: too few'):
+        with pytest.raises(BadDataError, match='Class "cat2" has 2 training images: too few'):
             counts(train_samples_per_class=3)
 
     @pytest.mark.parametrize("option", ["max_train_samples", "max_eval_samples"])
@@ -353,9 +353,7 @@ class TestFiles:
 
     def test_missing_files_are_named(self, folder, tmp_path):
         rows = [("train/dog/0.png", "dog"), ("train/dog/99.png", "dog"), ("0.png", "cat")]
-        with pytest.raises(
-            BadDataError, match=rf"2 of the 3 pictures .*{tmp_path}/train/dog/99.png, {tmp_path}/0.png"
-        ):
+        with pytest.raises(BadDataError, match=rf"2 of the 3 images .*{tmp_path}/train/dog/99.png, {tmp_path}/0.png"):
             _load(train_file=self._write(tmp_path / "a.csv", rows))
 
     def test_wrong_columns_are_offered_nearest_first(self, folder, tmp_path):
@@ -428,7 +426,7 @@ class TestCopiesOfHubDataSets:
         datasets.DatasetDict(splits).save_to_disk(tmp_path / "copy")
         return str(tmp_path / "copy")
 
-    def _labelled(self, faces, labels, feature):
+    def _labeled(self, faces, labels, feature):
         return faces.remove_columns("label").add_column("label", labels, feature=feature)
 
     def test_wrong_columns_are_offered(self, faces, tmp_path):
@@ -437,7 +435,7 @@ class TestCopiesOfHubDataSets:
             _load(dataset_name=path)
         with pytest.raises(ValueError, match='has no column "label": set --label_column_name to fine_label'):
             _load(dataset_name=path, image_column_name="img")
-        with pytest.raises(ValueError, match=r'"fine_label" .* holds no pictures.*Pictures are in img'):
+        with pytest.raises(ValueError, match=r'"fine_label" .* holds no images.*Images are in img'):
             _load(dataset_name=path, image_column_name="fine_label", label_column_name="img")
         _check_form(_load(dataset_name=path, image_column_name="img", label_column_name="fine_label"))
 
@@ -457,13 +455,13 @@ class TestCopiesOfHubDataSets:
         ],
     )
     def test_kinds_of_labels(self, faces, tmp_path, feature, labels, names):
-        path = self._saved(tmp_path, train=self._labelled(faces, labels * 4, feature))
+        path = self._saved(tmp_path, train=self._labeled(faces, labels * 4, feature))
         dataset = _load(dataset_name=path, train_val_split=0)
         assert dataset["train"].features["label"].names == names
         found = [names[label] for label in labels_of(dataset["train"]).tolist()]
         assert found == [str(int(label) if isinstance(label, float) else label) for label in labels * 4]
 
-    def test_binary_pictures(self, faces, tmp_path):
+    def test_binary_images(self, faces, tmp_path):
         data = [row["image"]["bytes"] for row in faces.cast_column("image", IMAGE)]
         binary = faces.remove_columns("image").add_column("image", data, feature=datasets.Value("binary"))
         dataset = _load(dataset_name=self._saved(tmp_path, train=binary), train_val_split=0)
@@ -480,20 +478,20 @@ class TestCopiesOfHubDataSets:
     )
     def test_a_test_split_without_labels_is_left_out(self, faces, tmp_path, feature, none, caplog):
         labels = [str(n % 3) if feature == datasets.Value("string") else n % 3 for n in range(12)]
-        train, test = (self._labelled(faces, given, feature) for given in (labels, [none] * 12))
+        train, test = (self._labeled(faces, given, feature) for given in (labels, [none] * 12))
         dataset = _load(dataset_name=self._saved(tmp_path, train=train, test=test))
         assert list(dataset) == ["train", "validation"]
         assert "test split has no labels: left out" in caplog.text
-        with pytest.raises(BadDataError, match="1 of the 12 pictures of train have no label, the first in row 0"):
-            _load(dataset_name=self._saved(tmp_path, train=self._labelled(faces, [none, *labels[1:]], feature)))
+        with pytest.raises(BadDataError, match="1 of the 12 images of train have no label, the first in row 0"):
+            _load(dataset_name=self._saved(tmp_path, train=self._labeled(faces, [none, *labels[1:]], feature)))
 
     def test_names_count_and_not_numbers(self, faces, tmp_path):
-        other = self._labelled(faces, [0, 1, 2] * 4, datasets.ClassLabel(names=["a", "b", "c"]))
+        other = self._labeled(faces, [0, 1, 2] * 4, datasets.ClassLabel(names=["a", "b", "c"]))
         dataset = _load(dataset_name=self._saved(tmp_path, train=faces, validation=other))
         names = dataset["validation"].features["label"].int2str(labels_of(dataset["validation"]))
         assert names == ["a", "b", "c"] * 4
 
-    def test_a_name_that_no_training_picture_has(self, faces, tmp_path):
+    def test_a_name_that_no_training_image_has(self, faces, tmp_path):
         train = faces.filter(lambda row: row["label"] != 2)
         dataset = _load(dataset_name=self._saved(tmp_path, train=train))
         assert dataset["train"].features["label"].names == ["c", "a", "b"]
@@ -512,7 +510,7 @@ class TestCopiesOfHubDataSets:
 
     @pytest.mark.skipif(datasets.__version__ < "5", reason="save_to_disk fails with an empty split")
     def test_an_empty_split(self, faces, tmp_path):
-        with pytest.raises(BadDataError, match="one of its splits has no pictures"):
+        with pytest.raises(BadDataError, match="one of its splits has no images"):
             _load(dataset_name=self._saved(tmp_path, train=faces, test=faces.select([])))
 
     def test_boxes_are_kept_where_they_are_asked_for(self, faces, tmp_path):
@@ -556,7 +554,7 @@ class TestFormats:
         train = faces.cast_column("image", IMAGE)
         splits = datasets.DatasetDict({"train": train, "test": train.select([])})
         monkeypatch.setattr(packaged, "load", lambda *args: splits)
-        with pytest.raises(BadDataError, match="The test split has no pictures"):
+        with pytest.raises(BadDataError, match="The test split has no images"):
             _load(dataset_format=next(iter(packaged.PACKAGED)))
 
     def test_faults(self, tmp_path):
@@ -570,14 +568,14 @@ class TestFormats:
             _load(dataset_format=next(iter(packaged.PACKAGED)), dataset_dir=str(tmp_path))
 
 
-class TestUnlabelled:
+class TestUnlabeled:
     def _names(self, folder):
-        return [os.path.relpath(row["image"]["path"], folder) for row in read_unlabelled(folder)]
+        return [os.path.relpath(row["image"]["path"], folder) for row in read_unlabeled(folder)]
 
-    def test_pictures_at_any_depth_in_an_order_of_their_own(self, tmp_path):
+    def test_images_at_any_depth_in_an_order_of_their_own(self, tmp_path):
         places = ["10.png", "9.jpg", "b/2.png", "a/deep/er/1.png", "a/0.webp", "train/3.png", "test/4.png"]
         for place in reversed(places):
-            _picture(tmp_path / place)
+            _image(tmp_path / place)
         assert self._names(tmp_path) == [
             "9.jpg",
             "10.png",
@@ -585,30 +583,30 @@ class TestUnlabelled:
         ]
 
     def test_the_form(self, folder):
-        split = read_unlabelled(folder)
+        split = read_unlabeled(folder)
         assert len(split) == 20 and set(split["label"]) == {-100}
         assert split.features["image"] == IMAGE
         assert all(os.path.isabs(row["image"]["path"]) and row["image"]["bytes"] is None for row in split)
         assert (labels_of(split) == -100).all()
 
-    def test_what_is_no_picture_or_hidden_is_passed_over(self, tmp_path):
+    def test_what_is_no_image_or_hidden_is_passed_over(self, tmp_path):
         for place in ("a.png", "notes.txt", ".b.png", ".trash/c.png", "d/__MACOSX/e.png", "d/labels.csv"):
             path = tmp_path / place
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
         assert self._names(tmp_path) == ["a.png"]
 
-    @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: _picture(path / ".hidden" / "0.png")])
-    def test_no_pictures(self, tmp_path, make):
+    @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: _image(path / ".hidden" / "0.png")])
+    def test_no_images(self, tmp_path, make):
         make(tmp_path / "empty")
-        with pytest.raises(BadDataError, match=r"empty holds no pictures\."):
-            read_unlabelled(tmp_path / "empty")
+        with pytest.raises(BadDataError, match=r"empty holds no images\."):
+            read_unlabeled(tmp_path / "empty")
 
     @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("")])
     def test_no_folder(self, tmp_path, make):
         make(tmp_path / "nothing")
         with pytest.raises(ValueError, match="nothing is not a folder"):
-            read_unlabelled(tmp_path / "nothing")
+            read_unlabeled(tmp_path / "nothing")
 
     @pytest.mark.parametrize("place", [".", "a"])
     def test_names_that_are_not_utf8(self, tmp_path, place):
@@ -616,18 +614,18 @@ class TestUnlabelled:
         with open(os.path.join(os.fsencode(tmp_path), place.encode(), b"\xff.png"), "wb"):
             pass
         with pytest.raises(BadDataError, match="not UTF-8, rename it"):
-            read_unlabelled(tmp_path)
+            read_unlabeled(tmp_path)
 
     def test_the_fingerprint_is_of_them_too(self, folder, tmp_path):
-        labelled = _load(train_dir=str(folder))
+        labeled = _load(train_dir=str(folder))
         others = _folder(tmp_path / "others", {"x": 3, "y": 1})
-        both = datasets.DatasetDict(dict(labelled) | {"unlabelled": read_unlabelled(others)})
+        both = datasets.DatasetDict(dict(labeled) | {"unlabeled": read_unlabeled(others)})
         before = fingerprint(both)
-        assert before["splits"]["unlabelled"]["pictures"] == 4
-        assert {name: before["splits"][name] for name in labelled} == fingerprint(labelled)["splits"]
+        assert before["splits"]["unlabeled"]["images"] == 4
+        assert {name: before["splits"][name] for name in labeled} == fingerprint(labeled)["splits"]
         (others / "x" / "0.png").rename(others / "x" / "9.png")
-        after = fingerprint(datasets.DatasetDict(dict(labelled) | {"unlabelled": read_unlabelled(others)}))
-        assert len({fingerprint(labelled)["sha256"], before["sha256"], after["sha256"]}) == 3
+        after = fingerprint(datasets.DatasetDict(dict(labeled) | {"unlabeled": read_unlabeled(others)}))
+        assert len({fingerprint(labeled)["sha256"], before["sha256"], after["sha256"]}) == 3
 
 
 class TestFingerprint:
@@ -636,8 +634,8 @@ class TestFingerprint:
 
     def test_counts(self, folder):
         assert self._of(folder, train_val_split=0.5)["splits"] == {
-            "train": {"pictures": 10, "classes": 3, "min_per_class": 2, "max_per_class": 5},
-            "validation": {"pictures": 10, "classes": 3, "min_per_class": 2, "max_per_class": 5},
+            "train": {"images": 10, "classes": 3, "min_per_class": 2, "max_per_class": 5},
+            "validation": {"images": 10, "classes": 3, "min_per_class": 2, "max_per_class": 5},
         }
 
     def test_place_and_order_do_not_matter(self, folder, tmp_path):
@@ -650,15 +648,15 @@ class TestFingerprint:
     @pytest.mark.parametrize("change", ["size", "name", "label", "split", "absent"])
     def test_changes_matter(self, folder, tmp_path, change):
         before = self._of(folder)
-        picture = folder / "dog" / "0.png"
+        image = folder / "dog" / "0.png"
         if change == "size":
-            picture.write_bytes(picture.read_bytes() + b"0")
+            image.write_bytes(image.read_bytes() + b"0")
         elif change == "name":
-            picture.rename(folder / "dog" / "9.png")
+            image.rename(folder / "dog" / "9.png")
         elif change == "label":
-            picture.rename(folder / "cat2" / "9.png")
+            image.rename(folder / "cat2" / "9.png")
         elif change == "absent":
-            picture.unlink()
+            image.unlink()
         assert self._of(folder, train_val_split=0.3 if change == "split" else 0.15)["sha256"] != before["sha256"]
 
     def test_bytes_matter_where_the_data_set_holds_them(self, faces):

@@ -20,14 +20,14 @@ def rows_of(sampler, epoch=0):
 
 
 def uneven_labels(seed=0, num_classes=6):
-    """Classes of 1 to 9 pictures, with gaps between their numbers, in any order."""
+    """Classes of 1 to 9 images, with gaps between their numbers, in any order."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(num_classes) * 3, rng.integers(1, 10, num_classes))
     return rng.permutation(labels)
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), SIZES)
-def test_every_picture_once_an_epoch_in_batches_of_one_size(num_rows, batch_size):
+def test_every_image_once_an_epoch_in_batches_of_one_size(num_rows, batch_size):
     sampler = ShuffledSampler(num_rows, batch_size)
     for epoch in range(3):
         batches = rows_of(sampler, epoch)
@@ -84,27 +84,27 @@ def test_processes_share_the_batches_of_one(kind, num_processes):
             assert is_padding == sorted(is_padding), "padding comes last"
             assert sum(is_padding) <= 1
             assert not is_padding[0]
-        assert {draw.row for draw in drawn} == {draw.row for draw in batch}, "padding repeats a picture"
+        assert {draw.row for draw in drawn} == {draw.row for draw in batch}, "padding repeats an image"
         assert len(parts[0]) <= -(-10 // num_processes)
 
 
-# 23 pictures without labels, 7 of which come to each batch.
-UNLABELLED = {"num_unlabelled": 23, "unlabelled_per_batch": 7}
+# 23 images without labels, 7 of which come to each batch.
+UNLABELED = {"num_unlabeled": 23, "unlabeled_per_batch": 7}
 
 
-def is_unlabelled(sampler, draw):
+def is_unlabeled(sampler, draw):
     return draw.row >= sampler.num_rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unlabelled_pictures_come_to_each_batch_besides(kind):
-    plain, sampler = make(kind, seed=3), make(kind, seed=3, **UNLABELLED)
+def test_unlabeled_images_come_to_each_batch_besides(kind):
+    plain, sampler = make(kind, seed=3), make(kind, seed=3, **UNLABELED)
     assert len(sampler) == len(plain)
     seen = Counter()
     for epoch in range(40):
         for expected, batch in zip(rows_of(plain, epoch), rows_of(sampler, epoch), strict=True):
-            labelled, others = batch[: len(expected)], batch[len(expected) :]
-            assert labelled == expected, "those with labels are as without the others"
+            labeled, others = batch[: len(expected)], batch[len(expected) :]
+            assert labeled == expected, "those with labels are as without the others"
             assert len(set(others)) == 7, "each at most once in a batch"
             seen.update(others)
     assert set(seen) == set(range(sampler.num_rows, sampler.num_rows + 23)), "no row that is not there"
@@ -114,32 +114,32 @@ def test_unlabelled_pictures_come_to_each_batch_besides(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4, 5])
-def test_processes_share_both_kinds_of_pictures(kind, num_processes):
-    """Of 10 pictures with labels and 7 without, each process has its share of both, in order."""
-    whole = make(kind, seed=3, **UNLABELLED)
+def test_processes_share_both_kinds_of_images(kind, num_processes):
+    """Of 10 images with labels and 7 without, each process has its share of both, in order."""
+    whole = make(kind, seed=3, **UNLABELED)
     shares = [
-        make(kind, seed=3, num_processes=num_processes, process_index=n, **UNLABELLED) for n in range(num_processes)
+        make(kind, seed=3, num_processes=num_processes, process_index=n, **UNLABELED) for n in range(num_processes)
     ]
     for batch, *parts in zip(whole, *shares, strict=True):
         assert not any(draw.is_padding for draw in batch)
         for kept in (True, False):
-            expected = [draw for draw in batch if is_unlabelled(whole, draw) == kept]
-            own = [[draw for draw in part if is_unlabelled(whole, draw) == kept] for part in parts]
+            expected = [draw for draw in batch if is_unlabeled(whole, draw) == kept]
+            own = [[draw for draw in part if is_unlabeled(whole, draw) == kept] for part in parts]
             assert [draw for part in own for draw in part if not draw.is_padding] == expected, "the same draws"
             assert {len(part) for part in own} == {-(-len(expected) // num_processes)}, "each process as many"
             assert max(sum(draw.is_padding for draw in part) for part in own) <= 1
-        assert all(not is_unlabelled(whole, part[0]) and not part[0].is_padding for part in parts)
+        assert all(not is_unlabeled(whole, part[0]) and not part[0].is_padding for part in parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_seed_and_epoch_decide_which_unlabelled_pictures_come(kind):
-    def unlabelled(seed, epoch):
-        sampler = make(kind, seed=seed, **UNLABELLED)
+def test_seed_and_epoch_decide_which_unlabeled_images_come(kind):
+    def unlabeled(seed, epoch):
+        sampler = make(kind, seed=seed, **UNLABELED)
         sampler.set_epoch(epoch)
-        return [[draw for draw in batch if is_unlabelled(sampler, draw)] for batch in sampler]
+        return [[draw for draw in batch if is_unlabeled(sampler, draw)] for batch in sampler]
 
-    drawn = {key: unlabelled(*key) for key in itertools.product((0, 1), (0, 1))}
-    assert all(unlabelled(*key) == batches for key, batches in drawn.items()), "again"
+    drawn = {key: unlabeled(*key) for key in itertools.product((0, 1), (0, 1))}
+    assert all(unlabeled(*key) == batches for key, batches in drawn.items()), "again"
     for one, other in itertools.combinations(drawn.values(), 2):
         assert [[draw.row for draw in batch] for batch in one] != [[draw.row for draw in batch] for batch in other]
     seeds = [draw.seed for batches in drawn.values() for batch in batches for draw in batch]
@@ -175,7 +175,7 @@ def test_each_draw_has_a_seed_of_its_own(kind):
 
 
 def test_the_order_is_uniform():
-    """Where a picture comes is as likely everywhere: chi-squared over 3000 epochs of 6 pictures."""
+    """Where an image comes is as likely everywhere: chi-squared over 3000 epochs of 6 images."""
     counts = np.zeros((6, 6))
     sampler = ShuffledSampler(6, 2)
     for epoch in range(3000):
@@ -222,7 +222,7 @@ def test_classes_are_balanced(seed, batch_size):
 
 @pytest.mark.parametrize(("batch_size", "images_per_class"), [(4, 1), (20, 1), (12, 2), (20, 4)])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_picture_comes_again_while_its_class_has_others(seed, batch_size, images_per_class):
+def test_no_image_comes_again_while_its_class_has_others(seed, batch_size, images_per_class):
     labels = uneven_labels(seed)
     sizes = Counter(labels.tolist())
     sampler = BalancedSampler(labels, batch_size, images_per_class=images_per_class, seed=seed)
@@ -252,7 +252,7 @@ def test_p_times_k(batch_size, images_per_class):
     assert max(classes.values()) - min(classes[label] for label in set(labels)) <= 1
 
 
-def test_over_epochs_every_picture_of_a_class_comes_as_often():
+def test_over_epochs_every_image_of_a_class_comes_as_often():
     labels = np.repeat([0, 1], [4, 40])
     sampler = BalancedSampler(labels, 8)
     counts = Counter(row for epoch in range(400) for batch in rows_of(sampler, epoch) for row in batch)
@@ -300,23 +300,23 @@ def test_rounds_are_random():
     [
         (
             lambda: ShuffledSampler(10, 2, num_processes=3),
-            "A batch of 2 pictures .* 3 processes: raise the batch size",
+            "A batch of 2 images .* 3 processes: raise the batch size",
         ),
-        (lambda: ShuffledSampler(0, 4), "There are 0 training pictures"),
+        (lambda: ShuffledSampler(0, 4), "There are 0 training images"),
         (
             lambda: ShuffledSampler(3, 4, drop_last=True),
-            "3 training pictures, fewer than a batch of 4: lower the batch",
+            "3 training images, fewer than a batch of 4: lower the batch",
         ),
-        (lambda: ShuffledSampler(2, 8, num_processes=4), "2 training pictures .* over 4 processes: raise the batch"),
+        (lambda: ShuffledSampler(2, 8, num_processes=4), "2 training images .* over 4 processes: raise the batch"),
         (
             lambda: ShuffledSampler(9, 8, num_processes=8),
-            "9 training pictures make 2 batches of 4.*raise the batch size",
+            "9 training images make 2 batches of 4.*raise the batch size",
         ),
         (
-            lambda: ShuffledSampler(9, 3, num_unlabelled=4, unlabelled_per_batch=5),
-            "cannot have 5 of 4 unlabelled pictures: lower",
+            lambda: ShuffledSampler(9, 3, num_unlabeled=4, unlabeled_per_batch=5),
+            "cannot have 5 of 4 unlabeled images: lower",
         ),
-        (lambda: BalancedSampler([0, 1], 2, unlabelled_per_batch=1), "cannot have 1 of 0 unlabelled"),
+        (lambda: BalancedSampler([0, 1], 2, unlabeled_per_batch=1), "cannot have 1 of 0 unlabeled"),
         (lambda: BalancedSampler([0, 1], 5, images_per_class=2), "multiple of `images_per_class`"),
         (lambda: BalancedSampler([0, 1], 4, images_per_class=0), "cannot hold 0 of each class"),
         (lambda: BalancedSampler([0, 1], 6, images_per_class=2), "need 3 classes, but there are 2: raise"),

@@ -1,4 +1,4 @@
-"""Draws: each picture is in one part, each class has its share, and the seed decides."""
+"""Draws: each image is in one part, each class has its share, and the seed decides."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def labels():
     return torch.arange(4).repeat_interleave(torch.tensor([5, 6, 7, 8]))[torch.randperm(26)]
 
 
-def test_each_picture_is_in_one_part_and_each_class_evenly_drawn(labels):
+def test_each_image_is_in_one_part_and_each_class_evenly_drawn(labels):
     split = draw_few_shots(labels, 2, 1, seed=3)
     parts = [split.train, split.validation, split.test]
     assert torch.cat(parts).sort().values.tolist() == list(range(26))
@@ -31,13 +31,13 @@ def test_the_seed_decides(labels):
     assert not torch.equal(first.train, other.train)
 
 
-def test_too_few_pictures(labels):
-    with pytest.raises(ValueError, match="Class 0 has 5 pictures: too few for 3 to train, 2 to validate"):
+def test_too_few_images(labels):
+    with pytest.raises(ValueError, match="Class 0 has 5 images: too few for 3 to train, 2 to validate"):
         draw_few_shots(labels, 3, 2, seed=0)
 
 
 def _random_labels(seed: int, least: int = 1) -> torch.Tensor:
-    """Classes with gaps between their numbers, `least` to 40 pictures each, in any order."""
+    """Classes with gaps between their numbers, `least` to 40 images each, in any order."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(least, 41, (8,), generator=generator)
     labels = (3 * torch.arange(8)).repeat_interleave(sizes)
@@ -70,7 +70,7 @@ def test_shares_out_of_range(labels, fraction):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_picture_is_held_out_in_one_fold_and_classes_are_spread_evenly(seed):
+def test_each_image_is_held_out_in_one_fold_and_classes_are_spread_evenly(seed):
     labels = _random_labels(seed, least=4)
     folds = stratified_folds(labels, 4, seed)
     assert torch.cat([held_out for _, held_out in folds]).sort().values.tolist() == list(range(len(labels)))
@@ -81,7 +81,7 @@ def test_each_picture_is_held_out_in_one_fold_and_classes_are_spread_evenly(seed
 
 
 def test_folds_that_can_not_be(labels):
-    with pytest.raises(ValueError, match="Class 0 has 5 pictures: too few for 6 folds"):
+    with pytest.raises(ValueError, match="Class 0 has 5 images: too few for 6 folds"):
         stratified_folds(labels, 6, seed=0)
     with pytest.raises(ValueError, match="at least 2 folds"):
         stratified_folds(labels, 1, seed=0)
@@ -91,7 +91,7 @@ def test_draws_per_class(labels):
     rows = draw_per_class(labels, 3, seed=0)
     assert labels[rows].bincount().tolist() == [3] * 4
     assert len(rows.unique()) == 12
-    with pytest.raises(ValueError, match="Class 0 has 5 pictures, fewer than the 6"):
+    with pytest.raises(ValueError, match="Class 0 has 5 images, fewer than the 6"):
         draw_per_class(labels, 6, seed=0)
 
 
@@ -103,7 +103,7 @@ def test_a_subset_covers_as_many_classes_as_it_can(labels, size, seed):
     assert len(labels[rows].unique()) == min(size, 4)
 
 
-def test_a_subset_of_ordered_pictures_is_drawn_from_all_over():
+def test_a_subset_of_ordered_images_is_drawn_from_all_over():
     labels = torch.arange(2).repeat_interleave(500)
     rows = draw_subset(labels, 200, seed=0)
     # Binomial, 100 with a standard deviation of 7.

@@ -1,4 +1,4 @@
-"""Training pictures beside the image processor's, the augmentations by their properties, and seeds."""
+"""Training images beside the image processor's, the augmentations by their properties, and seeds."""
 
 import io
 import math
@@ -39,15 +39,15 @@ ALL = {
     "color_jitter": 0.4,
     "random_erasing": 0.5,
 }
-GREY = {"image_mean": [0.4], "image_std": [0.2]}
+GRAY = {"image_mean": [0.4], "image_std": [0.2]}
 
 
 def processor(height=32, width=32, **kwargs):
     return ViTImageProcessorPil(size={"height": height, "width": width}, **kwargs)
 
 
-def picture(width=90, height=70, seed=0):
-    """Smooth colours, no two pixels alike."""
+def image(width=90, height=70, seed=0):
+    """Smooth colors, no two pixels alike."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -65,7 +65,7 @@ def pixels(transform, image, seed):
         processor(32, 32, resample=Image.Resampling.NEAREST),
         processor(32, 32, do_normalize=False),
         processor(32, 32, do_rescale=False),
-        processor(32, 32, **GREY),
+        processor(32, 32, **GRAY),
         SiglipImageProcessorPil(size={"height": 40, "width": 40}),
         EfficientNetImageProcessorPil(size={"height": 40, "width": 40}, include_top=True),
         ConvNextImageProcessorPil(size={"shortest_edge": 384}),
@@ -74,18 +74,18 @@ def pixels(transform, image, seed):
 )
 @pytest.mark.parametrize("size", [(90, 70), (20, 33)])
 def test_without_augmentation_it_is_the_image_processor(image_processor, size):
-    image = picture(*size)
-    trained = TrainTransform(image_processor, AugmentationArguments(**OFF))(image, 0)
-    evaluated = EvalTransform(image_processor)(image)
+    given = image(*size)
+    trained = TrainTransform(image_processor, AugmentationArguments(**OFF))(given, 0)
+    evaluated = EvalTransform(image_processor)(given)
     assert trained.shape == evaluated.shape
-    # A grey level makes 4e-3 of the range, the rounding of `pixel_statistics` at most 3e-4.
+    # A gray level makes 4e-3 of the range, the rounding of `pixel_statistics` at most 3e-4.
     torch.testing.assert_close(trained, evaluated, rtol=0, atol=3e-4 * (evaluated.max() - evaluated.min()).item())
 
 
-def test_evaluation_pictures_are_the_image_processor_s():
+def test_evaluation_images_are_the_image_processor_s():
     for image_processor in (processor(), CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32)):
-        expected = image_processor(picture(), return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(EvalTransform(image_processor)(picture()), expected)
+        expected = image_processor(image(), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(EvalTransform(image_processor)(image()), expected)
 
 
 @pytest.mark.parametrize(
@@ -95,52 +95,52 @@ def test_evaluation_pictures_are_the_image_processor_s():
         (CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 40}), (56, 40)),
         (BitImageProcessorPil(size={"shortest_edge": 200}, crop_size=32), (32, 32)),
         (ConvNextImageProcessorPil(size={"shortest_edge": 160}, crop_pct=0.875), (160, 160)),
-        (processor(48, 32, **GREY), (48, 32)),
+        (processor(48, 32, **GRAY), (48, 32)),
     ],
 )
 def test_processed_size(image_processor, size):
     assert processed_size(image_processor) == size
-    for given in (picture(), picture(50, 200)):
+    for given in (image(), image(50, 200)):
         assert EvalTransform(image_processor)(given).shape[-2:] == size
         assert TrainTransform(image_processor, AugmentationArguments())(given, 0).shape[-2:] == size
 
 
 def test_an_image_processor_without_one_size():
-    with pytest.raises(ValueError, match=r"keeps the form of a picture .*`do_center_crop`"):
+    with pytest.raises(ValueError, match=r"keeps the form of an image .*`do_center_crop`"):
         processed_size(CLIPImageProcessorPil(size={"shortest_edge": 40}, do_center_crop=False))
 
 
 @pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("statistics", [{}, GREY], ids=["rgb", "grey"])
-def test_each_augmentation_changes_the_picture_within_its_range(name, statistics):
+@pytest.mark.parametrize("statistics", [{}, GRAY], ids=["rgb", "gray"])
+def test_each_augmentation_changes_the_image_within_its_range(name, statistics):
     plain = TrainTransform(processor(**statistics), AugmentationArguments(**OFF))
     transform = TrainTransform(processor(**statistics), AugmentationArguments(**EACH[name]))
-    original = pixels(plain, picture(), 0)
-    changed = [pixels(transform, picture(), seed) for seed in range(40)]
-    assert sum((image - original).abs().max() > 0.02 for image in changed) > 10
-    for image in changed:
-        assert image.shape == original.shape
-        assert -1e-5 <= image.min() <= image.max() <= 1 + 1e-5
+    original = pixels(plain, image(), 0)
+    changed = [pixels(transform, image(), seed) for seed in range(40)]
+    assert sum((each - original).abs().max() > 0.02 for each in changed) > 10
+    for each in changed:
+        assert each.shape == original.shape
+        assert -1e-5 <= each.min() <= each.max() <= 1 + 1e-5
 
 
-@pytest.mark.parametrize("colour", ["black", "white", "grey", "red"])
-def test_pictures_of_one_colour_stay_finite(colour):
+@pytest.mark.parametrize("color", ["black", "white", "gray", "red"])
+def test_images_of_one_color_stay_finite(color):
     for given in ({"rotation_degrees": 15}, {"rand_augment_num_ops": 15, "color_jitter": 1}):
         transform = TrainTransform(processor(do_normalize=False), AugmentationArguments(**given))
         for seed in range(80):
-            result = transform(Image.new("RGB", (9, 1000), colour), seed)
+            result = transform(Image.new("RGB", (9, 1000), color), seed)
             assert result.isfinite().all()
             assert 0 <= result.min() <= result.max() <= 1
 
 
-def test_half_of_the_pictures_are_mirrored_whatever_the_seeds():
+def test_half_of_the_images_are_mirrored_whatever_the_seeds():
     transform = TrainTransform(processor(), AugmentationArguments(**EACH["flip"]))
-    original = TrainTransform(processor(), AugmentationArguments(**OFF))(picture(), 0)
+    original = TrainTransform(processor(), AugmentationArguments(**OFF))(image(), 0)
     # Rows of one epoch, epochs of one row, and seeds that differ in high bits only.
     for seeds in ([(7, 0, row) for row in range(400)], [(7, n, 3) for n in range(400)], [n << 32 for n in range(400)]):
         is_mirrored = []
         for seed in seeds:
-            result = transform(picture(), seed)
+            result = transform(image(), seed)
             is_mirrored.append(torch.allclose(result, original.flip(-1), atol=1e-6))
             assert is_mirrored[-1] or torch.allclose(result, original, atol=1e-6)
         is_mirrored = np.array(is_mirrored)
@@ -184,32 +184,32 @@ def test_small_crops_have_uniform_areas_and_log_uniform_forms():
     assert kstest((left / free)[is_small], "uniform").pvalue > 1e-3
 
 
-def test_by_default_a_crop_holds_the_middle_of_a_square_picture():
+def test_by_default_a_crop_holds_the_middle_of_a_square_image():
     transform = TrainTransform(processor(), AugmentationArguments())
     left, top, right, bottom = boxes(transform, 200, 200, 5000).T
     assert max(left.max(), top.max()) < 100 < min(right.min(), bottom.min())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2), (5000, 40)])
-def test_pictures_of_any_form(size):
+def test_images_of_any_form(size):
     transform = TrainTransform(processor(), AugmentationArguments(**ALL))
     for seed in range(5):
-        assert transform(picture(*size), seed).isfinite().all()
+        assert transform(image(*size), seed).isfinite().all()
 
 
 def test_a_crop_is_antialiased_and_resampled_as_the_processor_does():
-    image = picture(300, 200)
+    given = image(300, 200)
     for resample in (Image.Resampling.NEAREST, Image.Resampling.BICUBIC):
         transform = TrainTransform(processor(resample=resample), AugmentationArguments(**EACH["crop"]))
         transform._draw_box = lambda width, height: (30, 20, 180, 140)
-        expected = EvalTransform(processor(resample=resample))(image.crop((30, 20, 180, 140)))
-        result = transform(image, 0)
+        expected = EvalTransform(processor(resample=resample))(given.crop((30, 20, 180, 140)))
+        result = transform(given, 0)
         # PIL looks over the box's edge where the crop ends, so the middle is compared.
         torch.testing.assert_close(result[:, 4:-4, 4:-4], expected[:, 4:-4, 4:-4], rtol=0, atol=0.01)
 
 
 def test_rotation_stays_within_its_angle():
-    """A bright spot right of the centre, whose angle is read off the result."""
+    """A bright spot right of the center, whose angle is read off the result."""
     image = Image.new("RGB", (101, 101))
     image.paste("white", (90, 49, 93, 52))
     transform = TrainTransform(processor(101, 101), AugmentationArguments(**OFF, rotation_degrees=15))
@@ -229,7 +229,7 @@ def test_rand_augment_draws_that_many_operations_at_that_magnitude():
     (rand_augment,) = transform.change_pixels
     seen = set()
     for seed in range(200):
-        transform(picture(), seed)
+        transform(image(), seed)
         names = [item.name for item in rand_augment._params]
         assert len(set(names)) == 3
         for item in rand_augment._params:
@@ -251,7 +251,7 @@ def test_shear_moves_pixels_by_the_published_factor(monkeypatch):
     policy = [entry for entry in transforms._RAND_AUGMENT_POLICY if entry[0][0] == "shear_x"]
     monkeypatch.setattr(transforms, "_RAND_AUGMENT_POLICY", policy)
     image = Image.new("RGB", (101, 101))
-    image.paste("white", (49, 9, 52, 12))  # 40 above the centre
+    image.paste("white", (49, 9, 52, 12))  # 40 above the center
     args = AugmentationArguments(**OFF, rand_augment_num_ops=1, rand_augment_magnitude=29)
     shifts = set()
     for seed in range(20):
@@ -260,12 +260,12 @@ def test_shear_moves_pixels_by_the_published_factor(monkeypatch):
     assert shifts == {-12, 12}, "40 * 0.3, to either side"
 
 
-def test_erasing_leaves_the_mean_colour():
+def test_erasing_leaves_the_mean_color():
     statistics = {"image_mean": [0.2, 0.5, 0.9], "image_std": [0.1, 0.2, 0.3]}
     transform = TrainTransform(processor(**statistics), AugmentationArguments(**EACH["random_erasing"]))
-    plain = TrainTransform(processor(**statistics), AugmentationArguments(**OFF))(picture(), 0)
+    plain = TrainTransform(processor(**statistics), AugmentationArguments(**OFF))(image(), 0)
     for seed in range(20):
-        result = transform(picture(), seed)
+        result = transform(image(), seed)
         is_erased = (result != plain).any(0)
         assert (result[:, is_erased] == 0).all()
         assert 0.01 < is_erased.float().mean() < 0.4
@@ -277,7 +277,7 @@ def test_the_seed_alone_decides_in_any_order_and_process():
     args = AugmentationArguments(**ALL)
     transform = TrainTransform(processor(), args)
     seeds = [0, 1, 2**40, (0, 5), (3, 1, 4)]
-    first = [transform(picture(), seed) for seed in seeds]
+    first = [transform(image(), seed) for seed in seeds]
     assert len({result.numpy().tobytes() for result in first}) == len(seeds)
     torch.manual_seed(99)
     np.random.seed(99)
@@ -287,7 +287,7 @@ def test_the_seed_alone_decides_in_any_order_and_process():
     buffer.seek(0)
     for other in (transform, TrainTransform(processor(), args), pickle.load(buffer)):
         for seed, result in reversed(list(zip(seeds, first, strict=True))):
-            assert torch.equal(other(picture(), seed), result)
+            assert torch.equal(other(image(), seed), result)
 
 
 def test_no_global_generator_is_touched(monkeypatch):
@@ -299,16 +299,16 @@ def test_no_global_generator_is_touched(monkeypatch):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     transform = TrainTransform(processor(), AugmentationArguments(**ALL))
     for seed in range(20):
-        transform(picture(), seed)
+        transform(image(), seed)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
     assert not reseeded
 
 
 @pytest.mark.parametrize("given", [OFF, ALL, {"rand_augment_num_ops": 15}], ids=["off", "all", "rand_augment"])
-@pytest.mark.parametrize("statistics", [{}, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("statistics", [{}, GRAY], ids=["rgb", "gray"])
 def test_results_are_plain_tensors_that_a_worker_can_send(given, statistics):
-    result = TrainTransform(processor(**statistics), AugmentationArguments(**given))(picture(), 0)
+    result = TrainTransform(processor(**statistics), AugmentationArguments(**given))(image(), 0)
     assert (result.dtype, result.requires_grad, result.is_contiguous()) == (torch.float32, False, True)
     assert result.untyped_storage().nbytes() == result.numel() * 4
 

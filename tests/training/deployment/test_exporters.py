@@ -33,7 +33,7 @@ SIZE = 64
 
 
 def make_model(backbone: str, preset: str, with_references: bool = True, **fields) -> RBIForImageClassification:
-    """A model of 3 classes whose weights all matter, for pictures of 64 x 64, and with 6 references if wanted."""
+    """A model of 3 classes whose weights all matter, for images of 64 x 64, and with 6 references if wanted."""
     torch.manual_seed(0)
     small = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": SIZE, "patch_size": 16}
     backbone_config = {
@@ -58,9 +58,9 @@ def make_model(backbone: str, preset: str, with_references: bool = True, **field
 
 def make_pixel_values(number: int, seed: int = 0, size: tuple[int, int] = (SIZE, SIZE)) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.nn.functional.interpolate(torch.rand(number, 3, 4, 4, generator=generator), size, mode="bilinear")
+    images = torch.nn.functional.interpolate(torch.rand(number, 3, 4, 4, generator=generator), size, mode="bilinear")
     mean, std = (torch.tensor(values)[:, None, None] for values in (RBIConfig().image_mean, RBIConfig().image_std))
-    return (pictures - mean) / std
+    return (images - mean) / std
 
 
 def save(model: RBIForImageClassification, folder: Path) -> Path:
@@ -124,7 +124,7 @@ def test_onnx_answers_as_the_model(backbone, preset, scope, is_dynamic, tmp_path
     properties = {each.key: each.value for each in onnx.load(path).metadata_props}
     assert properties["rbi.relation_scope"] == scope
     assert properties["rbi.answers_depend_on_batch"] == str(scope == "batch").lower()
-    assert any("depend on the other pictures" in note for note in notes) == (scope == "batch")
+    assert any("depend on the other images" in note for note in notes) == (scope == "batch")
     # Nothing of the code that it was made from, nor of the machine.
     assert b"pkg.torch" not in path.read_bytes()
     assert str(Path(exporting.__file__).parent).encode() not in path.read_bytes()
@@ -145,12 +145,12 @@ def test_votes_and_the_models_own_scope(tmp_path):
 
 
 @pytest.mark.slow
-def test_references_without_pictures(tmp_path):
+def test_references_without_images(tmp_path):
     model = make_model("resnet", "kernel", with_references=False)
-    pictures = [{"pixel_values": pixels} for pixels in make_pixel_values(6, seed=5)]
-    model.set_references(pictures, keep_images=False)
+    images = [{"pixel_values": pixels} for pixels in make_pixel_values(6, seed=5)]
+    model.set_references(images, keep_images=False)
     facts, notes = run(ExportArguments(str(save(model, tmp_path / "model")), output_dir=str(tmp_path / "out")))
-    assert facts["references"] == {"num_references": 6, "num_labelled": 0, "has_pictures": False}
+    assert facts["references"] == {"num_references": 6, "num_labeled": 0, "has_images": False}
     assert not any("copies" in note for note in notes)
     check_same_answers(session(tmp_path / "out" / "onnx" / "model.onnx"), model, "reference")
 
@@ -217,19 +217,19 @@ def test_float16_has_weights_of_half_the_size(exported, model_folder):
 
 
 @pytest.fixture
-def labelled(picture_files, tmp_path):
-    """Folders of pictures: two of each class to train, one to test."""
-    for path in picture_files:
+def labeled(image_files, tmp_path):
+    """Folders of images: two of each class to train, one to test."""
+    for path in image_files:
         name, number = path.stem.split("_")
-        folder = tmp_path / "pictures" / ("test" if number == "2" else "train") / name
+        folder = tmp_path / "images" / ("test" if number == "2" else "train") / name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.mark.slow
-def test_int8_is_calibrated_on_some_pictures_and_measured_on_others(
-    model_folder, labelled, tmp_path, monkeypatch, tmp_path_factory
+def test_int8_is_calibrated_on_some_images_and_measured_on_others(
+    model_folder, labeled, tmp_path, monkeypatch, tmp_path_factory
 ):
     monkeypatch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     seen = []
@@ -243,13 +243,13 @@ def test_int8_is_calibrated_on_some_pictures_and_measured_on_others(
     args = ExportArguments(
         str(model_folder), dtype=["int8", "float32"], batch_size=4, output_dir=str(tmp_path / "out")
     )
-    facts, _ = run(args, MeasuringArguments(train_dir=str(labelled), train_val_split=0))
-    assert [*map(len, seen)] == [4, 2] and facts["measured_on"] == {"split": "test", "pictures": 3}
+    facts, _ = run(args, MeasuringArguments(train_dir=str(labeled), train_val_split=0))
+    assert [*map(len, seen)] == [4, 2] and facts["measured_on"] == {"split": "test", "images": 3}
 
     model = RBIForImageClassification.from_pretrained(model_folder).eval()
     image_processor = AutoImageProcessor.from_pretrained(model_folder)
-    pictures = [Image.open(path) for path in sorted((labelled / "test").glob("*/*.png"))]
-    pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [Image.open(path) for path in sorted((labeled / "test").glob("*/*.png"))]
+    pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
     assert not any(torch.allclose(one, other) for batch in seen for one in batch for other in pixel_values)
     expected = answers(model, pixel_values, "reference").argmax(-1)
     for name, entry in facts["files"].items():
@@ -333,7 +333,7 @@ def test_models_that_cannot_be_exported(model_folder, tmp_path):
     folder = str(save(model, tmp_path / "alone"))
     check_refused("has no reference bank", tmp_path, folder, scope="reference")
     check_refused("there is no such folder", tmp_path, str(tmp_path / "nowhere"))
-    check_refused("needs pictures to calibrate it", tmp_path, folder, dtype=["int8"])
+    check_refused("needs images to calibrate it", tmp_path, folder, dtype=["int8"])
 
 
 @pytest.mark.slow
@@ -377,8 +377,8 @@ def test_image_processors_in_a_form_that_clients_have(image_processor, tmp_path)
     assert note is None and fields["image_processor_type"] == "CLIPImageProcessor"
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (150, 101, 3), dtype=np.uint8))
-    expected, got = (each(picture, return_tensors="pt")["pixel_values"] for each in (image_processor, loaded))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (150, 101, 3), dtype=np.uint8))
+    expected, got = (each(image, return_tensors="pt")["pixel_values"] for each in (image_processor, loaded))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
@@ -390,8 +390,8 @@ def test_image_processors_that_clients_do_not_have():
 # transformers.js
 
 
-def classify_in_node(folder: Path, pictures, batches=(), dtype=None) -> dict:
-    request = {"folder": str(folder), "pictures": [*map(str, pictures)], "dtype": dtype}
+def classify_in_node(folder: Path, images, batches=(), dtype=None) -> dict:
+    request = {"folder": str(folder), "images": [*map(str, images)], "dtype": dtype}
     request["batches"] = [[*map(str, batch)] for batch in batches]
     command = ["node", "classify.mjs", json.dumps(request)]
     result = subprocess.run(command, cwd=NODE, capture_output=True, text=True)
@@ -405,17 +405,17 @@ def check_scores(got, expected, tolerance: float):
         assert scores == pytest.approx({each["label"]: each["score"] for each in other}, abs=tolerance)
 
 
-def test_transformers_js_answers_as_the_pipeline(exported, model_folder, picture_files, tmp_path):
+def test_transformers_js_answers_as_the_pipeline(exported, model_folder, image_files, tmp_path):
     out, _ = exported
     sized = []
-    for path in picture_files:
+    for path in image_files:
         sized.append(tmp_path / path.name)
         Image.open(path).resize((32, 32)).save(sized[-1])
     classifier = pipeline("image-classification", model=str(model_folder), trust_remote_code=True)
     expected = classifier([*map(str, sized)], top_k=None)
     assert len({answer[0]["label"] for answer in expected}) > 1
 
-    # Of the model's size already, pictures are the same pixels in both.
+    # Of the model's size already, images are the same pixels in both.
     got = classify_in_node(out, sized, [sized])
     check_scores(got["alone"], expected, 1e-5)
     check_scores(got["together"][0], expected, 1e-5)
@@ -423,19 +423,19 @@ def test_transformers_js_answers_as_the_pipeline(exported, model_folder, picture
     assert [answer[0]["label"] for answer in got["alone"]] == [answer[0]["label"] for answer in expected]
 
     # Others are resized otherwise: without smoothing, and bilinearly for bicubic on the edges.
-    expected = classifier([*map(str, picture_files)], top_k=None)
-    got = classify_in_node(out, picture_files)["alone"]
+    expected = classifier([*map(str, image_files)], top_k=None)
+    got = classify_in_node(out, image_files)["alone"]
     check_scores(got, expected, 0.15)
     assert [answer[0]["label"] for answer in got] == [answer[0]["label"] for answer in expected]
 
 
 @pytest.mark.slow
-def test_transformers_js_relates_a_batch_in_scope_batch(tmp_path, picture_files):
+def test_transformers_js_relates_a_batch_in_scope_batch(tmp_path, image_files):
     out = tmp_path / "out"
     model = make_model("vit", "kernel")
     run(ExportArguments(str(save(model, tmp_path / "model")), scope="batch", output_dir=str(out)))
     sized = []
-    for path in picture_files[:4]:
+    for path in image_files[:4]:
         sized.append(tmp_path / path.name)
         Image.open(path).resize((SIZE, SIZE)).save(sized[-1])
     pixel_values = AutoImageProcessor.from_pretrained(tmp_path / "model")(

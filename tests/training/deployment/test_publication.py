@@ -63,7 +63,7 @@ def trained(published, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def arguments(trained, picture_files):
+def arguments(trained, image_files):
     """Gives what makes a publication that nothing stands in the way of; keywords change it."""
 
     def make(**changes):
@@ -71,8 +71,8 @@ def arguments(trained, picture_files):
             "model": str(trained / "model"),
             "repo_id": "alice/birds",
             "assessment": str(trained / "assessment"),
-            "examples": [str(path) for path in picture_files[:3]],
-            "share_pictures": True,
+            "examples": [str(path) for path in image_files[:3]],
+            "share_images": True,
         }
         return PublicationArguments(**values | changes)
 
@@ -110,8 +110,8 @@ def test_the_folder_has_all_and_nothing_else(made, trained):
     assert made.problems == []
     examples = {"examples/cat_0.png", "examples/cat_1.png", "examples/cat_2.png"}
     settings = {"config.json", "preprocessor_config.json", "README.md", "handler.py", "requirements.txt"}
-    pictures = {"assessment/confused_pairs.png"}
-    assert names_in(made.folder) == {"model.safetensors"} | settings | CODE | examples | TABLES | FIGURES | pictures
+    images = {"assessment/confused_pairs.png"}
+    assert names_in(made.folder) == {"model.safetensors"} | settings | CODE | examples | TABLES | FIGURES | images
     auto_map = json.loads((made.folder / "config.json").read_text())["auto_map"]
     assert {value.split(".")[0] + ".py" for value in auto_map.values()} <= CODE
     assert (made.folder / "handler.py").read_bytes() == (publication.MODEL_CARDS / "handler.py").read_bytes()
@@ -150,7 +150,7 @@ def test_the_card_has_the_measured_figures(made, trained):
     assert "Missing" not in str(card)
     run = json.loads((trained / "model" / "run.json").read_text())
     assert f"commit {run['environment']['git']['commit'][:12]}" in card.text
-    assert "12 of them labelled" in card.text
+    assert "12 of them labeled" in card.text
 
 
 def test_requirements_are_those_of_the_package():
@@ -168,15 +168,15 @@ def test_large_weights_are_sharded_and_load_back(arguments, given, tmp_path):
     assert "model.safetensors.index.json" in names_in(tmp_path) and made.problems == []
 
 
-@pytest.mark.parametrize("may_be_seen", [{"share_pictures": True}, {"private": True, "share_pictures": False}, {}])
-def test_pictures_in_the_model_are_shared_only_if_said_so(make, may_be_seen):
-    made = make(**({"share_pictures": False} | may_be_seen))
+@pytest.mark.parametrize("may_be_seen", [{"share_images": True}, {"private": True, "share_images": False}, {}])
+def test_images_in_the_model_are_shared_only_if_said_so(make, may_be_seen):
+    made = make(**({"share_images": False} | may_be_seen))
     assert ("assessment/confused_pairs.png" in names_in(made.folder)) == bool(may_be_seen)
     if may_be_seen:
         assert made.problems == []
     else:
         (problem,) = made.problems
-        assert "12 pictures" in problem and "--share_pictures" in problem and "--private" in problem
+        assert "12 images" in problem and "--share_images" in problem and "--private" in problem
 
 
 FACTS = {
@@ -352,40 +352,40 @@ def test_folders_that_are_no_model_to_publish(tmp_path, copy):
     (copy / "preprocessor_config.json").touch()
     backbone = json.loads((copy / "config.json").read_text())["backbone_config"] | {"num_channels": 1}
     edit(copy / "config.json", image_mean=[0.5], image_std=[0.5], backbone_config=backbone)
-    refuses("pictures of one channel")
+    refuses("images of one channel")
 
 
-def test_example_pictures(make, tmp_path, picture_files):
-    picture = Image.open(picture_files[0]).resize((1500, 900))
+def test_example_images(make, tmp_path, image_files):
+    image = Image.open(image_files[0]).resize((1500, 900))
     exif = Image.Exif()
     exif[0x010E] = "taken at home"
-    picture.save(tmp_path / "my holiday.jpg", exif=exif)
+    image.save(tmp_path / "my holiday.jpg", exif=exif)
     made = make(examples=[str(tmp_path / "my holiday.jpg")])
     example = Image.open(made.folder / "examples" / "my_holiday.png")
     assert not example.getexif() and not example.info and max(example.size) == 512
-    shutil.copy(picture_files[0], tmp_path / "my_holiday.png")
-    with pytest.raises(ValueError, match="two pictures of the name"):
+    shutil.copy(image_files[0], tmp_path / "my_holiday.png")
+    with pytest.raises(ValueError, match="two images of the name"):
         make(examples=[str(tmp_path / "my holiday.jpg"), str(tmp_path / "my_holiday.png")])
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
-        shutil.copy(picture_files[0], tmp_path / name / "1.png")
+        shutil.copy(image_files[0], tmp_path / name / "1.png")
     made = make(examples=[str(tmp_path / "cat" / "1.png"), str(tmp_path / "dog" / "1.png")])
     assert {path.name for path in (made.folder / "examples").iterdir()} == {"cat_1.png", "dog_1.png"}
-    (tmp_path / "broken.png").write_bytes(pickle.dumps("no picture"))
+    (tmp_path / "broken.png").write_bytes(pickle.dumps("no image"))
     with pytest.raises(ValueError, match=r"broken\.png"):
         make(examples=[str(tmp_path / "broken.png")])
     Image.new("RGB", (2, 201)).save(tmp_path / "narrow.png")
     with pytest.raises(ValueError, match=r"narrow\.png has 2 x 201 pixels.*crop it"):
         make(examples=[str(tmp_path / "narrow.png")])
-    (tmp_path / "cut.png").write_bytes(picture_files[0].read_bytes()[:200])
+    (tmp_path / "cut.png").write_bytes(image_files[0].read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cut\.png"):
         make(examples=[str(tmp_path / "cut.png")])
     Image.new("1", (25_000, 20_000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"huge\.png"):
         make(examples=[str(tmp_path / "huge.png")])
     with pytest.raises(ValueError, match="8 are enough"):
-        make(examples=[str(picture_files[0].parent)])
-    with pytest.raises(ValueError, match="no such picture"):
+        make(examples=[str(image_files[0].parent)])
+    with pytest.raises(ValueError, match="no such image"):
         make(examples=[str(tmp_path / "nothing.png")])
 
 

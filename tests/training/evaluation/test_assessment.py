@@ -12,12 +12,12 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, pixel_statistics
 from training.assess import AssessmentArguments, choose_protocols, run
-from training.data.reading import DataArguments, load_pictures
+from training.data.reading import DataArguments, load_images
 from training.evaluation import assessment
 from training.evaluation.assessment import assess
 from training.evaluation.bootstrap import METRICS
 from training.evaluation.classifiers import class_names, in_order_of_content, match_labels, predict_from
-from training.evaluation.features import ExtractedPictures
+from training.evaluation.features import ExtractedImages
 from training.evaluation.metrics import compute_metrics
 from training.evaluation.protocols import Answers, Condition
 from training.evaluation.report import FILES, confused_pairs, confusion, results_table
@@ -34,9 +34,9 @@ def _cache(monkeypatch, tmp_path_factory):
 # --- Planted features ------------------------------------------------------------------------------------------------
 
 
-def _planted_leak(backbone_config, num_pictures=200):
+def _planted_leak(backbone_config, num_images=200):
     """
-    Attention averages over the batch. Four in five pictures tell nothing of their class, the fifth tells it clearly:
+    Attention averages over the batch. Four in five images tell nothing of their class, the fifth tells it clearly:
     among class-mates, all learn it.
     """
     config = RBIConfig.kernel(
@@ -46,16 +46,16 @@ def _planted_leak(backbone_config, num_pictures=200):
         relation_position_encoding="none",
         attention_temperature=2.0,
     )
-    labels = torch.arange(NUM_CLASSES).repeat(num_pictures // NUM_CLASSES)
-    features = 0.3 * torch.randn(num_pictures, 24)
-    is_clear = torch.rand(num_pictures) < 0.2
+    labels = torch.arange(NUM_CLASSES).repeat(num_images // NUM_CLASSES)
+    features = 0.3 * torch.randn(num_images, 24)
+    is_clear = torch.rand(num_images) < 0.2
     features[is_clear, labels[is_clear]] += 3
     return _with_features(RBIForImageClassification(config), features, labels)
 
 
-def _no_leak(backbone_config, num_pictures=200):
+def _no_leak(backbone_config, num_images=200):
     """
-    Each picture keeps its own features, to which noise is added that is of no class, the mean of the batch's: in a
+    Each image keeps its own features, to which noise is added that is of no class, the mean of the batch's: in a
     batch there is less of it than alone, and answers change with the batch, but a class-ordered one tells no more.
     """
     config = RBIConfig.paper(
@@ -72,9 +72,9 @@ def _no_leak(backbone_config, num_pictures=200):
             layer.bias.zero_()
         model.rbi.rra.residual.weight[:10, :10] = torch.eye(10)
         model.rbi.rra.value.weight[:10, 10:20] = torch.eye(10)
-    labels = torch.arange(NUM_CLASSES).repeat(num_pictures // NUM_CLASSES)
-    features = torch.randn(num_pictures, 24)
-    features[torch.arange(num_pictures), labels] += 1.5
+    labels = torch.arange(NUM_CLASSES).repeat(num_images // NUM_CLASSES)
+    features = torch.randn(num_images, 24)
+    features[torch.arange(num_images), labels] += 1.5
     features[:, 10:20] *= 3
     return _with_features(model, features, labels)
 
@@ -83,15 +83,15 @@ def _with_features(model, features, labels):
     with torch.no_grad():
         model.classifier.weight.copy_(3 * torch.eye(NUM_CLASSES, 24))
         model.classifier.bias.zero_()
-    pictures = ExtractedPictures(torch.zeros(len(labels), 3, 4, 4), features, labels)
-    return predict_from(model.eval(), pictures), labels
+    images = ExtractedImages(torch.zeros(len(labels), 3, 4, 4), features, labels)
+    return predict_from(model.eval(), images), labels
 
 
-def test_neighbours_that_reveal_the_label_are_a_leak(backbone_config):
+def test_neighbors_that_reveal_the_label_are_a_leak(backbone_config):
     result = assess(*_planted_leak(backbone_config), ["single", "shuffled", "sorted"], [10, 20], resamples=500)
     leak = result.findings["leak"]
     assert leak.accuracy.low > 0.2
-    assert "reads labels off its neighbours" in leak.sentence
+    assert "reads labels off its neighbors" in leak.sentence
     assert leak.sentence.startswith(f"Class-ordered batches add +{100 * leak.accuracy.value:.1f} points [")
     for size in (10, 20):
         first, second = Condition("sorted", size), Condition("shuffled", size)
@@ -100,7 +100,7 @@ def test_neighbours_that_reveal_the_label_are_a_leak(backbone_config):
         assert leak.low > 0.2 and leak.value == pytest.approx(values[0] - values[1])
 
 
-def test_neighbours_that_tell_nothing_are_none(backbone_config):
+def test_neighbors_that_tell_nothing_are_none(backbone_config):
     """In 95 of 100 data sets, whatever their noise."""
     false_alarms = changed = 0
     for seed in range(12):
@@ -109,7 +109,7 @@ def test_neighbours_that_tell_nothing_are_none(backbone_config):
         result = assess(predict, labels, ["single", "shuffled", "sorted"], [5, 10], resamples=300, seed=seed)
         leak = result.findings["leak"]
         false_alarms += not leak.sentence.startswith("No leak seen")
-        changed += leak.pictures_changed > 10
+        changed += leak.images_changed > 10
         assert leak.accuracy.contains_zero == ("contains 0" in leak.sentence)
         # What any batch does for the answers is seen.
         assert result.findings["shuffled"].sentence.startswith("Relations help: random batches")
@@ -118,7 +118,7 @@ def test_neighbours_that_tell_nothing_are_none(backbone_config):
 
 
 def test_few_changes_tell_nothing():
-    """Four pictures of 100 gained, none lost: the interval may be above 0, but so it would by chance 1 time in 8."""
+    """Four images of 100 gained, none lost: the interval may be above 0, but so it would by chance 1 time in 8."""
     labels = torch.arange(100) % 2
 
     def predict(rows, scope):
@@ -126,7 +126,7 @@ def test_few_changes_tell_nothing():
         return 5 * torch.eye(2)[(labels[rows] + 1 - is_right) % 2]
 
     finding = assess(predict, labels, ["single", "shuffled"], [50], resamples=500).findings["shuffled"]
-    assert finding.accuracy.value == pytest.approx(0.04) and finding.pictures_changed == pytest.approx(4)
+    assert finding.accuracy.value == pytest.approx(0.04) and finding.images_changed == pytest.approx(4)
     assert finding.sentence.startswith("Whether relations help is open")
     assert "too few to tell" in finding.sentence or "contains 0" in finding.sentence
 
@@ -213,7 +213,7 @@ def _run(model, output_dir, data, **more):
 
 @pytest.fixture
 def data(published):
-    """The small data set: 40 test pictures."""
+    """The small data set: 40 test images."""
     return DataArguments(dataset_format="cub_200_2011", dataset_dir=str(published))
 
 
@@ -223,8 +223,8 @@ def test_every_file_is_written(model, data, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == content
     for name in FILES:
         if name.endswith(".png"):
-            with Image.open(tmp_path / "out" / name) as picture:
-                assert min(picture.size) > 300
+            with Image.open(tmp_path / "out" / name) as image:
+                assert min(image.size) > 300
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["protocol"], row["batch_size"]) for row in rows] == [
@@ -238,7 +238,7 @@ def test_every_file_is_written(model, data, tmp_path):
     with (tmp_path / "out" / "per_class.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["protocol"] == "single"]
     assert [row["class"] for row in rows] == NAMES
-    recall = sum(float(row["recall"]) * int(row["pictures"]) for row in rows) / 40
+    recall = sum(float(row["recall"]) * int(row["images"]) for row in rows) / 40
     assert recall == pytest.approx(result.metrics[Condition("single")]["accuracy"].value)
     assert set(content["findings"]) == {"leak", "shuffled"}
     assert "set_references" in content["left_out"]["reference"]
@@ -261,7 +261,7 @@ def test_features_are_computed_once(model, data, tmp_path, monkeypatch):
 
 def test_the_answers_are_those_of_the_saved_model(model, data, tmp_path):
     result, _ = _run(_save(model, tmp_path / "model"), tmp_path / "out", data, protocols=["single"])
-    split = in_order_of_content(load_pictures(data, seed=42)["test"])
+    split = in_order_of_content(load_images(data, seed=42)["test"])
     images = [Image.open(row["path"]).convert("RGB") for row in split["image"]]
     with torch.no_grad():
         logits = model(_processor()(images, return_tensors="pt")["pixel_values"]).logits
@@ -278,12 +278,12 @@ def _listed_in(path, split, order):
 
 
 def test_results_do_not_depend_on_the_order_of_the_data(model, data, tmp_path):
-    pictures = load_pictures(data, seed=0)
+    images = load_images(data, seed=0)
     folder, contents = _save(model, tmp_path / "model"), []
     for name, order in {"up": range(40), "down": range(39, -1, -1), "random": torch.randperm(40).tolist()}.items():
         arguments = DataArguments(
-            train_file=_listed_in(tmp_path / "train.csv", pictures["train"], range(len(pictures["train"]))),
-            test_file=_listed_in(tmp_path / f"{name}.csv", pictures["test"], order),
+            train_file=_listed_in(tmp_path / "train.csv", images["train"], range(len(images["train"]))),
+            test_file=_listed_in(tmp_path / f"{name}.csv", images["test"], order),
             train_val_split=0,
         )
         contents.append(_run(folder, tmp_path / name, arguments)[1])
@@ -294,7 +294,7 @@ def test_results_do_not_depend_on_the_order_of_the_data(model, data, tmp_path):
 
 
 def test_labels_in_another_order_than_the_models(model, data, backbone_config, tmp_path):
-    """Numbers of classes, and classes that the data lack, change no answer to a picture."""
+    """Numbers of classes, and classes that the data lack, change no answer to an image."""
     other = _model(backbone_config, ["Dodo", *reversed(NAMES)])
     state = model.state_dict()
     for name in ("classifier.weight", "classifier.bias"):
@@ -351,10 +351,10 @@ def test_a_run_that_fails_leaves_an_earlier_one(model, data, tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_default_batch_sizes_are_those_there_are_pictures_for(model, data, tmp_path):
+def test_default_batch_sizes_are_those_there_are_images_for(model, data, tmp_path):
     result, content = _run(_save(model, tmp_path / "model"), tmp_path / "out", data, batch_sizes=None)
     assert {condition.batch_size for condition in result.metrics} == {None, 8, 16, 32}
-    assert content["left_out"]["batch sizes 64, 128"] == "there are 40 pictures"
+    assert content["left_out"]["batch sizes 64, 128"] == "there are 40 images"
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -382,18 +382,18 @@ class TestRefused:
         self._refused(tmp_path, classifier, data, "shuffled: .* not depend on the batch", protocols=["shuffled"])
 
     def test_batches_larger_than_the_data(self, model, data, tmp_path):
-        self._refused(tmp_path, model, data, "batch_sizes 41 is more than the 40 pictures", batch_sizes=[8, 41])
+        self._refused(tmp_path, model, data, "batch_sizes 41 is more than the 40 images", batch_sizes=[8, 41])
 
-    def test_fewer_pictures_than_the_smallest_batch(self, model, data, tmp_path):
+    def test_fewer_images_than_the_smallest_batch(self, model, data, tmp_path):
         data.max_test_samples = 7
-        self._refused(tmp_path, model, data, "7 pictures, fewer than the smallest batch size", batch_sizes=None)
+        self._refused(tmp_path, model, data, "7 images, fewer than the smallest batch size", batch_sizes=None)
 
     def test_one_class(self, model, data, tmp_path):
-        pictures = load_pictures(data, seed=0)
-        rows = [row for row, label in enumerate(pictures["test"]["label"]) if label == 1]
+        images = load_images(data, seed=0)
+        rows = [row for row, label in enumerate(images["test"]["label"]) if label == 1]
         one = DataArguments(
-            train_file=_listed_in(tmp_path / "train.csv", pictures["train"], range(20)),
-            test_file=_listed_in(tmp_path / "test.csv", pictures["test"], rows),
+            train_file=_listed_in(tmp_path / "train.csv", images["train"], range(20)),
+            test_file=_listed_in(tmp_path / "test.csv", images["test"], rows),
         )
         self._refused(tmp_path, model, one, f'one class, "{NAMES[1]}"', batch_sizes=[2])
 
@@ -418,13 +418,13 @@ class TestRefused:
         with pytest.raises(ValueError, match="is a file"):
             _run(folder, tmp_path / "other" / "results.json", data)
 
-    def test_a_broken_picture_is_named(self, model, data, tmp_path):
-        pictures = load_pictures(data, seed=0)
+    def test_a_broken_image_is_named(self, model, data, tmp_path):
+        images = load_images(data, seed=0)
         broken = tmp_path / "broken.jpg"
-        broken.write_bytes(Path(pictures["test"][0]["image"]["path"]).read_bytes()[:700])
-        listed = _listed_in(tmp_path / "test.csv", pictures["test"], range(30))
+        broken.write_bytes(Path(images["test"][0]["image"]["path"]).read_bytes()[:700])
+        listed = _listed_in(tmp_path / "test.csv", images["test"], range(30))
         Path(listed).write_text(f"{Path(listed).read_text()}{broken},{NAMES[0]}\n")
-        train = _listed_in(tmp_path / "train.csv", pictures["train"], range(32))
+        train = _listed_in(tmp_path / "train.csv", images["train"], range(32))
         arguments = DataArguments(train_file=train, test_file=listed, train_val_split=0)
         self._refused(tmp_path, model, arguments, r"broken\.jpg")
 
@@ -467,7 +467,7 @@ def test_arguments_out_of_their_range(values, message):
 
 def test_labels_are_matched_by_name_with_either_table(data):
     """A config that was given one of them has the numbered names of the library in the other."""
-    split = load_pictures(data, seed=0)["test"]
+    split = load_images(data, seed=0)["test"]
     names = ["Dodo", *reversed(NAMES)]
     named = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     numbered = {
@@ -486,7 +486,7 @@ def test_labels_are_matched_by_name_with_either_table(data):
 def test_two_labels_of_one_class_are_refused(data):
     config = RBIConfig(id2label=dict(enumerate(NAMES)), label2id=dict(zip(NAMES, [0, 1, 1, 3], strict=True)))
     with pytest.raises(ValueError, match="one class of the model"):
-        match_labels(load_pictures(data, seed=0)["test"], config)
+        match_labels(load_images(data, seed=0)["test"], config)
 
 
 def test_protocols_that_a_model_can_have(backbone_config):
@@ -496,7 +496,7 @@ def test_protocols_that_a_model_can_have(backbone_config):
     assert choose_protocols(backbone_config, ["single"])[0] == ["single"]
 
 
-def test_confusion_counts_pictures_over_orders():
+def test_confusion_counts_images_over_orders():
     labels = torch.tensor([0, 0, 1, 2])
     first, second = (torch.eye(3)[classes] for classes in ([0, 1, 1, 2], [0, 0, 1, 2]))
     second[3] = torch.nan
@@ -504,7 +504,7 @@ def test_confusion_counts_pictures_over_orders():
     assert counts.tolist() == [[1.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 0]]
 
 
-def test_confused_pairs_come_worst_first_with_their_pictures():
+def test_confused_pairs_come_worst_first_with_their_images():
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     answers = Answers.from_scores(torch.eye(3)[[0, 1, 1, 1, 0, 1, 0, 2]], labels)
     worst, other = confused_pairs(answers, labels, ["a", "b", "c"], 6)

@@ -1,4 +1,4 @@
-"""Intervals cover a known truth; resampled metrics are those of the pictures drawn."""
+"""Intervals cover a known truth; resampled metrics are those of the images drawn."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ from training.evaluation.protocols import Answers
 NUM_CLASSES = 6
 
 
-def _answers(num_pictures, num_orders=1, num_labels=NUM_CLASSES, no_answer=False):
-    labels = torch.randint(0, num_labels, (num_pictures,))
-    scores = torch.randn(num_orders, num_pictures, NUM_CLASSES) + 2 * torch.eye(NUM_CLASSES)[labels]
+def _answers(num_images, num_orders=1, num_labels=NUM_CLASSES, no_answer=False):
+    labels = torch.randint(0, num_labels, (num_images,))
+    scores = torch.randn(num_orders, num_images, NUM_CLASSES) + 2 * torch.eye(NUM_CLASSES)[labels]
     if no_answer:
         scores[:, ::7] = torch.nan
     return scores, labels, Answers.stack([Answers.from_scores(each, labels) for each in scores])
@@ -31,8 +31,8 @@ def _single(right):
 
 
 @pytest.mark.parametrize("no_answer", [False, True])
-def test_resampled_metrics_are_those_of_the_pictures_drawn(no_answer):
-    """Also where the sample lacks classes: 5 of 6 are labels, 20 pictures."""
+def test_resampled_metrics_are_those_of_the_images_drawn(no_answer):
+    """Also where the sample lacks classes: 5 of 6 are labels, 20 images."""
     scores, labels, answers = _answers(20, num_labels=5, no_answer=no_answer)
     bootstrap = Bootstrap(labels, num_resamples=30, seed=1)
     resampled = bootstrap.metrics(answers)
@@ -111,7 +111,7 @@ def test_groups_are_drawn_whole():
     assert bootstrap.degrees_of_freedom == 2
 
 
-def test_metrics_of_drawn_groups_are_those_of_their_pictures():
+def test_metrics_of_drawn_groups_are_those_of_their_images():
     """Of macro-F1, over the classes that are there; in class-ordered batches others are missing whole."""
     scores, labels, answers = _answers(20, num_labels=5)
     bootstrap = Bootstrap(labels, num_resamples=20, groups=labels.argsort().tensor_split(6))
@@ -163,30 +163,30 @@ class TestCoverage:
         assert 0.91 <= _coverage(lambda: _single(torch.rand(1, 150) < 0.8), 0.8, "accuracy") <= 0.985
 
     def test_of_the_accuracy_over_shuffles(self):
-        """Each shuffle shifts all pictures, by 0.03 as standard deviation: as much as the pictures' own spread."""
+        """Each shuffle shifts all images, by 0.03 as standard deviation: as much as the images' own spread."""
 
         def draw():
-            ease = 0.6 + 0.3 * torch.rand(250)  # of each picture, in all orders
+            ease = 0.6 + 0.3 * torch.rand(250)  # of each image, in all orders
             luck = torch.rand(250)
             shift = 0.03 * torch.randn(5, 1)
             return _single(luck < ease + shift)
 
         assert 0.89 <= _coverage(draw, 0.75, "accuracy") <= 0.985
         # Without the shuffles in it, the interval is too narrow.
-        pictures_alone = lambda: (lambda labels, answers: (labels, _first_order(answers)))(*draw())  # noqa: E731
-        assert _coverage(pictures_alone, 0.75, "accuracy") < 0.87
+        images_alone = lambda: (lambda labels, answers: (labels, _first_order(answers)))(*draw())  # noqa: E731
+        assert _coverage(images_alone, 0.75, "accuracy") < 0.87
 
     @pytest.mark.parametrize(("name", "least"), [("macro_f1", 0.9), ("calibration_error", 0.84)])
     def test_of_metrics_that_are_no_means(self, name, least):
-        """20 pictures of each of 10 classes; right with the probability that is claimed, less 0.1."""
+        """20 images of each of 10 classes; right with the probability that is claimed, less 0.1."""
 
-        def draw(num_pictures=200):
-            labels = torch.randint(0, 10, (num_pictures,))
-            confidence = 0.4 + 0.55 * torch.rand(num_pictures)
-            is_right = torch.rand(num_pictures) < confidence - 0.1
-            classes = torch.where(is_right, labels, (labels + torch.randint(1, 10, (num_pictures,))) % 10)
-            scores = torch.full((num_pictures, 10), 0.0) + ((1 - confidence) / 9)[:, None]
-            scores[torch.arange(num_pictures), classes] = confidence
+        def draw(num_images=200):
+            labels = torch.randint(0, 10, (num_images,))
+            confidence = 0.4 + 0.55 * torch.rand(num_images)
+            is_right = torch.rand(num_images) < confidence - 0.1
+            classes = torch.where(is_right, labels, (labels + torch.randint(1, 10, (num_images,))) % 10)
+            scores = torch.full((num_images, 10), 0.0) + ((1 - confidence) / 9)[:, None]
+            scores[torch.arange(num_images), classes] = confidence
             return labels, Answers.from_scores(scores.log(), labels)
 
         torch.manual_seed(0)
@@ -195,7 +195,7 @@ class TestCoverage:
 
     @pytest.mark.parametrize("num_batches", [5, 30])
     def test_where_batches_have_something_in_common(self, num_batches):
-        """What all of a batch attend to makes the answers of its 10 pictures right or wrong together."""
+        """What all of a batch attend to makes the answers of its 10 images right or wrong together."""
 
         def draw():
             ease = (0.6 + 0.2 * torch.randn(num_batches)).clamp(0.1, 1.1).repeat_interleave(10)
@@ -208,7 +208,7 @@ class TestCoverage:
         assert _coverage(lambda: draw()[:2], truth, "accuracy") < 0.85
 
     def test_of_a_difference_that_is_none(self):
-        """Two protocols that are right as often as each other, by chance or not on the same pictures."""
+        """Two protocols that are right as often as each other, by chance or not on the same images."""
         covered = 0
         for trial in range(250):
             torch.manual_seed(trial)

@@ -6,8 +6,8 @@ from transformers import ConvNextForImageClassification
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, pixel_statistics
 from training.ablation.heads import Budget, predict_with, train_head
-from training.data.pictures import Pictures
-from training.data.reading import DataArguments, load_pictures
+from training.data.image_dataset import ImageDataset
+from training.data.reading import DataArguments, load_images
 from training.data.transforms import EvalTransform
 from training.evaluation import features
 from training.evaluation.features import EightBitPixels, extract
@@ -16,15 +16,15 @@ from training.fine_tuning.models import ModelArguments, load_model
 
 @pytest.fixture
 def processor():
-    """An image processor for pictures of 32 x 32."""
+    """An image processor for images of 32 x 32."""
     return load_model(ModelArguments(backbone_config='{"model_type": "convnext"}', image_size=32), ["a", "b"])[1]
 
 
 @pytest.fixture
-def pictures(published, processor):
-    """40 test pictures of 4 classes."""
-    data = load_pictures(DataArguments(dataset_format="cub_200_2011", dataset_dir=str(published)), seed=0)
-    return Pictures(data["test"], EvalTransform(processor))
+def images(published, processor):
+    """40 test images of 4 classes."""
+    data = load_images(DataArguments(dataset_format="cub_200_2011", dataset_dir=str(published)), seed=0)
+    return ImageDataset(data["test"], EvalTransform(processor))
 
 
 def _model(preset, backbone_config, processor, **fields):
@@ -35,8 +35,8 @@ def _model(preset, backbone_config, processor, **fields):
     return RBIForImageClassification(config).eval()
 
 
-def _pixel_values(pictures):
-    return torch.stack([pictures[row]["pixel_values"] for row in range(len(pictures))])
+def _pixel_values(images):
+    return torch.stack([images[row]["pixel_values"] for row in range(len(images))])
 
 
 def _logits(model, batch, scope):
@@ -47,56 +47,56 @@ def _logits(model, batch, scope):
 
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
 @pytest.mark.parametrize("is_large", [False, True])
-def test_the_logits_are_those_of_the_whole_model(preset, is_large, backbone_config, pictures, processor, monkeypatch):
+def test_the_logits_are_those_of_the_whole_model(preset, is_large, backbone_config, images, processor, monkeypatch):
     if is_large:
         monkeypatch.setattr(features, "_MAX_FLOAT_BYTES", 0)
     model = _model(preset, backbone_config, processor)
-    extracted = extract(model, pictures, batch_size=7)
+    extracted = extract(model, images, batch_size=7)
     assert isinstance(extracted.pixel_values, EightBitPixels) == (is_large and preset == "paper")
-    assert extracted.labels.tolist() == pictures.labels
+    assert extracted.labels.tolist() == images.labels
     rows = torch.randperm(40)[:15]
     for scope in ("self", "batch"):
         with torch.no_grad():
-            expected = model(_pixel_values(pictures)[rows], relation_scope=scope).logits
+            expected = model(_pixel_values(images)[rows], relation_scope=scope).logits
         torch.testing.assert_close(_logits(model, extracted.batch(rows), scope), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(predict_with(model, extracted)(rows, scope), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_backbone_sees_each_picture_once(backbone_config, pictures, processor):
+def test_the_backbone_sees_each_image_once(backbone_config, images, processor):
     model = _model("kernel", backbone_config, processor)
     seen = []
     model.rbi.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    extract(model, pictures, batch_size=16)
+    extract(model, images, batch_size=16)
     assert seen == [16, 16, 8]
 
 
-def test_only_the_pixels_that_psnr_needs_are_kept(backbone_config, pictures, processor):
+def test_only_the_pixels_that_psnr_needs_are_kept(backbone_config, images, processor):
     for size in (5, 16, 64):
         model = _model("kernel", backbone_config, processor, psnr_image_size=size)
-        assert extract(model, pictures).pixel_values.shape == (40, 3, min(size, 32), min(size, 32))
+        assert extract(model, images).pixel_values.shape == (40, 3, min(size, 32), min(size, 32))
 
 
-def test_the_bare_model_and_workers_give_the_same(backbone_config, pictures, processor):
+def test_the_bare_model_and_workers_give_the_same(backbone_config, images, processor):
     model = _model("kernel", backbone_config, processor)
-    first, second = extract(model, pictures, batch_size=10), extract(model.rbi, pictures, batch_size=10, num_workers=1)
+    first, second = extract(model, images, batch_size=10), extract(model.rbi, images, batch_size=10, num_workers=1)
     assert torch.equal(first.features, second.features) and torch.equal(first.pixel_values, second.pixel_values)
     assert first.seconds > 0
 
 
-def test_of_a_plain_classifier_the_logits_are_kept(backbone_config, pictures):
+def test_of_a_plain_classifier_the_logits_are_kept(backbone_config, images):
     backbone_config.num_labels = 4
     model = ConvNextForImageClassification(backbone_config)
-    extracted = extract(model, pictures)
+    extracted = extract(model, images)
     with torch.no_grad():
-        expected = model.eval()(_pixel_values(pictures)).logits
+        expected = model.eval()(_pixel_values(images)).logits
     torch.testing.assert_close(extracted.features, expected)
     assert extracted.pixel_values.numel() == 0
 
 
-def test_heads_train_on_them(backbone_config, pictures, processor, monkeypatch):
+def test_heads_train_on_them(backbone_config, images, processor, monkeypatch):
     monkeypatch.setattr(features, "_MAX_FLOAT_BYTES", 0)
     model = _model("paper", backbone_config, processor)
-    head = train_head(extract(model, pictures), torch.arange(40), model.config, Budget(steps=2, batch_size=20), seed=0)
+    head = train_head(extract(model, images), torch.arange(40), model.config, Budget(steps=2, batch_size=20), seed=0)
     assert head.predict(torch.arange(40), "batch").shape == (40, 4)
 
 
@@ -104,14 +104,14 @@ class TestEightBitPixels:
     config = RBIConfig(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.3])
 
     def _kept(self, pixels):
-        """Pixels in [0, 1] that were normalised, kept and given back, in [0, 1] again."""
+        """Pixels in [0, 1] that were normalized, kept and given back, in [0, 1] again."""
         mean, std = (torch.tensor(each)[:, None, None] for each in (self.config.image_mean, self.config.image_std))
         kept = EightBitPixels(len(pixels), pixels.shape[1:], self.config)
         kept[:] = (pixels - mean) / std
         assert kept.levels.dtype == torch.uint8
         return kept[torch.arange(len(pixels))] * std + mean
 
-    def test_grey_levels_come_back(self):
+    def test_gray_levels_come_back(self):
         pixels = torch.randint(0, 256, (4, 3, 9, 9)) / 255
         torch.testing.assert_close(self._kept(pixels), pixels)
 
@@ -136,7 +136,7 @@ class TestEightBitPixels:
             kept[:1] = torch.full((1, 3, 4, 4), 4.0)
 
 
-def test_no_pictures(backbone_config, pictures, processor):
-    pictures.split = pictures.split.select([])
-    with pytest.raises(ValueError, match="no pictures"):
-        extract(_model("kernel", backbone_config, processor), pictures)
+def test_no_images(backbone_config, images, processor):
+    images.split = images.split.select([])
+    with pytest.raises(ValueError, match="no images"):
+        extract(_model("kernel", backbone_config, processor), images)

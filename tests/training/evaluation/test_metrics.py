@@ -203,36 +203,36 @@ def classifier():
 
 
 @pytest.fixture
-def pictures():
+def images():
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(picture) for picture in rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)]
+    made = [Image.fromarray(image) for image in rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcd"))})
-    return datasets.Dataset.from_dict({"image": images, "label": [0, 1, 2, 3] * 3}, features=features)
+    return datasets.Dataset.from_dict({"image": made, "label": [0, 1, 2, 3] * 3}, features=features)
 
 
-def test_inside_the_evaluator(pictures, tmp_path):
+def test_inside_the_evaluator(images, tmp_path):
     model = classifier()
     model.save_pretrained(tmp_path)
     ViTImageProcessorPil(size=32).save_pretrained(tmp_path)
     # evaluate 0.4.6 takes no pipeline of transformers 5, whose TensorFlow classes it looks for, but makes one itself.
     result = evaluate.evaluator("image-classification").compute(
         model_or_pipeline=str(tmp_path),
-        data=pictures,
+        data=images,
         metric=Accuracy(),
         label_mapping=model.config.label2id,
         device=-1,
     )
     classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
-    answers = [model.config.label2id[answer[0]["label"]] for answer in classify(list(pictures["image"]))]
+    answers = [model.config.label2id[answer[0]["label"]] for answer in classify(list(images["image"]))]
     assert len(set(answers)) > 1
-    assert result["accuracy"] == pytest.approx(accuracy_score(pictures["label"], answers))
+    assert result["accuracy"] == pytest.approx(accuracy_score(images["label"], answers))
 
 
-def test_inside_trainer(pictures, tmp_path):
+def test_inside_trainer(images, tmp_path):
     processor = ViTImageProcessorPil(size=32)
     rows = [
         {"pixel_values": processor(row["image"], return_tensors="pt")["pixel_values"][0], "labels": row["label"]}
-        for row in pictures
+        for row in images
     ]
     trainer = Trainer(
         model=classifier(),

@@ -11,7 +11,7 @@ from PIL import Image
 from training.evaluation.bootstrap import Estimate
 from training.evaluation.metrics import CalibrationError
 from training.evaluation.plots import (
-    COLOURS,
+    COLORS,
     ConfusedPair,
     plot_batch_sizes,
     plot_confused_pairs,
@@ -27,7 +27,7 @@ NAMES = ["$x^{2", "a_b", "x" * 200]
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draws with one of the functions and gives the figure; the file must be a picture, and nothing be warned of."""
+    """Draws with one of the functions and gives the figure; the file must be an image, and nothing be warned of."""
     figures = []
     savefig = Figure.savefig
     monkeypatch.setattr(
@@ -38,8 +38,8 @@ def drawn(monkeypatch, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             plot(tmp_path / "figure.png", *args)
-        with Image.open(tmp_path / "figure.png") as picture:
-            assert picture.format == "PNG" and max(picture.size) < 3000
+        with Image.open(tmp_path / "figure.png") as image:
+            assert image.format == "PNG" and max(image.size) < 3000
         return figures[-1]
 
     return draw
@@ -70,9 +70,9 @@ class TestBatchSizes:
         (axes,) = drawn(plot_batch_sizes, {"sorted": {8: _estimate(0.5)}, "reference": {None: _estimate(0.6)}}).axes
         assert len(axes.containers) == 1, "a bar in place of the band"
 
-    def test_every_protocol_has_a_colour(self):
-        assert list(COLOURS) == list(PROTOCOLS)
-        assert len(set(COLOURS.values())) == len(COLOURS)
+    def test_every_protocol_has_a_color(self):
+        assert list(COLORS) == list(PROTOCOLS)
+        assert len(set(COLORS.values())) == len(COLORS)
 
 
 class TestConfusionMatrix:
@@ -81,7 +81,7 @@ class TestConfusionMatrix:
         axes = drawn(plot_confusion_matrix, counts, NAMES, "title $").axes[0]
         shown = axes.images[0].get_array()
         assert shown[:2].tolist() == [[0.75, 0.25, 0], [0, 1, 0]]
-        assert np.ma.getmaskarray(shown)[2].all(), "no pictures, no share"
+        assert np.ma.getmaskarray(shown)[2].all(), "no images, no share"
         assert sorted(text.get_text() for text in axes.texts) == ["1", "3", "5"]
         assert [label.get_text() for label in axes.get_yticklabels()][:2] == NAMES[:2]
         assert len(axes.get_yticklabels()[2].get_text()) < 30
@@ -128,4 +128,4 @@ class TestConfusedPairs:
 
     def test_without_errors(self, drawn):
         figure = drawn(plot_confused_pairs, [], pytest.fail, "title")
-        assert "No picture is answered wrongly" in figure.get_suptitle()
+        assert "No image is answered wrongly" in figure.get_suptitle()

@@ -37,7 +37,7 @@ def test_a_predictor_without_relations_has_the_same_accuracy_everywhere():
     assert (result.shuffled_std, result.leak) == (0, 0)
 
 
-def test_reading_labels_off_the_neighbours_is_a_leak():
+def test_reading_labels_off_the_neighbors_is_a_leak():
     result = evaluate_protocols(_majority, ROWS, LABELS, batch_size=15)
     assert result.single == 25
     assert result.sorted == 100
@@ -54,7 +54,7 @@ def test_scopes_batches_and_orders():
 
     evaluate_protocols(predict, ROWS, LABELS, batch_size=16, num_shuffles=3, seed=5)
     sizes = {len(rows) for _, rows in calls}
-    assert sizes == {15}, "60 pictures in about 16 are 4 equal batches, not one of 12"
+    assert sizes == {15}, "60 images in about 16 are 4 equal batches, not one of 12"
     assert [scope for scope, _ in calls] == ["batch"] * 12 + ["self"] * 4 + ["batch"] * 4
     orders = [torch.cat([rows for _, rows in calls[start : start + 4]]) for start in range(0, 20, 4)]
     assert all(torch.equal(order.sort().values, ROWS) for order in orders)
@@ -64,21 +64,21 @@ def test_scopes_batches_and_orders():
 
 def test_bad_input():
     predict = lambda rows, scope: torch.zeros(len(rows), 4)  # noqa: E731
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         evaluate_protocols(predict, ROWS[:0], LABELS[:0], batch_size=8)
     with pytest.raises(ValueError, match="num_shuffles"):
         evaluate_protocols(predict, ROWS, LABELS, batch_size=8, num_shuffles=1)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         evaluate_protocols(predict, ROWS, LABELS, batch_size=1)
-    with pytest.raises(ValueError, match="batch size 61 is more than the 60 pictures"):
+    with pytest.raises(ValueError, match="batch size 61 is more than the 60 images"):
         measure(predict, LABELS, ["sorted"], [30, 61])
 
 
 def test_batches_are_equal_give_or_take_one():
-    for num_pictures in range(2, 40):
-        for batch_size in range(2, num_pictures + 1):
-            sizes = [len(batch) for batch in in_batches(torch.arange(num_pictures), batch_size)]
-            assert sum(sizes) == num_pictures and max(sizes) - min(sizes) <= 1
+    for num_images in range(2, 40):
+        for batch_size in range(2, num_images + 1):
+            sizes = [len(batch) for batch in in_batches(torch.arange(num_images), batch_size)]
+            assert sum(sizes) == num_images and max(sizes) - min(sizes) <= 1
 
 
 class TestMeasure:

@@ -13,19 +13,19 @@ def options(arguments, tmp_path):
     return arguments(tmp_path / "output", preset="kernel", train_relation_scope="reference")
 
 
-def test_the_model_carries_the_training_pictures_as_its_backbone_sees_them(options, unlabelled_dir, tmp_path, capsys):
-    assert main([*options, "--unlabelled_dir", str(unlabelled_dir), "--unlabelled_per_batch", "2"]) == 0, (
+def test_the_model_carries_the_training_images_as_its_backbone_sees_them(options, unlabeled_dir, tmp_path, capsys):
+    assert main([*options, "--unlabeled_dir", str(unlabeled_dir), "--unlabeled_per_batch", "2"]) == 0, (
         capsys.readouterr().err
     )
     # Loading compares the bank's backbone with the model's.
     model = RBIForImageClassification.from_pretrained(tmp_path / "output")
     bank = model.describe_references()
-    num_unlabelled = len(list(unlabelled_dir.rglob("*.png")))
-    assert num_unlabelled and bank["num_references"] - bank["num_labelled"] == num_unlabelled
+    num_unlabeled = len(list(unlabeled_dir.rglob("*.png")))
+    assert num_unlabeled and bank["num_references"] - bank["num_labeled"] == num_unlabeled
     assert model.config.relation_scope == "reference"
 
 
-def test_no_training_picture_attends_to_itself(options, monkeypatch):
+def test_no_training_image_attends_to_itself(options, monkeypatch):
     weights_of_itself = []
 
     class Watched(bank_trainer.BankTrainer):
@@ -34,7 +34,7 @@ def test_no_training_picture_attends_to_itself(options, monkeypatch):
 
             def watch(module, args, output):
                 if module.training:
-                    # Column 0 is the picture's own, the training pictures come next.
+                    # Column 0 is the image's own, the training images come next.
                     weights_of_itself.append(output[1][torch.arange(len(rows)), :, 1 + rows].detach())
 
             handle = model.rbi.rra.register_forward_hook(watch)

@@ -138,7 +138,7 @@ def test_the_training_loss_is_the_weighted_mean_of_both(weight, soft):
 
 
 def test_the_training_loss_is_that_of_the_model():
-    model, pixel_values = make_model("convnext", "kernel", self_loss_weight=0.3), smooth_pictures()
+    model, pixel_values = make_model("convnext", "kernel", self_loss_weight=0.3), smooth_images()
     labels = torch.tensor([0, 1, 2, -100, 4, 0, 1])
     batch = {"labels": labels}
     outputs = model(pixel_values=pixel_values, labels=labels)
@@ -167,9 +167,9 @@ def make_model(backbone, preset="paper", **fields):
     return RBIForImageClassification(config).train()
 
 
-def smooth_pictures(size=7):
-    pictures = nn.functional.interpolate(torch.rand(size, 3, 4, 4), size=(32, 32), mode="bilinear")
-    return (pictures - 0.45) / 0.225
+def smooth_images(size=7):
+    images = nn.functional.interpolate(torch.rand(size, 3, 4, 4), size=(32, 32), mode="bilinear")
+    return (images - 0.45) / 0.225
 
 
 def relation_masks(kind, size=7):
@@ -209,7 +209,7 @@ def loss_for(size=7):
 @pytest.mark.parametrize("backbone", ["convnext", "vit"])
 @pytest.mark.parametrize("mask", ["none", "rows", "pairs"])
 def test_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_size, mask):
-    model, pixel_values, loss_of = make_model(backbone, preset), smooth_pictures(), loss_for()
+    model, pixel_values, loss_of = make_model(backbone, preset), smooth_images(), loss_for()
     relation_mask = relation_masks(mask)
     loss = loss_of(model(pixel_values=pixel_values, relation_mask=relation_mask))
     loss.backward()
@@ -226,7 +226,7 @@ def test_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_si
 def test_with_a_self_loss_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_size):
     model, pixel_values, mask = (
         make_model(backbone, preset, self_loss_weight=0.4),
-        smooth_pictures(),
+        smooth_images(),
         relation_masks("rows"),
     )
     batch = {"labels": torch.arange(7) % 5}
@@ -259,7 +259,7 @@ def in_micro_batches(model, pixel_values, mask, micro_batch_size, loss_of):
 @pytest.mark.parametrize("backbone", ["convnext_drop_path", "vit_dropout"])
 def test_both_passes_draw_the_same_dropout(backbone, preset, micro_batch_size):
     model = make_model(backbone, preset, attention_dropout=0.2, classifier_dropout=0.3)
-    pixel_values, loss_of, mask = smooth_pictures(), loss_for(), relation_masks("pairs")
+    pixel_values, loss_of, mask = smooth_images(), loss_for(), relation_masks("pairs")
     torch.manual_seed(5)
     expected_loss, expected = in_micro_batches(model, pixel_values, mask, micro_batch_size, loss_of)
     state = torch.get_rng_state()
@@ -280,7 +280,7 @@ def test_batch_statistics_are_updated_once(micro_batch_size, is_frozen):
     if is_frozen:
         freeze_batch_norm(model)
     other = copy.deepcopy(model)
-    pixel_values, loss_of = smooth_pictures(), loss_for()
+    pixel_values, loss_of = smooth_images(), loss_for()
     expected_loss, expected = in_micro_batches(model, pixel_values, None, micro_batch_size, loss_of)
     loss, actual = two_passes(other, pixel_values, None, micro_batch_size, loss_of)
     torch.testing.assert_close(loss, expected_loss)
@@ -296,19 +296,19 @@ def test_batch_statistics_are_updated_once(micro_batch_size, is_frozen):
 def test_no_part_is_so_small_that_it_has_no_statistics():
     model, sizes = make_model("resnet"), []
     model.rbi.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    backward_in_two_passes(model, smooth_pictures(9), None, 4, loss_for(9), torch.Tensor.backward)
+    backward_in_two_passes(model, smooth_images(9), None, 4, loss_for(9), torch.Tensor.backward)
     assert sizes == [3, 3, 3] * 2
 
 
 def test_gradients_add_to_those_that_are_there():
-    model, pixel_values, loss_of = make_model("convnext"), smooth_pictures(), loss_for()
+    model, pixel_values, loss_of = make_model("convnext"), smooth_images(), loss_for()
     _, once = two_passes(model, pixel_values, None, 3, loss_of)
     backward_in_two_passes(model, pixel_values, None, 3, loss_of, torch.Tensor.backward)
     assert_same_gradients(gradients(model), {name: 2 * gradient for name, gradient in once.items()})
 
 
 def test_a_scaled_backward_scales_all_gradients():
-    model, pixel_values, loss_of = make_model("convnext"), smooth_pictures(), loss_for()
+    model, pixel_values, loss_of = make_model("convnext"), smooth_images(), loss_for()
     loss, plain = two_passes(model, pixel_values, None, 3, loss_of)
     scaled_loss, scaled = two_passes(model, pixel_values, None, 3, loss_of, lambda loss: (1024 * loss).backward())
     assert scaled_loss == loss
@@ -318,7 +318,7 @@ def test_a_scaled_backward_scales_all_gradients():
 @pytest.mark.parametrize("backbone", ["convnext", "vit"])
 def test_under_autocast_every_weight_has_its_gradient(backbone):
     """The first pass, without gradient, must leave the second no weights that were cast without gradient."""
-    model, pixel_values, loss_of = make_model(backbone), smooth_pictures(), loss_for()
+    model, pixel_values, loss_of = make_model(backbone), smooth_images(), loss_for()
     with torch.autocast("cpu", torch.bfloat16):
         loss_of(model(pixel_values=pixel_values)).backward()
         expected = gradients(model)
@@ -330,7 +330,7 @@ def test_under_autocast_every_weight_has_its_gradient(backbone):
 
 
 def test_a_frozen_backbone_is_run_once():
-    model, pixel_values, loss_of = make_model("vit_dropout"), smooth_pictures(), loss_for()
+    model, pixel_values, loss_of = make_model("vit_dropout"), smooth_images(), loss_for()
     freeze_backbone(model)
     loss_of(model(pixel_values=pixel_values)).backward()
     expected = gradients(model)
@@ -345,7 +345,7 @@ def test_a_frozen_backbone_is_run_once():
 
 
 def test_adapters_have_their_gradients():
-    model, pixel_values, loss_of = make_model("vit"), smooth_pictures(), loss_for()
+    model, pixel_values, loss_of = make_model("vit"), smooth_images(), loss_for()
     add_lora(model, rank=2)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
@@ -358,8 +358,8 @@ def test_adapters_have_their_gradients():
     assert_same_gradients(actual, expected)
 
 
-def test_a_picture_that_is_not_finite_touches_no_other():
-    model, pixel_values = make_model("convnext"), smooth_pictures()
+def test_an_image_that_is_not_finite_touches_no_other():
+    model, pixel_values = make_model("convnext"), smooth_images()
     batch = {"labels": torch.arange(7) % 5}
     batch["labels"][2] = -100
     bad = pixel_values.clone()
@@ -410,7 +410,7 @@ def most_kept(step):
 
 def test_one_small_batch_is_in_memory_at_a_time():
     model, loss_of = make_model("convnext"), loss_for(12)
-    pixel_values = smooth_pictures(12)
+    pixel_values = smooth_images(12)
 
     def head_alone():
         with torch.no_grad():

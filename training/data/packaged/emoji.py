@@ -12,7 +12,7 @@ from collections.abc import Collection
 import datasets
 import resvg_py
 
-from .packages import NpmTarball, picture_dataset, pictures_made_once, recipe_name
+from .packages import NpmTarball, image_dataset, images_made_once, recipe_name
 
 
 # In this order the style after the one held out, or the first after the last, is the validation.
@@ -55,7 +55,7 @@ EMOJI_SIZE = 128
 
 def load_emoji_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     r"""
-    Three styles for training, one for validation and one for the test; each has one picture of each class.
+    Three styles for training, one for validation and one for the test; each has one image of each class.
 
     Args:
         config_name (`str`):
@@ -70,7 +70,7 @@ def load_emoji_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     held_out, classes = config_name.split("-")
     styles = list(EMOJI_STYLES)
     validation = styles[(styles.index(held_out) + 1) % len(styles)]
-    emoji = pictures_made_once(
+    emoji = images_made_once(
         recipe_name(f"emoji-{classes}", EMOJI_STYLES, EMOJI_SIZE, FINE_CATEGORIES),
         lambda: draw_emoji(FINE_CATEGORIES if classes == "fine" else None),
     )
@@ -83,7 +83,7 @@ def load_emoji_splits(config_name: str, seed: int) -> datasets.DatasetDict:
 def draw_emoji(chosen_categories: Collection[str] | None) -> datasets.Dataset:
     r"""
     The emoji that all styles have, on white, with the columns `style` and `category`. None is a variant of another in
-    the colour of the skin.
+    the color of the skin.
 
     Args:
         chosen_categories (collection of `str`, *optional*):
@@ -109,18 +109,18 @@ def draw_emoji(chosen_categories: Collection[str] | None) -> datasets.Dataset:
         and (chosen_categories is None or categories[name] in chosen_categories)
     ]
     classes.sort(key=lambda item: (item[2], item[0]))
-    pictures, labels = [], []
+    images, labels = [], []
     columns: dict[str, list[str]] = {"style": [], "category": []}
     for style, table in tables.items():
         for label, (name, points, category) in enumerate(classes):
             drawing = resvg_py.svg_to_bytes(
                 svg_string=_svg(icons[style], table[points]), background="#ffffff", skip_system_fonts=True
             )
-            pictures.append((f"{style}_{name}.png", bytes(drawing)))
+            images.append((f"{style}_{name}.png", bytes(drawing)))
             labels.append(label)
             columns["style"].append(style)
             columns["category"].append(category)
-    return picture_dataset(pictures, labels, [name.replace("-", " ") for name, _, _ in classes], **columns)
+    return image_dataset(images, labels, [name.replace("-", " ") for name, _, _ in classes], **columns)
 
 
 def _read_json(package: NpmTarball, name: str) -> dict:

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Fashion-MNIST: 60,000 + 10,000 photographs of clothes, 28 x 28 grey, 10 classes.
+"""Fashion-MNIST: 60,000 + 10,000 photographs of clothes, 28 x 28 gray, 10 classes.
 
 Credit: Zalando SE (MIT), from Debian's package dataset-fashion-mnist.
 """
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling_rbi import UserError
+
 from ..splits import draw_few_shots
-from .packages import DebianFiles, picture_dataset, pictures_made_once, recipe_name
+from .packages import DebianFiles, image_dataset, images_made_once, recipe_name
 
 
 FASHION_MNIST = DebianFiles(
@@ -36,14 +38,14 @@ FASHION_MNIST_CLASSES = [
     "bag",
     "ankle boot",
 ]
-# Training pictures of each class, by the name of the configuration; `None` for all.
+# Training images of each class, by the name of the configuration; `None` for all.
 FASHION_MNIST_SHOTS = {"full": None, "5-per-class": 5, "20-per-class": 20}
 _PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def load_fashion_mnist_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     r"""
-    The official test, and for training either all official training pictures, without a validation split, or a few of
+    The official test, and for training either all official training images, without a validation split, or a few of
     each class, drawn by `seed`, with as many others of them for validation.
 
     Args:
@@ -55,10 +57,10 @@ def load_fashion_mnist_splits(config_name: str, seed: int) -> datasets.DatasetDi
     Raises:
         ConnectionError, ValueError: see [`Package.fetch`].
     """
-    pictures = pictures_made_once(recipe_name("fashion-mnist", FASHION_MNIST), convert_fashion_mnist)
-    # The training pictures come first.
-    num_train = pictures["part"][:].count("train")
-    train, test = pictures.select(range(num_train)), pictures.select(range(num_train, len(pictures)))
+    images = images_made_once(recipe_name("fashion-mnist", FASHION_MNIST), convert_fashion_mnist)
+    # The training images come first.
+    num_train = images["part"][:].count("train")
+    train, test = images.select(range(num_train)), images.select(range(num_train, len(images)))
     shots = FASHION_MNIST_SHOTS[config_name]
     if shots is None:
         return datasets.DatasetDict({"train": train, "test": test})
@@ -74,28 +76,28 @@ def load_fashion_mnist_splits(config_name: str, seed: int) -> datasets.DatasetDi
 
 def convert_fashion_mnist() -> datasets.Dataset:
     r"""
-    All pictures as PNG, with the column `part` (`train` or `test`).
+    All images as PNG, with the column `part` (`train` or `test`).
 
     Raises:
         ConnectionError, ValueError: see [`Package.fetch`].
     """
-    pictures, labels, parts = [], [], []
+    images, labels, parts = [], [], []
     for part, prefix in _PREFIXES.items():
         files = FASHION_MNIST.read([f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"])
         arrays, own_labels = (_parse_idx(gzip.decompress(file)) for file in files)
         for number, array in enumerate(arrays):
             buffer = io.BytesIO()
             Image.fromarray(array).save(buffer, "PNG")
-            pictures.append((f"{part}_{number:05d}.png", buffer.getvalue()))
+            images.append((f"{part}_{number:05d}.png", buffer.getvalue()))
         labels += own_labels.tolist()
         parts += [part] * len(own_labels)
-    return picture_dataset(pictures, labels, FASHION_MNIST_CLASSES, part=parts)
+    return image_dataset(images, labels, FASHION_MNIST_CLASSES, part=parts)
 
 
 def _parse_idx(content: bytes) -> np.ndarray:
     """Array of bytes in the IDX format: two zeros, the type 8, the number of axes, their lengths, the values."""
     if content[:3] != b"\0\0\x08":
-        raise ValueError(f"No IDX file of unsigned bytes: it begins with {content[:3]!r}.")
+        raise UserError(f"No IDX file of unsigned bytes: it begins with {content[:3]!r}.")
     axes = content[3]
     shape = np.frombuffer(content, ">u4", axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)

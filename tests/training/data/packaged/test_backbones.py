@@ -22,7 +22,7 @@ from training.files import cache_dir
 
 
 def _nearest_mean_accuracy(model: MobileNetV2Model, pixel_values: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of the last 5 pictures of each class that are nearest to the mean features of its first 5."""
+    """Share of the last 5 images of each class that are nearest to the mean features of its first 5."""
     with torch.no_grad():
         features = torch.cat([model(batch).pooler_output.flatten(1) for batch in pixel_values.split(50)])
     features = torch.nn.functional.normalize(features - features.mean(0), dim=-1).view(-1, 10, features.shape[-1])

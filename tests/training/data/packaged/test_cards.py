@@ -16,7 +16,7 @@ from training.data.packaged.packages import DebianFiles
 
 @pytest.fixture
 def small_decks(monkeypatch, tmp_path):
-    """Decks of plain colours, one for each card, in place of the real package: red is the column, green the row."""
+    """Decks of plain colors, one for each card, in place of the real package: red is the column, green the row."""
     cells = "".join(
         f'<rect x="{10 * column}" y="{15 * row}" width="10" height="15" fill="rgb({20 * column},{60 * row},0)"/>'
         for row in range(5)
@@ -41,10 +41,10 @@ def test_cuts_the_sheet_into_its_cards(small_decks):
     for row in drawn.select(range(52)):
         rank, _, suit = drawn.features["label"].int2str(row["label"]).split()
         column = ["ace", *map(str, range(2, 11)), "jack", "queen", "king"].index(rank)
-        colour = (20 * column, 60 * ["clubs", "diamonds", "hearts", "spades"].index(suit), 0)
+        color = (20 * column, 60 * ["clubs", "diamonds", "hearts", "spades"].index(suit), 0)
         image = decode_image(row["image"])
         assert image.size == (128, 192)
-        assert image.getextrema() == tuple((channel, channel) for channel in colour)
+        assert image.getextrema() == tuple((channel, channel) for channel in color)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -64,11 +64,11 @@ def test_the_published_decks():
 
 
 @pytest.mark.slow
-def test_decks_of_different_families_do_not_share_pictures():
+def test_decks_of_different_families_do_not_share_images():
     rows = [row for split in load_cards_splits("families", 0).values() for row in split]
     decks: dict[int, dict[str, np.ndarray]] = {}
     for row in sorted(rows, key=lambda row: row["label"]):
-        # Ink, so that the same deck in other colours is the same.
+        # Ink, so that the same deck in other colors is the same.
         ink = 255 - np.asarray(decode_image(row["image"]).resize((64, 96))).min(-1).astype(float)[6:-6, 6:-6].ravel()
         decks.setdefault(row["family"], {}).setdefault(row["deck"], []).append((ink - ink.mean()) / ink.std())
     stacked = {family: [np.stack(ink) for ink in own.values()] for family, own in decks.items()}

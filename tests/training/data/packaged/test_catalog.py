@@ -61,18 +61,18 @@ def test_passes_the_default_config_and_the_seed(monkeypatch):
 def test_is_a_data_set_in_canonical_form(name, config_name):
     splits = load(name, config_name, 1)
     assert {"train", "test"} <= set(splits)
-    pictures = {}
+    images = {}
     for part, split in splits.items():
         assert split.features["image"] == datasets.Image(decode=False)
         assert split.features["label"] == splits["train"].features["label"]
         assert set(split["label"]) == set(range(split.features["label"].num_classes))
-        images = split["image"][:]
-        assert len({image["path"] for image in images}) == len(images)
-        for image in images[:: max(1, len(images) // 1000)]:
+        column = split["image"][:]
+        assert len({image["path"] for image in column}) == len(column)
+        for image in column[:: max(1, len(column) // 1000)]:
             decode_image(image)
-        pictures[part] = {image["bytes"] for image in images}
-    for one, other in itertools.combinations(pictures, 2):
-        assert pictures[one].isdisjoint(pictures[other])
+        images[part] = {image["bytes"] for image in column}
+    for one, other in itertools.combinations(images, 2):
+        assert images[one].isdisjoint(images[other])
     again = load(name, config_name, 1)
     for part in splits:
         assert splits[part].to_dict() == again[part].to_dict()

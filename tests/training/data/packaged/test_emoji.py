@@ -13,12 +13,12 @@ from training.data.packaged import emoji
 from training.data.packaged.emoji import EMOJI_STYLES, FINE_CATEGORIES, draw_emoji, load_emoji_splits
 
 
-SQUARE = '<path fill="#{colour}" d="M0 0h{half}v{size}H0z"/>'
+SQUARE = '<path fill="#{color}" d="M0 0h{half}v{size}H0z"/>'
 
 
-def _icons(colour: str, size: int, names: dict[str, dict]) -> dict:
+def _icons(color: str, size: int, names: dict[str, dict]) -> dict:
     """A set whose icons are half a square on the left."""
-    body = SQUARE.format(colour=colour, half=size // 2, size=size)
+    body = SQUARE.format(color=color, half=size // 2, size=size)
     return {
         "width": size,
         "height": size,
@@ -68,9 +68,9 @@ def test_draws_each_style_in_its_own_size_and_mirrors_where_the_set_says_so(smal
         image = decode_image(row["image"])
         left, right = image.getpixel((10, 64)), image.getpixel((117, 64))
         is_mirrored = row["style"] == "fluent" and row["label"] == 1
-        colour = (17 * list(EMOJI_STYLES).index(row["style"]),) * 3
+        color = (17 * list(EMOJI_STYLES).index(row["style"]),) * 3
         assert image.size == (128, 128)
-        assert (left, right) == (((255,) * 3, colour) if is_mirrored else (colour, (255,) * 3))
+        assert (left, right) == (((255,) * 3, color) if is_mirrored else (color, (255,) * 3))
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_the_published_sets(classes, number):
 @pytest.mark.slow
 def test_drawings_of_a_name_are_alike_in_all_styles():
     splits = load_emoji_splits("twitter-fine", 0)
-    pictures: dict[str, list] = {}
+    images: dict[str, list] = {}
     for split in splits.values():
         for row in split:
             small = decode_image(row["image"]).resize((8, 8), Image.Resampling.BOX)
-            pictures.setdefault(row["style"], []).append(torch.tensor(list(small.get_flattened_data())).flatten())
-    features = {style: torch.stack(rows).double() for style, rows in pictures.items()}
+            images.setdefault(row["style"], []).append(torch.tensor(list(small.get_flattened_data())).flatten())
+    features = {style: torch.stack(rows).double() for style, rows in images.items()}
     features = {style: torch.nn.functional.normalize(rows - rows.mean(0), dim=-1) for style, rows in features.items()}
     # Of a style whose names went with other drawings, 1 in 254 would be found.
     for style, rows in features.items():

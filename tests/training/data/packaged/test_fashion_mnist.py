@@ -19,7 +19,7 @@ def _idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def small_files(monkeypatch, tmp_path):
-    """60 training and 20 test pictures of noise in the published files, in place of the real package."""
+    """60 training and 20 test images of noise in the published files, in place of the real package."""
     rng = np.random.default_rng(0)
     arrays = {}
     with tarfile.open(tmp_path / "files.tar", "w") as archive:
@@ -37,7 +37,7 @@ def small_files(monkeypatch, tmp_path):
     return arrays
 
 
-def test_pictures_and_labels_are_those_of_the_files(small_files):
+def test_images_and_labels_are_those_of_the_files(small_files):
     splits = load_fashion_mnist_splits("full", 0)
     for part, prefix in (("train", "train"), ("test", "t10k")):
         images, labels = small_files[prefix]
@@ -46,11 +46,11 @@ def test_pictures_and_labels_are_those_of_the_files(small_files):
         assert splits[part]["label"][:] == labels.tolist()
 
 
-def test_few_shots_are_of_the_official_training_pictures(small_files):
+def test_few_shots_are_of_the_official_training_images(small_files):
     full = load_fashion_mnist_splits("full", 0)
-    with pytest.raises(ValueError, match="6 pictures: too few for 20 to train"):
+    with pytest.raises(ValueError, match="6 images: too few for 20 to train"):
         load_fashion_mnist_splits("20-per-class", 0)
-    with pytest.raises(ValueError, match="6 pictures: too few for 5 to train, 5 to validate"):
+    with pytest.raises(ValueError, match="6 images: too few for 5 to train, 5 to validate"):
         load_fashion_mnist_splits("5-per-class", 0)
     assert set(full) == {"train", "test"}
 

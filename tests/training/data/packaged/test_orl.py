@@ -20,7 +20,7 @@ def test_the_published_set():
 
 
 @pytest.mark.parametrize("preset", ["paper", "kernel", "default"])
-def test_psnr_of_small_pictures_ranks_pairs_as_full_size_does(preset):
+def test_psnr_of_small_images_ranks_pairs_as_full_size_does(preset):
     images = [image.resize((224, 224)) for image in load_orl_faces().select(range(0, 400, 4))["image"]]
     pixel_values = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
     statistics = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
@@ -45,7 +45,7 @@ def test_splits_have_so_many_photographs_of_each_person(config_name):
     assert len(set(paths)) == len(paths) == 400
 
 
-def test_splits_hold_the_pictures_of_the_set():
+def test_splits_hold_the_images_of_the_set():
     faces = load_orl_faces()
     labels = {image.tobytes(): label for image, label in zip(faces["image"], faces["label"], strict=True)}
     for split in load_orl_splits("2-shot", 0).values():

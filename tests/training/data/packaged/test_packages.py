@@ -235,17 +235,17 @@ def test_made_once_takes_the_folder_that_another_process_made_meanwhile():
     assert [path.name for path in packages.cache_dir().iterdir()] == ["thing"]
 
 
-def test_pictures_made_once():
-    pictures = [("a.png", b"A"), ("b.png", b"B")]
+def test_images_made_once():
+    images = [("a.png", b"A"), ("b.png", b"B")]
     calls = []
 
     def make():
         calls.append(1)
-        return packages.picture_dataset(pictures, [1, 0], ["x", "y"], style=["s", "t"])
+        return packages.image_dataset(images, [1, 0], ["x", "y"], style=["s", "t"])
 
     for _ in range(2):
-        dataset = packages.pictures_made_once("pictures", make)
-        assert [(image["path"], image["bytes"]) for image in dataset["image"]] == pictures
+        dataset = packages.images_made_once("images", make)
+        assert [(image["path"], image["bytes"]) for image in dataset["image"]] == images
         assert dataset["label"][:] == [1, 0]
         assert dataset["style"][:] == ["s", "t"]
         assert dataset.features["label"].names == ["x", "y"]

@@ -11,8 +11,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.data.decode import UnreadableImageError
+from training.data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from training.data.mixing import Mixing
-from training.data.pictures import Collator, Pictures, WithUnlabelled
 from training.data.samplers import Draw, ShuffledSampler
 from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 
@@ -47,12 +47,12 @@ def make_split(tmp_path):
     return make
 
 
-def training_pictures(split, **options):
-    return Pictures(split, TrainTransform(PROCESSOR, AUGMENTATION), augment=True, **options)
+def training_images(split, **options):
+    return ImageDataset(split, TrainTransform(PROCESSOR, AUGMENTATION), augment=True, **options)
 
 
-def evaluation_pictures(split, **options):
-    return Pictures(split, EvalTransform(PROCESSOR), **options)
+def evaluation_images(split, **options):
+    return ImageDataset(split, EvalTransform(PROCESSOR), **options)
 
 
 def assert_same_batches(first, second):
@@ -63,48 +63,48 @@ def assert_same_batches(first, second):
 
 
 def test_items(make_split):
-    pictures = evaluation_pictures(make_split())
-    assert len(pictures) == 8
-    assert pictures.labels == [0, 1, 2, 0, 1, 2, 0, 1]
-    item = pictures[4]
+    images = evaluation_images(make_split())
+    assert len(images) == 8
+    assert images.labels == [0, 1, 2, 0, 1, 2, 0, 1]
+    item = images[4]
     assert item.keys() == {"pixel_values", "labels"}
     assert item["labels"] == 1
-    stored = Image.open(pictures.split[4]["image"]["path"])
+    stored = Image.open(images.split[4]["image"]["path"])
     torch.testing.assert_close(item["pixel_values"], PROCESSOR(stored, return_tensors="pt")["pixel_values"][0])
     draw = Draw(4, seed=3)
-    assert pictures[draw]["draw"] == draw
-    assert torch.equal(pictures[draw]["pixel_values"], item["pixel_values"]), "nothing is random"
+    assert images[draw]["draw"] == draw
+    assert torch.equal(images[draw]["pixel_values"], item["pixel_values"]), "nothing is random"
 
 
 def test_a_row_is_read_once(make_split, monkeypatch):
-    pictures, reads = training_pictures(make_split()), []
+    images, reads = training_images(make_split()), []
     read = datasets.Dataset.__getitem__
     monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda split, key: reads.append(key) or read(split, key))
-    assert pictures[Draw(5, 0)]["labels"] == 2
+    assert images[Draw(5, 0)]["labels"] == 2
     assert reads == [5]
 
 
 def test_a_draw_decides_what_its_item_looks_like(make_split):
-    pictures = training_pictures(make_split())
+    images = training_images(make_split())
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = pictures[Draw(2, seed=7)]
+    first = images[Draw(2, seed=7)]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    again, padding = pictures[Draw(2, seed=7)], pictures[Draw(2, seed=7, is_padding=True)]
+    again, padding = images[Draw(2, seed=7)], images[Draw(2, seed=7, is_padding=True)]
     assert torch.equal(first["pixel_values"], again["pixel_values"])
     assert torch.equal(first["pixel_values"], padding["pixel_values"])
-    assert not torch.equal(first["pixel_values"], pictures[Draw(2, seed=8)]["pixel_values"])
+    assert not torch.equal(first["pixel_values"], images[Draw(2, seed=8)]["pixel_values"])
 
 
 @pytest.mark.parametrize("mixing", [None, Mixing(AugmentationArguments(mixup_alpha=0.8), 3)])
 def test_workers_change_nothing(make_split, mixing):
-    pictures = training_pictures(make_split(), crop_to_boxes=True)
+    images = training_images(make_split(), crop_to_boxes=True)
     batches = {}
     for num_workers in (0, 1, 2):
         torch.manual_seed(num_workers)
-        sampler = ShuffledSampler(len(pictures), 3, seed=5)
-        loader = DataLoader(pictures, batch_sampler=sampler, collate_fn=Collator(mixing), num_workers=num_workers)
+        sampler = ShuffledSampler(len(images), 3, seed=5)
+        loader = DataLoader(images, batch_sampler=sampler, collate_fn=Collator(mixing), num_workers=num_workers)
         batches[num_workers] = list(loader)
     assert_same_batches(batches[0], batches[1])
     assert_same_batches(batches[0], batches[2])
@@ -112,24 +112,24 @@ def test_workers_change_nothing(make_split, mixing):
 
 
 def test_plain_numbers_draw_from_torchs_generator(make_split):
-    pictures = training_pictures(make_split())
+    images = training_images(make_split())
 
     def epoch(seed):
         torch.manual_seed(seed)
-        return list(DataLoader(pictures, batch_size=3, shuffle=True))
+        return list(DataLoader(images, batch_size=3, shuffle=True))
 
     first, again, other = epoch(0), epoch(0), epoch(1)
     assert all(batch.keys() == {"pixel_values", "labels"} for batch in first)
     assert_same_batches(first, again)
     assert not torch.equal(first[0]["pixel_values"], other[0]["pixel_values"])
-    assert not torch.equal(pictures[0]["pixel_values"], pictures[0]["pixel_values"])
-    assert pictures[np.int64(3)]["labels"] == 0
+    assert not torch.equal(images[0]["pixel_values"], images[0]["pixel_values"])
+    assert images[np.int64(3)]["labels"] == 0
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_plain_loader_with_the_collator(make_split, num_workers):
-    pictures = training_pictures(make_split())
-    loader = DataLoader(pictures, batch_size=5, collate_fn=Collator(), num_workers=num_workers)
+    images = training_images(make_split())
+    loader = DataLoader(images, batch_size=5, collate_fn=Collator(), num_workers=num_workers)
     batches = list(loader)
     assert [batch["pixel_values"].shape for batch in batches] == [(5, 3, 32, 32), (3, 3, 32, 32)]
     assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 2, 0, 1], [2, 0, 1]]
@@ -155,8 +155,8 @@ def test_a_plain_trainer_takes_them(make_split, collator, tmp_path):
     trainer = Trainer(
         model,
         args,
-        train_dataset=training_pictures(split),
-        eval_dataset=evaluation_pictures(split),
+        train_dataset=training_images(split),
+        eval_dataset=evaluation_images(split),
         data_collator=collator,
     )
     assert np.isfinite(trainer.train().training_loss)
@@ -166,7 +166,7 @@ def test_a_plain_trainer_takes_them(make_split, collator, tmp_path):
 
 def test_boxes(make_split):
     split = make_split()
-    whole, cropped = evaluation_pictures(split), evaluation_pictures(split, crop_to_boxes=True)
+    whole, cropped = evaluation_images(split), evaluation_images(split, crop_to_boxes=True)
     stored = Image.open(split[1]["image"]["path"])
     expected = PROCESSOR(stored.crop(tuple(map(int, BOX))), return_tensors="pt")["pixel_values"][0]
     assert torch.equal(cropped[1]["pixel_values"], expected)
@@ -175,14 +175,14 @@ def test_boxes(make_split):
 
 def test_boxes_that_are_not_there(make_split):
     with pytest.raises(ValueError, match="`crop_to_boxes` is on, but the data set has no boxes: leave it off"):
-        evaluation_pictures(make_split(with_boxes=False), crop_to_boxes=True)
+        evaluation_images(make_split(with_boxes=False), crop_to_boxes=True)
 
 
-def test_a_picture_with_too_many_pixels(make_split):
+def test_an_image_with_too_many_pixels(make_split):
     split = make_split()
-    assert evaluation_pictures(split, max_pixels=40 * 50)[0]
+    assert evaluation_images(split, max_pixels=40 * 50)[0]
     with pytest.raises(UnreadableImageError, match=r"1\.png has 50 x 41 = 2050 pixels, more than the limit of 2000"):
-        evaluation_pictures(split, max_pixels=40 * 50)[1]
+        evaluation_images(split, max_pixels=40 * 50)[1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -196,7 +196,7 @@ def test_a_broken_file_is_named_from_any_process(make_split, tmp_path, fault, nu
         path.unlink()
     batches = iter(
         DataLoader(
-            training_pictures(split),
+            training_images(split),
             batch_sampler=ShuffledSampler(8, 3),
             collate_fn=Collator(),
             num_workers=num_workers,
@@ -219,7 +219,7 @@ def items(labels, paddings=(), draws=True):
     return made
 
 
-def test_padding_is_no_neighbour_and_has_no_label():
+def test_padding_is_no_neighbor_and_has_no_label():
     batch = Collator()(items([2, 0, 1, 2], paddings=(3,)))
     assert batch.keys() == {"pixel_values", "labels", "relation_mask"}
     assert batch["labels"].tolist() == [2, 0, 1, -100]
@@ -236,7 +236,7 @@ def test_mixing_makes_targets_and_a_mask_of_pairs():
     assert batch["targets"].shape == (6, 3)
     torch.testing.assert_close(batch["targets"].sum(-1), torch.tensor([1.0] * 5 + [0.0]))
     mask = batch["relation_mask"]
-    assert not mask[:, 5].any(), "padding is no neighbour, not of itself either"
+    assert not mask[:, 5].any(), "padding is no neighbor, not of itself either"
     plain = torch.stack([item["pixel_values"] for item in items(labels)])
     assert torch.equal(batch["pixel_values"][5], plain[5])
     # As the mixing has it, by the seed of the first draw.
@@ -248,38 +248,38 @@ def test_mixing_makes_targets_and_a_mask_of_pairs():
 
 
 @pytest.fixture
-def with_unlabelled(make_split):
-    """The first 5 pictures with labels, the other 3 without."""
+def with_unlabeled(make_split):
+    """The first 5 images with labels, the other 3 without."""
     split = make_split(with_boxes=False)
     others = split.select([5, 6, 7]).remove_columns("label").add_column("label", [-100] * 3)
-    return WithUnlabelled(training_pictures(split.select(range(5))), training_pictures(others))
+    return WithUnlabeled(training_images(split.select(range(5))), training_images(others))
 
 
-def test_unlabelled_pictures_follow_the_others(with_unlabelled, make_split):
-    whole = training_pictures(make_split(with_boxes=False))
-    assert len(with_unlabelled) == 8
-    assert with_unlabelled.labels == whole.labels[:5]
+def test_unlabeled_images_follow_the_others(with_unlabeled, make_split):
+    whole = training_images(make_split(with_boxes=False))
+    assert len(with_unlabeled) == 8
+    assert with_unlabeled.labels == whole.labels[:5]
     for row in range(8):
         draw = Draw(row, seed=row)
-        item, expected = with_unlabelled[draw], whole[draw]
+        item, expected = with_unlabeled[draw], whole[draw]
         assert torch.equal(item["pixel_values"], expected["pixel_values"])
         assert item["labels"] == (expected["labels"] if row < 5 else -100)
         assert (item["draw"].seed, item["draw"].is_padding) == (row, False)
-        assert with_unlabelled[row]["labels"] == item["labels"], "by a plain number, too"
-    assert with_unlabelled[Draw(6, 1, is_padding=True)]["draw"].is_padding
+        assert with_unlabeled[row]["labels"] == item["labels"], "by a plain number, too"
+    assert with_unlabeled[Draw(6, 1, is_padding=True)]["draw"].is_padding
 
 
-def test_unlabelled_pictures_are_neighbours_without_a_label(with_unlabelled):
-    sampler = ShuffledSampler(5, 5, num_unlabelled=3, unlabelled_per_batch=2)
-    (batch,) = DataLoader(with_unlabelled, batch_sampler=sampler, collate_fn=Collator())
+def test_unlabeled_images_are_neighbors_without_a_label(with_unlabeled):
+    sampler = ShuffledSampler(5, 5, num_unlabeled=3, unlabeled_per_batch=2)
+    (batch,) = DataLoader(with_unlabeled, batch_sampler=sampler, collate_fn=Collator())
     assert sorted(batch["labels"][:5].tolist()) == [0, 0, 1, 1, 2]
     assert batch["labels"][5:].tolist() == [-100] * 2
     assert batch["relation_mask"].all()
     shares = [
-        ShuffledSampler(5, 5, num_unlabelled=3, unlabelled_per_batch=2, num_processes=3, process_index=n)
+        ShuffledSampler(5, 5, num_unlabeled=3, unlabeled_per_batch=2, num_processes=3, process_index=n)
         for n in range(3)
     ]
-    parts = [next(iter(DataLoader(with_unlabelled, batch_sampler=each, collate_fn=Collator()))) for each in shares]
+    parts = [next(iter(DataLoader(with_unlabeled, batch_sampler=each, collate_fn=Collator()))) for each in shares]
     masks = [part["relation_mask"].tolist() for part in parts]
     assert masks == [[True, True, True], [True, True, True], [True, False, False]], "5 and 2 over 3 processes"
     whole = torch.cat([part["pixel_values"][part["relation_mask"]] for part in parts])
@@ -287,7 +287,7 @@ def test_unlabelled_pictures_are_neighbours_without_a_label(with_unlabelled):
     assert torch.equal(whole, batch["pixel_values"][order])
 
 
-def test_unlabelled_pictures_are_not_mixed():
+def test_unlabeled_images_are_not_mixed():
     """The others are, among themselves, as without them; and each may attend to those without labels."""
     collate = Collator(Mixing(AugmentationArguments(mixup_alpha=0.5), 3))
     alone, batch = collate(items([0, 1, 2, 0])), collate(items([0, 1, 2, 0, -100, -100, -100], paddings=(6,)))
@@ -316,10 +316,10 @@ def test_mixing_without_draws_draws_from_torchs_generator():
 def test_padding_changes_nothing_for_the_others(make_split):
     """Logits of a padded batch of one process are those of the batch without it."""
     backbone_config = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
-    pictures = training_pictures(make_split())
+    images = training_images(make_split())
     draws = [Draw(0, 1), Draw(1, 2), Draw(5, 3)]
-    whole = Collator()([pictures[draw] for draw in draws])
-    padded = Collator()([pictures[draw] for draw in [*draws, Draw(0, 1, is_padding=True)]])
+    whole = Collator()([images[draw] for draw in draws])
+    padded = Collator()([images[draw] for draw in [*draws, Draw(0, 1, is_padding=True)]])
     for preset in ("paper", "kernel"):
         model = RBIForImageClassification(getattr(RBIConfig, preset)(backbone_config=backbone_config, num_labels=3))
         model.train()

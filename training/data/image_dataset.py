@@ -7,30 +7,31 @@ from collections.abc import Callable
 import datasets
 import torch
 
+from modeling_rbi import NO_LABEL, UserError
+
 from .decode import DEFAULT_MAX_PIXELS, decode_image
 from .mixing import Mixing
-from .reading import NO_LABEL
 from .samplers import Draw
 
 
-class Pictures(torch.utils.data.Dataset):
+class ImageDataset(torch.utils.data.Dataset):
     r"""
     A split of a data set in its canonical form (columns `image`, `label` and, where it is published, `box`), as a data
     set for `DataLoader` or `Trainer`. Its items have `pixel_values` and `labels`.
 
     Args:
         split (`datasets.Dataset`):
-            The pictures.
+            The images.
         transform (`Callable`):
-            Makes `pixel_values` of a PIL picture: an [`EvalTransform`], or with `augment` a [`TrainTransform`], which
+            Makes `pixel_values` of a PIL image: an [`EvalTransform`], or with `augment` a [`TrainTransform`], which
             takes a seed too.
         augment (`bool`, *optional*, defaults to `False`):
             Whether the transform takes a seed: that of the [`Draw`] that asks for the item, or, asked by a plain
             number, one from torch's global generator.
         crop_to_boxes (`bool`, *optional*, defaults to `False`):
-            Whether pictures are cropped to their published boxes.
+            Whether images are cropped to their published boxes.
         max_pixels (`int`, *optional*):
-            Pictures with more pixels are refused.
+            Images with more pixels are refused.
 
     Raises:
         UnreadableImageError: from an item that cannot be decoded; names the file.
@@ -46,13 +47,13 @@ class Pictures(torch.utils.data.Dataset):
         max_pixels: int = DEFAULT_MAX_PIXELS,
     ):
         if crop_to_boxes and "box" not in split.column_names:
-            raise ValueError("`crop_to_boxes` is on, but the data set has no boxes: leave it off.")
+            raise UserError("`crop_to_boxes` is on, but the data set has no boxes: leave it off.")
         self.split, self.transform, self.augment = split, transform, augment
         self.crop_to_boxes, self.max_pixels = crop_to_boxes, max_pixels
 
     @property
     def labels(self) -> list[int]:
-        """Class of each picture."""
+        """Class of each image."""
         return list(self.split["label"])
 
     def __len__(self) -> int:
@@ -62,52 +63,52 @@ class Pictures(torch.utils.data.Dataset):
         draw = item if isinstance(item, Draw) else None
         example = self.split[draw.row if draw else int(item)]  # type: ignore[arg-type]
         box = example["box"] if self.crop_to_boxes else None
-        picture = decode_image(example["image"], box=box, max_pixels=self.max_pixels)
+        image = decode_image(example["image"], box=box, max_pixels=self.max_pixels)
         if self.augment:
             seed = draw.seed if draw else int(torch.randint(2**63 - 1, ()))
-            pixel_values = self.transform(picture, seed)
+            pixel_values = self.transform(image, seed)
         else:
-            pixel_values = self.transform(picture)
+            pixel_values = self.transform(image)
         result = {"pixel_values": pixel_values, "labels": example["label"]}
         return result if draw is None else result | {"draw": draw}
 
 
-class WithUnlabelled(torch.utils.data.Dataset):
+class WithUnlabeled(torch.utils.data.Dataset):
     r"""
-    Labelled pictures, and after them others without labels.
+    Labeled images, and after them others without labels.
 
     Args:
-        labelled (`Pictures`):
-            The pictures to train on.
-        unlabelled (`Pictures`):
-            Those which are only neighbours, with the label -100.
+        labeled (`ImageDataset`):
+            The images to train on.
+        unlabeled (`ImageDataset`):
+            Those which are only neighbors, with the label -100.
     """
 
-    def __init__(self, labelled: Pictures, unlabelled: Pictures):
-        self.labelled, self.unlabelled = labelled, unlabelled
+    def __init__(self, labeled: ImageDataset, unlabeled: ImageDataset):
+        self.labeled, self.unlabeled = labeled, unlabeled
 
     @property
     def labels(self) -> list[int]:
-        """Class of each labelled picture."""
-        return self.labelled.labels
+        """Class of each labeled image."""
+        return self.labeled.labels
 
     def __len__(self) -> int:
-        return len(self.labelled) + len(self.unlabelled)
+        return len(self.labeled) + len(self.unlabeled)
 
     def __getitem__(self, item: int | Draw) -> dict:
         draw = item if isinstance(item, Draw) else None
         row = draw.row if draw else int(item)  # type: ignore[arg-type]
-        if row < len(self.labelled):
-            return self.labelled[item]
-        row -= len(self.labelled)
-        return self.unlabelled[draw._replace(row=row) if draw else row]
+        if row < len(self.labeled):
+            return self.labeled[item]
+        row -= len(self.labeled)
+        return self.unlabeled[draw._replace(row=row) if draw else row]
 
 
 class Collator:
     r"""
-    Stacks items of [`Pictures`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding and pictures
+    Stacks items of [`ImageDataset`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding and images
     without a label, and `relation_mask`, (B,), `False` for padding. With `mixing`, also `targets` (B, num_labels), and
-    the mask is (B, B); pictures without a label are not mixed.
+    the mask is (B, B); images without a label are not mixed.
     """
 
     def __init__(self, mixing: Mixing | None = None):
