@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 
@@ -24,6 +27,79 @@ from modeling_rbi import RBIConfig, RBIForImageClassification
 # The workers of pytest-xdist share the cores.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+NODE_FOLDER = Path(__file__).with_name("node")
+_CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_SKIPPED = "is missing: "
+
+
+def _find_chromium() -> str | None:
+    return shutil.which(os.environ.get("CHROMIUM", "")) or next(filter(None, map(shutil.which, _CHROMIUM_NAMES)), None)
+
+
+def _find_node() -> str | None:
+    return shutil.which("node") if (NODE_FOLDER / "node_modules" / ".made").exists() else None
+
+
+def _find_apt() -> str | None:
+    """apt-get, if its lists name the packages that the tests download."""
+    path = shutil.which("apt-get")
+    command = ["apt-cache", "show", "gnome-cards-data", "dataset-fashion-mnist"]
+    return path if path and subprocess.run(command, capture_output=True).returncode == 0 else None
+
+
+# What tests need besides Python: how it is found, and how to get it.
+_TOOLS = {
+    "Chromium": (_find_chromium, "`apt-get install chromium`, or set CHROMIUM to the path of a Chromium"),
+    "Node.js": (_find_node, "`apt-get install nodejs npm && npm ci --prefix tests/node --ignore-scripts`"),
+    "npm": (lambda: shutil.which("npm"), "`apt-get install npm`"),
+    "apt-get": (_find_apt, "`apt-get update`, on Debian or one of its derivatives"),
+}
+
+
+def _require(name: str) -> str:
+    """The path of a tool. Without it the test is skipped or, in CI, fails."""
+    find, fix = _TOOLS[name]
+    if (path := find()) is None:
+        reason = f"{name} {_SKIPPED}{fix}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Path of a Chromium."""
+    return _require("Chromium")
+
+
+@pytest.fixture(scope="session")
+def node():
+    """Path of Node.js, for scripts in `NODE_FOLDER`, where their packages are installed."""
+    return _require("Node.js")
+
+
+@pytest.fixture(scope="session")
+def npm():
+    """Path of npm, for the data sets that are npm packages."""
+    return _require("npm")
+
+
+@pytest.fixture(scope="session")
+def apt_get():
+    """Path of apt-get, for the data sets that are Debian packages."""
+    return _require("apt-get")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names the tests that were skipped because a tool is missing, and the command that installs it."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and _SKIPPED in report.longrepr[2]
+    )
+    for reason, number in sorted(reasons.items()):
+        terminalreporter.write_line(f"{number} tests were skipped, since {reason}", yellow=True)
 
 
 @pytest.fixture(autouse=True)
