@@ -1,8 +1,9 @@
-"""The README is true: its Python runs as it stands, and its commands are those that CI runs."""
+"""The README is true: its Python, commands and JavaScript run in their order."""
 
+import importlib.util
+import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,37 +20,63 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PUBLISH, OTHERS = README.split("## Publish and deploy")[1].split("\n## ")[0], README.split("## Publish and deploy")[0]
 SMALL_IMAGE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-
-
-SECTION = README.split("## Publish and deploy")[1].split("\n## ")[0]
 ADDRESS = "https://your-endpoint.endpoints.huggingface.cloud"
+
+# What is added to a command so that it is quick; three held-out images are too few to show that references help.
+MORE = {
+    "training.train": ["--num_train_epochs", "1", "--use_cpu", "True", "--disable_tqdm", "True"],
+    "training.references": ["--force", "--use_cpu", "--disable_tqdm"],
+    "training.assess": ["--use_cpu", "--batch_sizes", "4", "--resamples", "100"],
+}
+
+# Calls commands in one process, [module, [argument, ...]] each, since importing torch takes longer than most of them.
+RUN_COMMANDS = """
+import importlib, json, sys, threading, urllib.request
+
+for module, arguments in json.load(sys.stdin):
+    main = importlib.import_module(module).main
+    if module == "training.space":  # serves until it is stopped
+        arguments += ["--port", "7999"]
+        threading.Thread(target=main, args=(arguments,), daemon=True).start()
+        for _ in range(600):
+            try:
+                assert b"gradio" in urllib.request.urlopen("http://127.0.0.1:7999", timeout=5).read()
+                break
+            except OSError:
+                threading.Event().wait(0.1)
+        else:
+            sys.exit("The Space does not answer.")
+    elif code := main(arguments):
+        sys.exit(f"{module} {arguments}: exit code {code}")
+"""
 
 
 def _blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.fixture
-def checkpoints(tmp_path, monkeypatch):
-    """Small random checkpoints under the names that the README loads from the Hub, and its two images."""
-    monkeypatch.chdir(tmp_path)
-    # Without torchvision, transformers 5.17 has a placeholder under this name, though the class works without.
-    monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
+def _save_checkpoints(folder: Path):
+    """Small random checkpoints under the names that the README loads from the Hub."""
     dinov2 = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 12], depths=[1, 1, 1, 1], layer_type="basic")
     for name, model in (
         ("facebook/dinov2-small", Dinov2Model(dinov2)),
         ("microsoft/resnet-50", ResNetForImageClassification(resnet)),
     ):
-        model.save_pretrained(name)
-        BitImageProcessorPil(**SMALL_IMAGE).save_pretrained(name)
+        model.save_pretrained(folder / name)
+        BitImageProcessorPil(**SMALL_IMAGE).save_pretrained(folder / name)
+
+
+def test_python_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # Without torchvision, transformers 5.17 has a placeholder under this name, although the class works without.
+    monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
+    _save_checkpoints(tmp_path)
     for name, color in (("a.jpg", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (40, 50), color).save(name)
-
-
-def test_python_runs_as_it_stands(checkpoints, capsys):
-    blocks = _blocks("python", README.replace(SECTION, ""))
+    blocks = _blocks("python", README.replace(PUBLISH, ""))
     assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
@@ -58,69 +85,74 @@ def test_python_runs_as_it_stands(checkpoints, capsys):
 
 
 @pytest.fixture
-def workplace(tmp_path, model_folder, image_files):
-    """A folder with what "Publish and deploy" names: a model, images of its classes, and the project's folders."""
+def workplace(tmp_path):
+    """A folder with what the commands name: images, a backbone, facts for the card, and the project's folders."""
     for name in ("training", "model_cards"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copytree(model_folder, tmp_path / "outputs" / "mine")
     rng = np.random.default_rng(0)
-    for name in ("cat", "dog", "fox"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(20):
+    for folder, number in (("images/cat", 20), ("images/dog", 20), ("images/fox", 20), ("camera", 4)):
+        (tmp_path / folder).mkdir(parents=True)
+        for index in range(number):
             image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((40, 48))
-            image.save(tmp_path / "images" / name / f"{number}.jpg")
-    shutil.copy(tmp_path / "images" / "cat" / "1.jpg", tmp_path / "a.jpg")
-    (card,) = _blocks("yaml", SECTION)
-    # The model of the tests was not trained by `training.train`, so there are more facts to tell.
-    more = ["base_model: facebook/convnext-tiny-224", "training_procedure: None.", "dataset_title: Noise"]
-    (tmp_path / "card.yaml").write_text("\n".join([card, *more, "share_images: true"]))
+            image.save(tmp_path / folder / f"{index}.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "images" / "cat" / "1.jpg").read_bytes())
+    _save_checkpoints(tmp_path)
+    (card,) = _blocks("yaml", PUBLISH)
+    # The backbone is in a folder, and the data set has no name.
+    more = ["base_model: facebook/dinov2-small", "dataset_title: Noise"]
+    (tmp_path / "card.yaml").write_text("\n".join([card, *more]))
     return tmp_path
 
 
+def _python_commands(text: str, number: int) -> list[tuple[str, list[str]]]:
+    """The modules and arguments of the `python -m training...` commands of a text, of which there must be `number`."""
+    lines = [line.split("#")[0] for line in "".join(_blocks("bash", text)).splitlines()]
+    words = [shlex.split(line) for line in lines if line.startswith("python -m ")]
+    assert len(words) == number
+    return [(module, [*arguments, *MORE.get(module, [])]) for _, _, module, *arguments in words]
+
+
 @pytest.mark.slow
-def test_publish_and_deploy(hub, workplace):
-    """Its commands run in their order, against a Hub, an endpoint and a Node.js of this machine."""
+def test_commands_run_in_their_order(hub, workplace, node):
+    """Training, references, publication, Space and exports; then the clients of an endpoint, and ONNX in Node.js."""
     environment = hub.env(workplace / "home", token=hub.add_user("user"), OMP_NUM_THREADS="1")
     environment |= {"PYTHONPATH": str(ROOT), "RBI_CACHE": str(workplace / "cache")}
-    commands = "".join(_blocks("bash", SECTION)).splitlines()
-    assert len(commands) == 8
-    for command in commands:
-        line = shlex.split(command)
-        line[0] = str(Path(sys.executable).with_name(line[0])) if line[0] == "hf" else sys.executable
-        if "training.space" in line:  # it serves until it is stopped
-            with subprocess.Popen(
-                [*line, "--port", "7999"], cwd=workplace, env=environment, stdout=subprocess.PIPE, text=True
-            ) as space:
-                assert any("http://127.0.0.1:7999" in row for row in space.stdout)
-                space.terminate()
-            continue
-        if "training.assess" in line:
-            line += ["--use_cpu", "--batch_sizes", "4", "--resamples", "100"]
-        result = subprocess.run(line, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+
+    def run(*command: str, **options) -> str:
+        result = subprocess.run(
+            command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=600, **options
+        )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        return result.stdout
+
+    references, *training = _python_commands(OTHERS, 3)  # the README tells of references before training
+    commands = [*training, references, *_python_commands(PUBLISH, 6)]
+    run(sys.executable, "-c", RUN_COMMANDS, input=json.dumps(commands))
+    assert (workplace / "outputs" / "with-references" / "references.json").exists()
     assert "model.safetensors" in hub.repo("user/name").files()
+
+    hf_commands = [line for line in "".join(_blocks("bash", PUBLISH)).splitlines() if line.startswith("hf ")]
+    assert len(hf_commands) == 2
+    for line in hf_commands:
+        run(str(Path(sys.executable).with_name("hf")), *shlex.split(line)[1:])
     space = hub.repo("user/space", "space")
     assert "app.py" in space.files() and space.variables == {"MODEL_ID": "user/name"}
 
-    server = [sys.executable, str(ROOT / "tests" / "model_cards" / "endpoint.py"), str(workplace / "published")]
-    shutil.copytree(workplace / "outputs" / "publish" / "name", workplace / "published")
-    (python,) = _blocks("python", SECTION)
-    (in_node,) = _blocks("js", SECTION)
+    spec = importlib.util.spec_from_file_location("endpoint", ROOT / "tests" / "model_cards" / "endpoint.py")
+    endpoint = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(endpoint)
+    (python,) = _blocks("python", PUBLISH)
+    (in_node,) = _blocks("js", PUBLISH)
     (client,) = _blocks("js", (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8"))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     (workplace / "node_modules").symlink_to(ROOT / "tests" / "node" / "node_modules")
-    with subprocess.Popen(server, cwd=workplace, env=environment, **pipes) as endpoint:
-        address = endpoint.stdout.readline().strip()
-        answers = []
-        for runtime, code in (
-            ([sys.executable, "-c"], python.replace(ADDRESS, address)),
-            (["node", "--input-type=module", "-e"], client.replace(ADDRESS, address)),
-            (["node", "--input-type=module", "-e"], in_node),
-        ):
-            result = subprocess.run([*runtime, code], cwd=workplace, env=environment, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
-            answers.append(re.findall(r"label['\"]?[:=] ?'(\w+)'", result.stdout))
-        endpoint.stdin.close()
+    handler = endpoint.load_handler(workplace / "outputs" / "publish" / "name")
+    with endpoint.serve(endpoint.create_app(handler)) as address:
+        printed = [
+            run(sys.executable, "-c", python.replace(ADDRESS, address)),
+            run(node, "--input-type=module", "-e", client.replace(ADDRESS, address)),
+            run(node, "--input-type=module", "-e", in_node),
+        ]
+    answers = [re.findall(r"label['\"]?[:=] ?'(\w+)'", text) for text in printed]
     assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 3
 
 
@@ -136,7 +168,7 @@ def test_make_targets_exist_and_ci_runs_them(name):
 
 
 @pytest.mark.slow
-def test_the_wheel_ships_the_package_alone(tmp_path):
+def test_the_wheel_ships_only_the_package(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("modeling_rbi-*.whl")
