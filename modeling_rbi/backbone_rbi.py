@@ -84,16 +84,16 @@ def _load_whole(model_class: type[PreTrainedModel], name_or_path: str, **kwargs)
         raise _unreadable_weights(name_or_path, error) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"{name_or_path} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: it is "
-            "the checkpoint of another kind of model. (If these are a pooler's, another `pooling` does without them.)"
+            f"{name_or_path} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: "
+            "it is the checkpoint of another kind of model. (If they belong to a pooler, choose another `pooling`.)"
         )
     return model
 
 
 def _unreadable_weights(name_or_path: str, error: SafetensorError) -> OSError:
     return OSError(
-        f"The weights of {name_or_path} cannot be read ({error}): a safetensors file there is truncated or was altered. "
-        "Download or save it again."
+        f"The weights of {name_or_path} cannot be read ({error}): a safetensors file there is truncated or was "
+        "altered. Download or save it again."
     )
 
 
@@ -152,8 +152,8 @@ def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) 
             raise UserError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
         if pooler_output is None or pooler_output.ndim != 2:
             raise UserError(
-                "The TimmWrapperConfig turns the pooling of its model off: leave its `do_pooling`, and `features_only` "
-                "and `global_pool` of its `model_args`, at their defaults."
+                "The TimmWrapperConfig turns the pooling of its model off: leave its `do_pooling`, and "
+                "`features_only` and `global_pool` of its `model_args`, at their defaults."
             )
         return pooler_output
     if pooling == "auto":

@@ -44,6 +44,8 @@ _COMMON_CONFIG_KEYS = {
     "transformers_weights",
     "use_cache",
 }
+# Fields of older configs that are attributes of `RBIModel`: they belong to a training run, and are not saved.
+_DROPPED_FIELDS = {"gather_across_processes", "self_loss_weight"}
 
 
 @auto_docstring(
@@ -130,12 +132,6 @@ class RBIConfig(PreTrainedConfig):
         the mean attention (with the learned temperature and gain) to its references, whatever their number.
     num_added_classes (`int`, *optional*, defaults to 0):
         How many of the last classes the classifier was not trained on, see [`~RBIForImageClassification.add_classes`].
-    self_loss_weight (`float`, *optional*, defaults to 0.0):
-        In training, the share of the loss that is that of each image by itself (`relation_scope="self"`), with the
-        same features and classifier, so that answers with and without neighbors are both good. In [0, 1).
-    gather_across_processes (`bool`, *optional*, defaults to `False`):
-        Whether, in a distributed run, `"batch"` means the images of all processes: features and the images for PSNR
-        are gathered, with gradient. All processes must then call the model together. Not saved.
     image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
         Mean that the image processor subtracts from pixels in [0, 1], undone before PSNR.
     image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
@@ -184,8 +180,6 @@ class RBIConfig(PreTrainedConfig):
     reference_gain: float | int | None = None
     reference_vote_weight: float | int = 0.0
     num_added_classes: int = 0
-    self_loss_weight: float | int = 0.0
-    gather_across_processes: bool = False
     image_mean: list[float | int] | tuple[float | int, ...] = (0.485, 0.456, 0.406)
     image_std: list[float | int] | tuple[float | int, ...] = (0.229, 0.224, 0.225)
 
@@ -213,7 +207,10 @@ class RBIConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As `PreTrainedConfig.from_dict`, and it refuses the config of another kind of model."""
+        """
+        As `PreTrainedConfig.from_dict`. Refuses the config of another kind of model, and reads configs that older
+        versions of RBI wrote.
+        """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise UserError(
@@ -221,15 +218,25 @@ class RBIConfig(PreTrainedConfig):
                 "`RBIForImageClassification.from_backbone_pretrained`, or, if it is a fine-tuned classifier, with "
                 "`RBIForImageClassification.from_image_classifier`."
             )
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(cls._up_to_date(config_dict), **kwargs)
+
+    @staticmethod
+    def _up_to_date(config_dict: dict[str, Any]) -> dict[str, Any]:
+        """Drops the fields that are arguments of a training, and renames what has another name in older files."""
+        config_dict = {name: value for name, value in config_dict.items() if name not in _DROPPED_FIELDS}
+        references = config_dict.get("references")
+        if isinstance(references, dict) and "num_labelled" in references:
+            references = dict(references)
+            references["num_labeled"] = references.pop("num_labelled")
+            config_dict["references"] = references
+        return config_dict
 
     def to_dict(self) -> dict[str, Any]:
         """
-        As `PreTrainedConfig.to_dict`, without attributes that were hung on the config and are no fields of it, without
-        `gather_across_processes`, which is of a run, not of the model (who loads it may run otherwise), and without
-        the place that the backbone was loaded from, which may be a folder of the machine.
+        As `PreTrainedConfig.to_dict`, without attributes that were set on the config but are no fields of it, and
+        without the path that the backbone was loaded from, which may be a private folder.
         """
-        names = {field.name for field in fields(self)} - {"gather_across_processes"}
+        names = {field.name for field in fields(self)}
         content = {name: value for name, value in super().to_dict().items() if name in names or self._is_common(name)}
         if "_name_or_path" in content["backbone_config"]:
             content["backbone_config"]["_name_or_path"] = ""
@@ -289,7 +296,7 @@ class RBIConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("attention_dropout", "classifier_dropout", "self_loss_weight", "reference_vote_weight"):
+        for name in ("attention_dropout", "classifier_dropout", "reference_vote_weight"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         for name in ("attention_temperature", "psnr_max", "relation_gain", "reference_temperature", "reference_gain"):

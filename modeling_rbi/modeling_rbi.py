@@ -94,7 +94,7 @@ class RBIModelOutput(BaseModelOutputWithPooling):
         with `relation_scope="reference"` it is one, for the image itself, and the number of references.
     relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
-    self_pooler_output (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*, returned in training with `config.self_loss_weight` above 0):
+    self_pooler_output (`torch.FloatTensor` of shape `(batch_size, feature_size)`, *optional*, returned in training with `self_loss_weight` above 0):
         What `relation_scope="self"` gives in place of `pooler_output`.
     reference_votes (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*, returned with `relation_scope="reference"`):
         The votes of the references' labels. Rows sum to 1, or are 0 where no reference has a label.
@@ -124,7 +124,7 @@ class RBIImageClassifierOutput(ImageClassifierOutput):
         with `relation_scope="reference"` it is one, for the image itself, and the number of references.
     relation_similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*, returned when `output_relations=True`):
         The relations p in [0, 1], PSNR over its ceiling. `None` with `relation_position_encoding="none"`.
-    self_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*, returned in training with `config.self_loss_weight` above 0):
+    self_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*, returned in training with `self_loss_weight` above 0):
         Scores of each image by itself, as `relation_scope="self"` gives them, for the second loss.
     """
 
@@ -599,7 +599,15 @@ class RBIPreTrainedModel(PreTrainedModel):
         return model.eval()
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    The backbone and the RBI head, without a classifier. Two attributes are set for a training run and are not saved:
+    `gather_across_processes` (`bool`), whether the neighborhood of `relation_scope="batch"` spans the images of all
+    processes (features and pixels for PSNR are gathered, with gradient, so all processes must call the model
+    together); and `self_loss_weight` (`float` in [0, 1)), the share of the training loss that is computed without
+    neighbors, from the same features and with the same classifier, so that the model answers well with and without.
+    """
+)
 class RBIModel(RBIPreTrainedModel):
     def __init__(self, config: RBIConfig):
         super().__init__(config)
@@ -613,6 +621,8 @@ class RBIModel(RBIPreTrainedModel):
         self.rpe = RelationshipPositionEncoding(config)
         self.rra = ResidualRelationshipAttention(config)
         self.references = None if config.references is None else ReferenceBank(config)
+        self.gather_across_processes = False
+        self.self_loss_weight = 0.0
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -800,7 +810,7 @@ class RBIModel(RBIPreTrainedModel):
                 attentions.append(attention)
                 similarities.append(similarity)
             outputs.pooler_output = torch.cat(integrated)
-        if self.training and self.config.self_loss_weight and relation_scope != "self":
+        if self.training and self.self_loss_weight and relation_scope != "self":
             outputs.self_pooler_output = self._integrate_alone(image_features)
         if output_relations:
             self._add_relations(outputs, attentions, similarities)
@@ -811,9 +821,9 @@ class RBIModel(RBIPreTrainedModel):
             return [slice(0, batch_size)]
         if relation_batch_size < 1:
             raise UserError(f"`relation_batch_size` must be at least 1, got {relation_batch_size}.")
-        if self.config.gather_across_processes:
+        if self.gather_across_processes:
             raise UserError(
-                "`relation_batch_size` splits the batch of one process, and `config.gather_across_processes` joins "
+                "`relation_batch_size` splits the batch of one process, and `gather_across_processes` joins "
                 "those of all: use one of them."
             )
         num_groups = math.ceil(batch_size / relation_batch_size)
@@ -870,9 +880,7 @@ class RBIModel(RBIPreTrainedModel):
         self, image_features: torch.Tensor, pixel_values: torch.Tensor | None, relation_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Integrated features, (B, d), attention, (B, heads, N), and relations, (B, N), with N neighbors."""
-        neighborhood = Neighborhood(
-            image_features.shape[0], image_features.device, self.config.gather_across_processes
-        )
+        neighborhood = Neighborhood(image_features.shape[0], image_features.device, self.gather_across_processes)
         own = neighborhood.own
         is_finite = neighborhood.gather(image_features.detach().isfinite().all(-1))
         is_neighbor = is_finite
@@ -1003,7 +1011,7 @@ class RBIForImageClassification(RBIPreTrainedModel):
             _check_labels(labels, logits, self.config)
             loss = self.loss_function(labels, logits, self.config)
             if self_logits is not None:
-                weight = self.config.self_loss_weight
+                weight = self.rbi.self_loss_weight
                 loss = (1 - weight) * loss + weight * self.loss_function(labels, self_logits, self.config)
 
         return RBIImageClassifierOutput(

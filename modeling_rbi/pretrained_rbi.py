@@ -69,8 +69,8 @@ def _resolve_pixel_statistics(
     if image_processor is None:
         logger.warning(
             f"No image processor was found beside {name_or_path or 'the given model'}. PSNR takes the pixels for "
-            "normalized with ImageNet's mean and std: pass `image_processor`, or `image_mean` and `image_std`, if they "
-            "are not."
+            "normalized with ImageNet's mean and std: pass `image_processor`, or `image_mean` and `image_std`, "
+            "if they are not."
         )
         return {}
     mean, std = pixel_statistics(image_processor, _num_channels(backbone_config))

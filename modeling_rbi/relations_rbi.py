@@ -32,7 +32,7 @@ _MAX_LOGIT_SCALE = 100.0
 
 
 class _AllGather(torch.autograd.Function):
-    """Rows of all processes, (B, ...) -> (processes, B, ...). The gradient of a row is the sum of all processes' ones."""
+    """Rows of all processes, (B, ...) -> (processes, B, ...). Gradients are summed over the processes."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
@@ -146,8 +146,8 @@ class RelationshipPositionEncoding(nn.Module):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
                 Images as the image processor gives them, of any float dtype.
-            relation_mask (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
-                `False` where an image is no neighbor, of anyone or of the image of the row.
+            relation_mask (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`):
+                Optional. `False` where an image is no neighbor, of anyone or of the image of the row.
             neighborhood (`Neighborhood`, *optional*):
                 The images to relate those of the batch to. `None`: the batch itself.
 
@@ -213,7 +213,7 @@ class RelationshipPositionEncoding(nn.Module):
         return torch.cat([own, similarities], dim=-1), is_finite
 
     def _similarities(self, images: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
-        """PSNR over its ceiling, (B, n) and (N, n) -> (B, N); among the images themselves where `neighbors` is None."""
+        """PSNR over its ceiling, (B, n) and (N, n) -> (B, N); without `neighbors`, among the images themselves."""
         error = pairwise_mean_squared_error(images, neighbors)
         psnr = -10 * error.clamp(min=10.0 ** (-self.psnr_max / 10)).log10()
         return (psnr / self.psnr_max).clamp(0, 1)
@@ -321,7 +321,7 @@ class ResidualRelationshipAttention(nn.Module):
 
         Returns:
             Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, num_neighbors)`
-            (`None` where each image is alone). With `references` the attention is `(batch_size, num_heads, 1 + N)`, and
+            (`None` without neighbors). With `references` the attention is `(batch_size, num_heads, 1 + N)`, and
             there is a third: the logits of the references' votes, `(batch_size, num_heads, N)`.
         """
         if references is not None:

@@ -58,6 +58,9 @@ class LoopArguments:
     warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
     gather_across_processes: bool = field(default=False, metadata={"help": "Attend to the images of all processes."})
+    self_loss_weight: float = field(
+        default=0.0, metadata={"help": "Share of the loss that is computed without neighbors, in [0, 1)."}
+    )
     mixed_precision: str | None = field(
         default=None,
         metadata={"help": "no, bf16 or fp16; by default as it was launched.", "choices": ["no", "bf16", "fp16"]},
@@ -114,8 +117,8 @@ def main(argv: Sequence[str] | None = None):
     )
 
     # Model and optimizer. The batch is the neighborhood: that of this process, or of all.
-    model.config.gather_across_processes = args.gather_across_processes
-    self_loss_weight = model.config.self_loss_weight
+    model.rbi.gather_across_processes = args.gather_across_processes
+    model.rbi.self_loss_weight = args.self_loss_weight
     optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate, args.weight_decay))
     num_steps = args.num_train_epochs * len(sampler)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_steps)
@@ -145,7 +148,7 @@ def main(argv: Sequence[str] | None = None):
             num_targets = accelerator.reduce(count_targets(batch))
             outputs = model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"])
             # The loss is a mean over all processes' images, and DDP takes the mean of their gradients.
-            loss = training_loss(outputs, batch, num_targets, self_loss_weight) * accelerator.num_processes
+            loss = training_loss(outputs, batch, num_targets, args.self_loss_weight) * accelerator.num_processes
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()

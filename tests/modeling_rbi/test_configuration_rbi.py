@@ -147,8 +147,6 @@ WRONG_TYPES = {
     "reference_gain": [[1.0]],
     "reference_vote_weight": ["0", None],
     "num_added_classes": ["1", 1.0, None],
-    "self_loss_weight": ["0.5", None],
-    "gather_across_processes": ["yes", None],
     "image_mean": [0.5, ["a", "b", "c"], None],
     "image_std": [0.5, ["a", "b", "c"], None],
 }
@@ -192,8 +190,6 @@ OUT_OF_RANGE = [
     ("reference_vote_weight", 1.0),
     ("num_added_classes", -1),
     ("num_added_classes", 5),
-    ("self_loss_weight", 1.0),
-    ("self_loss_weight", float("nan")),
     ("psnr_max", 0),
     ("psnr_max", -50.0),
     ("psnr_max", float("nan")),
@@ -315,8 +311,10 @@ def test_configs_do_not_share_their_lists():
 REFERENCES = {
     "num_references": 4,
     "image_shape": [3, 16, 16],
+    "num_labeled": 3,
     "mean_similarity": 0.25,
     "strategy": "random",
+    "per_class": None,
     "seed": 1,
 }
 
@@ -353,9 +351,53 @@ def test_a_scope_that_is_set_later_is_checked_when_the_model_is_built(config):
         RBIModel(config)
 
 
-def test_gathering_is_of_a_run_and_not_saved(backbone_config, tmp_path):
+def test_the_path_of_the_backbone_is_not_saved(backbone_config, tmp_path):
     backbone_config._name_or_path = "/home/alice/checkpoint"
-    RBIConfig(backbone_config=backbone_config, gather_across_processes=True).save_pretrained(tmp_path)
+    RBIConfig(backbone_config=backbone_config).save_pretrained(tmp_path)
     assert "alice" not in (tmp_path / "config.json").read_text()
-    assert not RBIConfig.from_pretrained(tmp_path).gather_across_processes
-    assert RBIConfig.from_pretrained(tmp_path, gather_across_processes=True).gather_across_processes
+
+
+OLDER = """
+{
+  "architectures": ["RBIForImageClassification"],
+  "attention_type": "cosine",
+  "auto_map": {"AutoConfig": "configuration_rbi.RBIConfig"},
+  "backbone_config": {
+    "depths": [1, 1, 1, 1], "hidden_sizes": [8, 12, 16, 24], "image_size": 32, "model_type": "convnext"
+  },
+  "dtype": "float32",
+  "feature_size": 24,
+  "gather_across_processes": true,
+  "id2label": {"0": "cat", "1": "dog"},
+  "label2id": {"cat": 0, "dog": 1},
+  "model_type": "rbi",
+  "references": {
+    "image_shape": [3, 16, 16], "mean_similarity": 0.25, "num_labelled": 4, "num_references": 6, "per_class": null,
+    "seed": 0, "strategy": "random"
+  },
+  "relation_scope": "reference",
+  "self_loss_weight": 0.5,
+  "transformers_version": "5.17.0"
+}
+"""
+
+
+def test_configs_of_older_versions_load(tmp_path):
+    """They hold two fields that are attributes of the model, and another name of a fact about the references."""
+    (tmp_path / "config.json").write_text(OLDER)
+    config = RBIConfig.from_pretrained(tmp_path)
+    assert config.attention_type == "cosine" and config.id2label == {0: "cat", 1: "dog"}
+    assert config.references["num_labeled"] == 4 and config.references["num_references"] == 6
+    assert config.references.keys() == REFERENCES.keys()
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not {"gather_across_processes", "self_loss_weight"} & (written.keys() | vars(config).keys())
+    assert "num_labelled" not in written["references"]
+    model = RBIModel(config)
+    assert model.gather_across_processes is False and model.self_loss_weight == 0.0
+
+
+@pytest.mark.parametrize("name", ["gather_across_processes", "self_loss_weight"])
+def test_what_belongs_to_a_training_run_is_no_field(name):
+    with pytest.raises(ValueError, match=f"no field `{name}`"):
+        RBIConfig(**{name: 0})

@@ -698,7 +698,7 @@ def test_a_pairwise_mask_is_split_with_the_batch(model, pixel_values, features):
 def test_splits_that_make_no_sense_are_refused(model, pixel_values):
     with pytest.raises(ValueError, match="`relation_batch_size` must be at least 1, got 0"):
         model(pixel_values, relation_scope="batch", relation_batch_size=0)
-    model.config.gather_across_processes = True
+    model.rbi.gather_across_processes = True
     with pytest.raises(ValueError, match="use one of them"):
         model(pixel_values, relation_scope="batch", relation_batch_size=4)
 
@@ -708,7 +708,7 @@ def test_splits_that_make_no_sense_are_refused(model, pixel_values):
 
 def test_gathering_in_one_process_changes_nothing(model, pixel_values):
     expected = logits_of(model, pixel_values)
-    model.config.gather_across_processes = True
+    model.rbi.gather_across_processes = True
     assert torch.equal(logits_of(model, pixel_values), expected)
 
 
@@ -726,7 +726,8 @@ rank, world_size, folder, mask_kind = int(sys.argv[1]), int(sys.argv[2]), sys.ar
 torch.distributed.init_process_group(
     "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
 )
-model = RBIForImageClassification.from_pretrained(f"{folder}/model", gather_across_processes=True).train()
+model = RBIForImageClassification.from_pretrained(f"{folder}/model").train()
+model.rbi.gather_across_processes = True
 batch = load_file(f"{folder}/batch.safetensors")
 rows = torch.arange(7).tensor_split(world_size)[rank]
 mask = {"none": None, "images": batch["mask"][rows], "pairs": batch["pairs"][rows][:, rows]}[mask_kind]
@@ -900,11 +901,11 @@ def loss_and_gradients(model, pixel_values, **kwargs):
 def test_the_self_loss_is_that_of_the_other_scope(model, pixel_values, weight, options):
     """One forward has the loss and the gradients of two, weighted."""
     model.train()
-    model.config.self_loss_weight = 0.0
+    model.rbi.self_loss_weight = 0.0
     loss, gradients = loss_and_gradients(model, pixel_values, **options)
     self_loss, self_gradients = loss_and_gradients(model, pixel_values, relation_scope="self")
     assert (loss - self_loss).abs() > 1e-3
-    model.config.self_loss_weight = weight
+    model.rbi.self_loss_weight = weight
     actual_loss, actual = loss_and_gradients(model, pixel_values, **options)
     torch.testing.assert_close(actual_loss, (1 - weight) * loss + weight * self_loss)
     assert self_gradients.keys() <= gradients.keys() == actual.keys()
@@ -917,7 +918,7 @@ def test_the_self_loss_is_that_of_the_other_scope(model, pixel_values, weight, o
 
 def test_in_training_there_are_answers_of_both_scopes(model, pixel_values, features):
     model.train()
-    model.config.self_loss_weight = 0.5
+    model.rbi.self_loss_weight = 0.5
     outputs = model(pixel_values, image_features=features)
     for scope, logits in (("batch", outputs.logits), ("self", outputs.self_logits)):
         torch.testing.assert_close(logits, logits_of(model, pixel_values, scope, image_features=features))
@@ -933,7 +934,7 @@ def test_in_training_there_are_answers_of_both_scopes(model, pixel_values, featu
 )
 def test_without_a_self_loss_nothing_is_added(model, pixel_values, is_training, weight, scope):
     model.train(is_training)
-    model.config.self_loss_weight = weight
+    model.rbi.self_loss_weight = weight
     outputs = model(pixel_values, labels=CLASSES, relation_scope=scope)
     assert outputs.self_logits is None
     expected = nn.functional.cross_entropy(outputs.logits, CLASSES, ignore_index=-100)
@@ -943,7 +944,7 @@ def test_without_a_self_loss_nothing_is_added(model, pixel_values, is_training, 
 
 def test_the_self_loss_keeps_rows_that_are_not_finite_apart(model, pixel_values, features):
     model.train()
-    model.config.self_loss_weight = 0.5
+    model.rbi.self_loss_weight = 0.5
     features[5, 0] = torch.inf
     outputs = model(pixel_values, image_features=features, labels=CLASSES)  # its label is -100
     assert outputs.self_logits[5].isnan().all() and outputs.self_logits[CLASSES >= 0].isfinite().all()

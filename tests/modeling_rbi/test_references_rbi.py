@@ -859,7 +859,7 @@ def test_keys_and_values_are_computed_once(bare_model, pixel_values):
         assert rows == [7, 7, 3, 3, 1, 1, 7, 7]
         rows.clear()
         bare_model.train()
-        bare_model.config.self_loss_weight = 0.0
+        bare_model.rbi.self_loss_weight = 0.0
         bare_model(pixel_values, relation_scope="reference")
         assert sorted(rows) == [7, 7, NUM_REFERENCES, NUM_REFERENCES]
 

@@ -162,16 +162,9 @@ def test_the_gradient_is_that_of_the_definition(model, pixel_values, features):
     inputs = [features, *(rra.get_parameter(name) for name in (*names, "query.weight", "key.weight"))]
     labels = torch.tensor([0, 1, 3, 4, 0, 1, 3])
     output = model(pixel_values, labels=labels, image_features=features, relation_scope="reference")
-    # The votes are all but the whole answer; what they are is half of the loss where the other is that of each alone.
-    share = 1 - model.config.self_loss_weight
-    alone = (
-        nn.functional.cross_entropy(output.self_logits, labels) * model.config.self_loss_weight
-        if output.self_logits is not None
-        else 0.0
-    )
     expected_loss = -oracle(model, pixel_values, features)[torch.arange(7), labels].log().mean()
-    torch.testing.assert_close((output.loss - alone) / share, expected_loss.float(), atol=1e-4, rtol=1e-4)
-    gradients = torch.autograd.grad((output.loss - alone) / share, inputs)
+    torch.testing.assert_close(output.loss, expected_loss.float(), atol=1e-4, rtol=1e-4)
+    gradients = torch.autograd.grad(output.loss, inputs)
     for gradient, expected in zip(gradients, torch.autograd.grad(expected_loss, inputs), strict=True):
         assert expected.abs().max() > 1e-4
         torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-2)
@@ -395,7 +388,7 @@ def test_the_order_of_new_classes_is_of_no_account(voting_model, pixel_values, t
 def test_the_classifier_learns_on(voting_model, pixel_values):
     """Through the bank, with images of new classes too."""
     voting_model.add_classes(NEW, new_items())
-    voting_model.config.self_loss_weight = 0.0
+    voting_model.rbi.self_loss_weight = 0.0
     output = voting_model.train()(pixel_values, labels=torch.arange(7), relation_scope="reference")
     assert output.loss.isfinite() and output.logits.shape == (7, 7)
     output.loss.backward()

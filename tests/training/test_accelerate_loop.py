@@ -63,10 +63,10 @@ def test_it_has_the_self_loss_of_the_trainer(arguments, loop_arguments, tmp_path
     def losses(name):
         return [entry["train_loss"] for entry in history_of(tmp_path / name)]
 
-    options = {"preset": "kernel", "rbi_config": '{"self_loss_weight": 0.7}'}
+    options = {"preset": "kernel", "self_loss_weight": 0.7}
     assert train.main(arguments(tmp_path / "trainer", optim="adamw_torch", **options)) == 0
     accelerate_loop.main(loop_arguments(tmp_path / "loop", **options))
-    accelerate_loop.main(loop_arguments(tmp_path / "without", preset="kernel", rbi_config='{"self_loss_weight": 0.0}'))
+    accelerate_loop.main(loop_arguments(tmp_path / "without", preset="kernel"))
     record = json.loads((tmp_path / "trainer" / "run.json").read_text())
     expected = [entry["loss"] for entry in record["metrics_by_epoch"]]
     assert losses("loop") == pytest.approx(expected, abs=1e-4)

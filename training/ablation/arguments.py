@@ -95,7 +95,7 @@ class AblationArguments(Arguments):
             "--relation_batch_size": self.fine_tuning.relation_batch_size is not None,
             "--gather_across_processes": self.fine_tuning.gather_across_processes,
             "--train_relation_scope": self.fine_tuning.train_relation_scope != "batch",
-            "--self_loss_weight": self.fine_tuning.self_loss_weight is not None,
+            "--self_loss_weight": self.fine_tuning.self_loss_weight != 0,
             "--unlabeled_dir": self.fine_tuning.unlabeled_dir is not None,
             "--references_per_class": self.fine_tuning.references_per_class is not None,
             "--lora_rank": self.fine_tuning.lora_rank is not None,
@@ -164,6 +164,8 @@ class AblationArguments(Arguments):
             model=dataclasses.replace(
                 self.model, preset=arm.preset, rbi_config=json.dumps(self.model.rbi_fields | arm.rbi_fields)
             ),
-            fine_tuning=dataclasses.replace(self.fine_tuning, train_relation_scope=scope),
+            fine_tuning=dataclasses.replace(
+                self.fine_tuning, train_relation_scope=scope, self_loss_weight=arm.self_loss_weight
+            ),
             training=dataclasses.replace(self.training, output_dir=str(output_dir), seed=seed),
         )

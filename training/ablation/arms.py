@@ -26,6 +26,8 @@ class Arm:
             Form of the head.
         rbi_fields (`dict[str, Any]`, *optional*):
             Fields of `RBIConfig` that differ from the preset's.
+        self_loss_weight (`float`, *optional*, defaults to 0.0):
+            Share of the training loss that is computed without neighbors.
         train_scope (`str`, *optional*, defaults to `"self"`):
             Relation scope in training.
         scopes (`tuple[str, ...]`, *optional*, defaults to `("self",)`):
@@ -43,6 +45,7 @@ class Arm:
     control: str | None = None
     preset: str = "kernel"
     rbi_fields: dict[str, Any] = field(default_factory=dict)
+    self_loss_weight: float = 0.0
     train_scope: str = "self"
     scopes: tuple[str, ...] = ("self",)
     trains_attention: bool = True
@@ -100,7 +103,7 @@ ARMS = {
             "rbi-kernel+single",
             "as `rbi-kernel`, and half of the loss is that of each image on its own",
             control="self-kernel",
-            rbi_fields={"self_loss_weight": 0.5},
+            self_loss_weight=0.5,
             train_scope="batch",
             scopes=("self", "batch"),
         ),
@@ -145,7 +148,7 @@ ARMS = {
             "bank-trained+single",
             "as `bank-trained`, and on each image on its own, with equal shares of the loss",
             control="plain",
-            rbi_fields={"self_loss_weight": 0.5},
+            self_loss_weight=0.5,
             train_scope="reference",
             scopes=("self", "reference"),
             trains_attention=False,

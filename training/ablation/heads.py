@@ -68,6 +68,7 @@ def train_head(
     *,
     bank: torch.Tensor | None = None,
     trains_attention: bool = True,
+    self_loss_weight: float = 0.0,
     model_class: Callable[[RBIConfig], RBIForImageClassification] = RBIForImageClassification,
 ) -> TrainedHead:
     r"""
@@ -91,11 +92,14 @@ def train_head(
             Row numbers of the references, -100 being the label of those without one.
         trains_attention (`bool`, *optional*, defaults to `True`):
             `False`: RRA stays as it starts, and the classifier alone is trained.
+        self_loss_weight (`float`, *optional*, defaults to 0.0):
+            Share of the loss that is computed without neighbors.
         model_class (`Callable`, *optional*):
             Makes the model of the config.
     """
     torch.manual_seed(seed)
     model = model_class(copy.deepcopy(config)).train()
+    model.rbi.self_loss_weight = self_loss_weight
     model.rbi.backbone.requires_grad_(False)
     model.rbi.rra.requires_grad_(trains_attention)
     _set_bank(model, images, bank)
@@ -120,7 +124,7 @@ def train_head(
         )
         loss = _loss(outputs.logits, labels, budget)
         if outputs.self_logits is not None:
-            loss = torch.lerp(loss, _loss(outputs.self_logits, labels, budget), config.self_loss_weight)
+            loss = torch.lerp(loss, _loss(outputs.self_logits, labels, budget), self_loss_weight)
         return loss
 
     seconds = _train(

@@ -283,6 +283,7 @@ def train_frozen(
         arm.train_scope,
         bank=bank,
         trains_attention=arm.trains_attention,
+        self_loss_weight=arm.self_loss_weight,
         model_class=BatchFormerForImageClassification if arm.is_batchformer else RBIForImageClassification,
     )
     if arm.gives_weights:

@@ -106,9 +106,9 @@ class WithUnlabeled(torch.utils.data.Dataset):
 
 class Collator:
     r"""
-    Stacks items of [`ImageDataset`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding and images
-    without a label, and `relation_mask`, (B,), `False` for padding. With `mixing`, also `targets` (B, num_labels), and
-    the mask is (B, B); images without a label are not mixed.
+    Stacks items of [`ImageDataset`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding and for
+    images without a label, and `relation_mask`, (B,), `False` for padding. With `mixing`, also `targets`
+    (B, num_labels), and the mask is (B, B); images without a label are not mixed.
     """
 
     def __init__(self, mixing: Mixing | None = None):

@@ -72,11 +72,11 @@ class FineTuningArguments:
             "choices": ["batch", "reference", "self"],
         },
     )
-    self_loss_weight: float | None = field(
-        default=None,
+    self_loss_weight: float = field(
+        default=0.0,
         metadata={
-            "help": "Share of the loss that is that of each image by itself, with the same features and classifier; "
-            "by default as the model's config has it."
+            "help": "Share of the loss, in [0, 1), that is computed without neighbors, from the same features and "
+            "with the same classifier."
         },
     )
     unlabeled_dir: str | None = field(
@@ -187,7 +187,7 @@ class FineTuningArguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise UserError(f"--{name} must be between 0 and 1, got {value}.")
-        if self.self_loss_weight is not None and not 0 <= self.self_loss_weight < 1:
+        if not 0 <= self.self_loss_weight < 1:
             raise UserError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
         for_relations = ("relation_batch_size", "gather_across_processes", "self_loss_weight", "unlabeled_dir")
         if self.train_relation_scope == "self" and (

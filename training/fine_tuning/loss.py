@@ -83,7 +83,7 @@ def training_loss(
         outputs (`RBIImageClassifierOutput`):
             With `logits` and, where there are any, `self_logits`, (B, num_labels).
         self_loss_weight (`float`):
-            Share of the second loss, as `RBIConfig.self_loss_weight`.
+            Share of the second loss, as `RBIModel.self_loss_weight`.
         batch, num_targets, class_weights, label_smoothing:
             As in [`classification_loss`].
     """

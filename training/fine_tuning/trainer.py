@@ -105,11 +105,10 @@ class RBITrainer(Trainer):
         **kwargs: Any,
     ):
         self.fine_tuning = fine_tuning or FineTuningArguments()
-        config = rbi_model(model).config
-        config.gather_across_processes = self.fine_tuning.gather_across_processes
-        if self.fine_tuning.self_loss_weight is not None:
-            config.self_loss_weight = self.fine_tuning.self_loss_weight
-        self.self_loss_weight = config.self_loss_weight
+        self.self_loss_weight = self.fine_tuning.self_loss_weight
+        base = rbi_model(model).rbi
+        base.gather_across_processes = self.fine_tuning.gather_across_processes
+        base.self_loss_weight = self.self_loss_weight
         self.num_micro_batches, self.split_size = plan_neighborhoods(args, self.fine_tuning)
         args = copy.copy(args)
         # One batch of the loader is a neighborhood, so that much of the accumulation happens within it.

@@ -140,8 +140,8 @@ def test_the_share_of_the_loss_without_relations(images, backbone_config):
     rows, weights = torch.arange(45), {}
     for share, scope in ((0.0, "self"), (1 - 1e-7, "batch"), (0.0, "batch")):
         config = _config("kernel", backbone_config)
-        config.self_loss_weight = share
-        head = train_head(images, rows, config, BUDGET, 0, scope, trains_attention=False)
+        options = {"trains_attention": False, "self_loss_weight": share}
+        head = train_head(images, rows, config, BUDGET, 0, scope, **options)
         weights[share, scope] = head.model.classifier.weight
     torch.testing.assert_close(weights[1 - 1e-7, "batch"], weights[0.0, "self"], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(weights[0.0, "batch"], weights[0.0, "self"], atol=1e-3)

@@ -138,7 +138,8 @@ def test_the_training_loss_is_the_weighted_mean_of_both(weight, soft):
 
 
 def test_the_training_loss_is_that_of_the_model():
-    model, pixel_values = make_model("convnext", "kernel", self_loss_weight=0.3), smooth_images()
+    model, pixel_values = make_model("convnext", "kernel"), smooth_images()
+    model.rbi.self_loss_weight = 0.3
     labels = torch.tensor([0, 1, 2, -100, 4, 0, 1])
     batch = {"labels": labels}
     outputs = model(pixel_values=pixel_values, labels=labels)
@@ -224,11 +225,8 @@ def test_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_si
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
 @pytest.mark.parametrize("backbone", ["convnext", "vit"])
 def test_with_a_self_loss_gradients_are_those_of_the_whole_batch(backbone, preset, micro_batch_size):
-    model, pixel_values, mask = (
-        make_model(backbone, preset, self_loss_weight=0.4),
-        smooth_images(),
-        relation_masks("rows"),
-    )
+    model, pixel_values, mask = make_model(backbone, preset), smooth_images(), relation_masks("rows")
+    model.rbi.self_loss_weight = 0.4
     batch = {"labels": torch.arange(7) % 5}
 
     def loss_of(outputs):

@@ -274,7 +274,7 @@ def test_the_self_loss_is_that_of_training_without_relations(make_trainer, prese
     assert both == pytest.approx(0.7 * together + 0.3 * alone, abs=1e-5)
 
 
-def test_the_self_loss_is_as_the_config_has_it_unless_it_is_given(make_trainer):
+def test_the_self_loss_is_off_unless_it_is_asked_for(make_trainer):
     options = {"preset": "kernel", "max_steps": 1}
     losses = [
         first_loss(make_trainer(**more, **options))
@@ -282,7 +282,7 @@ def test_the_self_loss_is_as_the_config_has_it_unless_it_is_given(make_trainer):
     ]
     assert losses[0] == losses[2] and len(set(losses)) == 3
     trainer = make_trainer(self_loss_weight=0.9, **options)
-    assert trainer.model.config.self_loss_weight == 0.9, "and is saved so"
+    assert trainer.model.rbi.self_loss_weight == 0.9
 
 
 def cross_entropy_by_hand(trainer, batch):
