@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.width = 120
     args = None
     try:
-        args = Arguments.parse(argv)
+        args = Arguments.parse(argv, __doc__)
         _log_to_stderr(args.training.get_process_log_level() if args.training.should_log else logging.ERROR)
         if args.run.dry_run:
             dry_run(args)

@@ -234,7 +234,7 @@ class Arguments:
     argv: list[str]
 
     @classmethod
-    def parse(cls, argv: Sequence[str]) -> "Arguments":
+    def parse(cls, argv: Sequence[str], description: str | None = None) -> "Arguments":
         """See [`parse_arguments`]."""
         types = (
             ModelArguments,
@@ -247,7 +247,7 @@ class Arguments:
         defaults = DEFAULTS | {"output_dir": default_output_dir(find_recipes(argv))}
         is_dry_without_gpu = "--dry_run" in argv and not torch.cuda.is_available()
         on_cpu = ["--bf16", "False", "--fp16", "False", "--use_cpu", "True"] if is_dry_without_gpu else []
-        parsed = (*parse_arguments([*argv, *on_cpu], types, defaults, description=__doc__), list(argv))
+        parsed = (*parse_arguments([*argv, *on_cpu], types, defaults, description), list(argv))
         return cls(*parsed)
 
     def __post_init__(self):

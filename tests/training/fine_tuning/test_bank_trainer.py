@@ -43,7 +43,7 @@ def test_no_training_image_attends_to_itself(options, monkeypatch):
             finally:
                 handle.remove()
 
-    monkeypatch.setattr("training.fine_tuning.BankTrainer", Watched)
+    monkeypatch.setattr("training.fine_tuning.run.BankTrainer", Watched)
     assert main(options) == 0
     assert weights_of_itself and all((weights == 0).all() for weights in weights_of_itself)
 

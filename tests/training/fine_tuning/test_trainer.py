@@ -365,7 +365,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 torch.set_num_threads(1)
-from training import fine_tuning, train
+from training import train
+from training.fine_tuning.trainer import RBITrainer
 
 results = sys.argv[1]
 
@@ -377,14 +378,14 @@ class Gradients(TrainerCallback):
             save_file(gradients, os.path.join(results, "gradients.safetensors"))
 
 
-original = fine_tuning.RBITrainer.__init__
+original = RBITrainer.__init__
 
 
 def init(self, *args, callbacks, **kwargs):
     original(self, *args, callbacks=[*callbacks, Gradients()], **kwargs)
 
 
-fine_tuning.RBITrainer.__init__ = init
+RBITrainer.__init__ = init
 code = train.main(sys.argv[2:])
 if torch.distributed.is_initialized():
     torch.distributed.barrier()
