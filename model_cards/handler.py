@@ -1,107 +1,73 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
 """
-Answers the requests of a Hugging Face Inference Endpoint, from the model repository that this file lies in.
+Handler of a Hugging Face Inference Endpoint, which runs in the repository of the published model.
 
-It takes what the Hub's image-classification task sends, `{"inputs": ..., "parameters": {...}}`, and gives what the
-task answers, `[{"label": ..., "score": ...}]`. Environment variables of the endpoint:
+It takes the requests of the Hub's image-classification task, `{"inputs": ..., "parameters": {...}}`, and returns the
+task's answers, `[{"label": ..., "score": ...}]`. Environment variables set its limits:
 
-- `RBI_MAX_BATCH_SIZE` (16): largest number of images that go through the model at once.
-- `RBI_MAX_PENDING` (128): largest number of images in work or waiting; those above it are refused.
-- `RBI_MAX_PIXELS` (100 million): largest image, by its header, before it is decoded. Pillow has a limit of its own,
-  178,956,970.
-- `RBI_URL_HOSTS` (empty: none): hosts, `example.org` or `example.org:8000`, separated by commas, that images may be
-  fetched from where `inputs` is an address. What is listed is trusted, even if it is in a private network.
+- `RBI_MAX_BATCH_SIZE` (16): largest number of images in one forward pass.
+- `RBI_MAX_IMAGES` (128): largest number of images in one request.
+- `RBI_MAX_PIXELS` (100 million): largest number of pixels of an image, checked before the image is decoded. Pillow
+  has a limit of its own, 178,956,970.
+- `RBI_URL_HOSTS` (none): hosts that images may be downloaded from, separated by commas, such as `example.org` or
+  `example.org:8000`. A listed host is trusted even in a private network.
 """
 
 import base64
 import binascii
+import contextlib
 import http.client
 import io
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Set
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Set
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageClassification
 
-# From `transformers` itself, version 5.17 gives it only where there is torchvision, which it does not need.
+# transformers 5.17 exports it at the top level only if torchvision is installed, which is not needed here.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
-# Seconds that a batch waits, at most, for images that are being decoded. A request on its own waits for none.
-_MAX_WAIT = 0.01
 _MAX_DOWNLOAD_BYTES = 20_000_000
 _DOWNLOAD_SECONDS = 10
-
-# Resized until its shorter side fits the model, an image of few pixels and of extreme shape can fill the memory.
+# Resizing the shorter side of a narrow image to the model's size makes the longer side, and the memory, enormous.
 _MAX_ASPECT_RATIO = 100
-
 _DEFAULT_TOP_K = 5
 _FUNCTIONS = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda logits: logits}
-
-# How the stored pixels are turned for each value of EXIF's Orientation.
-_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class OverloadedError(RuntimeError):
-    """
-    Too many images wait. `status_code` is the HTTP status to answer: 429, not 503, which some clients repeat at once
-    and without end.
-    """
-
-    status_code = 429
-
-
-@dataclass
-class _Image:
-    """An image on its way through the model."""
-
-    pixel_values: torch.Tensor  # (1, channels, height, width)
-    logits: Future[torch.Tensor] = field(default_factory=Future)  # (num_labels,), on the CPU
 
 
 class EndpointHandler:
     r"""
-    A model that answers requests, from any number of threads.
+    Answers the requests for one model.
 
-    Requests that come at the same time go through the model in one batch. Each image is still answered by itself:
-    the relation scope is `"self"` or `"reference"`, as the model's config says. A config that says `"batch"`, by which
-    an answer would depend on whose requests came at the same time, is read as `"reference"` if the model has a
-    reference bank and as `"self"` if not.
+    The answer for an image does not depend on the other images of a request: the relation scope is the config's
+    `"self"` or `"reference"`. `"batch"` is replaced by `"reference"` if the model has a reference bank and by `"self"`
+    otherwise.
 
-    The endpoint's container answers every exception by HTTP 400 with its message. A server of one's own can tell them
-    apart: `ValueError` is the request's fault (400), [`OverloadedError`] carries its status (429), others are the
-    server's (500).
+    The endpoint's container calls the handler from one thread. A server may call it from several: a lock lets one
+    request at a time into decoding and the model.
+
+    The container answers every exception with HTTP status 400 and the message. A server can tell the exceptions
+    apart: a `ValueError` is a mistake in the request (400), every other exception is a failure of the server (500).
 
     Args:
         path (`str`):
-            The folder of the model: weights, config, image processor and code, which is run.
+            Folder with the model's weights, config, image processor and code. The code is executed.
 
     Raises:
-        ValueError: if one of the environment variables above is no number above 0.
+        ValueError: if an environment variable is not a whole number of at least 1.
     """
 
     def __init__(self, path: str = ""):
         self.max_batch_size = _positive_setting("RBI_MAX_BATCH_SIZE", 16)
-        self.max_pending = _positive_setting("RBI_MAX_PENDING", 128)
+        self.max_images = _positive_setting("RBI_MAX_IMAGES", 128)
         self.max_pixels = _positive_setting("RBI_MAX_PIXELS", 100_000_000)
         hosts = os.environ.get("RBI_URL_HOSTS", "").split(",")
         self.url_hosts = {host.strip().lower() for host in hosts if host.strip()}
@@ -115,38 +81,32 @@ class EndpointHandler:
         self.relation_scope = config.relation_scope
         if self.relation_scope == "batch":
             self.relation_scope = "self" if config.references is None else "reference"
-
-        # More threads than cores would decode no faster, and hold more images in memory.
-        self._decoders = threading.BoundedSemaphore(os.cpu_count() or 1)
-        # It guards what follows.
-        self._condition = threading.Condition()
-        self._waiting: deque[_Image] = deque()
-        self._num_pending = 0
-        self._num_decoding = 0
-        # The model runs in one thread: each thread that ran it would keep a pool of its own for the cores.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rbi")
+        self._lock = threading.Lock()
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         r"""
         Args:
             data (`dict`):
-                `inputs`: the bytes of an image's file, the same as base64 text or `data:` URI, its address (see
-                `RBI_URL_HOSTS`), a `PIL.Image.Image`, or a list of these. `parameters`, optional: `top_k`, the number
-                of labels to answer (5), and `function_to_apply`, which makes scores of the logits: `"softmax"`,
-                `"sigmoid"` or `"none"` (by default what the `image-classification` pipeline takes for the model).
+                `inputs`: an image or a list of images. An image is the bytes of its file, the file as base64 text or
+                `data:` URI, a URL (see `RBI_URL_HOSTS`), or a `PIL.Image.Image`. `parameters` (optional): `top_k`,
+                the number of labels in an answer (5), and `function_to_apply`, which turns logits into scores:
+                `"softmax"`, `"sigmoid"` or `"none"` (default: as the `image-classification` pipeline).
 
         Returns:
-            `list[dict]`: label and score of the best labels, best first; a list of such lists for a list of images.
+            `list[dict]`: labels and scores, highest score first. For a list of images: a list of such lists.
 
         Raises:
-            ValueError: if the request, or one of its images, can't be answered; the message says what to change. One
-                bad image refuses the list that it is in, and no other request.
-            OverloadedError: if more than `RBI_MAX_PENDING` images would be in work or waiting.
+            ValueError: if the request is wrong or one of its images cannot be read. The message says what to change.
+            RuntimeError: if the model's logits are not finite.
         """
         inputs, top_k, function = self._read_request(data)
         is_list = isinstance(inputs, (list, tuple))
-        images = self._logits(list(inputs) if is_list else [inputs], "inputs[{}]" if is_list else "inputs")
-        answers = [self._answer(logits, top_k, function) for logits in images]
+        sources = {f"inputs[{number}]": each for number, each in enumerate(inputs)} if is_list else {"inputs": inputs}
+        # Outside the lock, so that a slow download delays no other request.
+        sources = {name: self._load(source, name) for name, source in sources.items()}
+        with self._lock:
+            logits = self._logits([self._preprocess(source, name) for name, source in sources.items()])
+        answers = [self._answer(row, top_k, function) for row in logits]
         return answers if is_list else answers[0]
 
     def _read_request(self, data: Any) -> tuple[Any, int, str]:
@@ -154,31 +114,26 @@ class EndpointHandler:
             raise ValueError(
                 'The request has no `inputs`: send {"inputs": an image as base64 text, "parameters": {}}.'
             )
-        # `options`, which some clients send as well, are for the Hub's own servers.
+        # Some clients also send `options`, which are meant for the Hub's own servers.
         _check_names(data.keys() - {"options"}, {"inputs", "parameters"}, "The request")
-        parameters = data.get("parameters")
-        if parameters is None:
-            parameters = {}
+        parameters = {} if data.get("parameters") is None else data["parameters"]
         if not isinstance(parameters, dict):
             raise ValueError(f'`parameters` must be an object, such as {{"top_k": 3}}, got {_short(parameters)}.')
         _check_names(parameters.keys(), {"top_k", "function_to_apply"}, "`parameters`")
 
-        top_k = parameters.get("top_k")
-        if top_k is None:
-            top_k = _DEFAULT_TOP_K
+        top_k = _DEFAULT_TOP_K if parameters.get("top_k") is None else parameters["top_k"]
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"`top_k` must be a whole number of at least 1, got {_short(top_k)}.")
         function = parameters.get("function_to_apply")
-        if function is None:
-            function = self._default_function()
+        function = self._default_function() if function is None else function
         if not isinstance(function, str) or function not in _FUNCTIONS:
             choices = ", ".join(f'"{name}"' for name in _FUNCTIONS)
             raise ValueError(f"`function_to_apply` must be one of {choices}, got {_short(function)}.")
 
         inputs = data["inputs"]
-        if isinstance(inputs, (list, tuple)) and not 1 <= len(inputs) <= self.max_pending:
+        if isinstance(inputs, (list, tuple)) and not 1 <= len(inputs) <= self.max_images:
             raise ValueError(
-                f"A request takes 1 to {self.max_pending} images, `inputs` has {len(inputs)}"
+                f"A request takes 1 to {self.max_images} images, `inputs` has {len(inputs)}"
                 + (": send them in several requests." if inputs else ".")
             )
         return inputs, top_k, function
@@ -187,79 +142,26 @@ class EndpointHandler:
         config = self.model.config
         if config.problem_type == "regression":
             return "none"
-        return (
-            "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
-        )
+        is_sigmoid = config.problem_type == "multi_label_classification" or config.num_labels == 1
+        return "sigmoid" if is_sigmoid else "softmax"
 
-    def _answer(self, logits: torch.Tensor, top_k: int, function: str) -> list[dict[str, Any]]:
-        scores = _FUNCTIONS[function](logits).tolist()
-        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_k]
-        return [{"label": self.model.config.id2label[index], "score": scores[index]} for index in best]
-
-    def _logits(self, inputs: list[Any], name: str) -> list[torch.Tensor]:
-        """The logits of each image, (num_labels,) on the CPU. `name` has a place for its number in a list."""
-        with self._pending(len(inputs)):
-            with self._decoding(len(inputs)):
-                images = [_Image(self._read(each, name.format(number))) for number, each in enumerate(inputs)]
-                with self._condition:
-                    self._waiting.extend(images)
-            # As many turns as images are enough, since each takes one at least. Those that find none do nothing.
-            for _ in images:
-                self._worker.submit(self._run_batch)
-            return [image.logits.result() for image in images]
-
-    @contextmanager
-    def _pending(self, number: int) -> Iterator[None]:
-        with self._condition:
-            if self._num_pending + number > self.max_pending:
-                raise OverloadedError(
-                    f"The endpoint is overloaded: {self._num_pending} images are waiting, of at most "
-                    f"{self.max_pending}. Try again later."
-                )
-            self._num_pending += number
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._num_pending -= number
-
-    @contextmanager
-    def _decoding(self, number: int) -> Iterator[None]:
-        with self._condition:
-            self._num_decoding += number
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._num_decoding -= number
-                self._condition.notify_all()
-
-    def _read(self, source: Any, name: str) -> torch.Tensor:
-        """The pixels of an image as the model takes them, (1, channels, height, width)."""
-        if isinstance(source, str):
-            source = self._read_text(source, name)
-        with self._decoders:
-            image = _decode(source, name, self.max_pixels).convert(self.mode)
-            try:
-                return self.image_processor(images=image, return_tensors="pt")["pixel_values"]
-            except ValueError as error:
-                width, height = image.size
-                raise ValueError(f"`{name}`, {width} x {height} pixels, can't be prepared: {error}") from error
-
-    def _read_text(self, text: str, name: str) -> bytes:
-        if text[:8].lower().startswith(("http://", "https://")):
-            return self._download(text, name)
-        encoded = text
-        if text[:5].lower() == "data:":
-            header, comma, encoded = text.partition(",")
+    def _load(self, source: Any, name: str) -> Any:
+        """Turns text into the bytes of the image's file."""
+        if not isinstance(source, str):
+            return source
+        if source[:8].lower().startswith(("http://", "https://")):
+            return self._download(source, name)
+        encoded = source
+        if source[:5].lower() == "data:":
+            header, comma, encoded = source.partition(",")
             if not comma or not header.lower().endswith(";base64"):
-                raise ValueError(f"`{name}` is a data: URI, but not of base64: write data:image/png;base64,...")
+                raise ValueError(f"`{name}` is a data: URI, but not in base64: write data:image/png;base64,...")
         try:
             # Some encoders break lines.
             return base64.b64decode("".join(encoded.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError(
-                f"`{name}` is no image: a text must be the image's file in base64, but {_short(text)} is not. "
+                f"`{name}` is not an image: text must be the image's file in base64, but {_short(source)} is not. "
                 "Paths are not read."
             ) from error
 
@@ -268,14 +170,14 @@ class EndpointHandler:
             parts = urlsplit(url)
             scheme, host, port = parts.scheme.lower(), parts.hostname or "", parts.port
         except ValueError as error:
-            raise ValueError(f"`{name}` is no valid address: {_short(url)}.") from error
+            raise ValueError(f"`{name}` is not a valid URL: {_short(url)}.") from error
         is_default = port is None or port == {"http": 80, "https": 443}[scheme]
         if (host if is_default else f"{host}:{port}") not in self.url_hosts:
             raise ValueError(
-                f"`{name}` is an address of {host}, which this endpoint does not fetch from: send the image itself, "
+                f"`{name}` is a URL of {host}, which this endpoint does not download from: send the image itself, "
                 "in base64, or have the host added to the endpoint's environment variable RBI_URL_HOSTS."
             )
-        # A bare connection goes nowhere but to the host that was checked: it follows neither redirects nor proxies.
+        # http.client follows neither redirects nor proxies, so it connects only to the host that was checked.
         connection_class = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
         connection = connection_class(host, port, timeout=_DOWNLOAD_SECONDS)
         try:
@@ -284,45 +186,38 @@ class EndpointHandler:
             response = connection.getresponse()
             if response.status != 200:
                 raise ValueError(f"it answered {response.status} {response.reason} (redirects are not followed)")
-            return _read_whole(response)
+            return _read_response(response)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ValueError(f"`{name}` could not be fetched from {host}: {error}.") from error
+            raise ValueError(f"`{name}` could not be downloaded from {host}: {error}.") from error
         finally:
             connection.close()
 
-    def _run_batch(self) -> None:
-        """Answers those that wait the longest. Images of one size go through the model together."""
-        with self._condition:
-            if not self._waiting:
-                return
-            self._condition.wait_for(
-                lambda: not self._num_decoding or len(self._waiting) >= self.max_batch_size, _MAX_WAIT
-            )
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch_size))]
-        groups: dict[torch.Size, list[_Image]] = {}
-        for image in batch:
-            groups.setdefault(image.pixel_values.shape, []).append(image)
-        for group in groups.values():
-            try:
-                self._forward(group)
-            except Exception:
-                # What is wrong with one image, or too much for the memory at once, must not fail the others.
-                for image in group:
-                    try:
-                        self._forward([image])
-                    except Exception as error:
-                        image.logits.set_exception(error)
+    def _preprocess(self, source: Any, name: str) -> torch.Tensor:
+        """Decodes an image and returns its pixel values, `(1, num_channels, height, width)`."""
+        image = _decode(source, name, self.max_pixels).convert(self.mode)
+        try:
+            return self.image_processor(images=image, return_tensors="pt")["pixel_values"]
+        except ValueError as error:
+            width, height = image.size
+            raise ValueError(f"`{name}`, {width} x {height} pixels, can't be preprocessed: {error}") from error
 
-    def _forward(self, images: list[_Image]) -> None:
-        pixel_values = torch.cat([image.pixel_values for image in images])
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        with torch.inference_mode():
-            logits = self.model(pixel_values=pixel_values, relation_scope=self.relation_scope).logits.float().cpu()
-        for image, row in zip(images, logits, strict=True):
-            if row.isfinite().all():
-                image.logits.set_result(row)
-            else:
-                image.logits.set_exception(RuntimeError("The model's logits of the image are not finite."))
+    def _logits(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits of each image, `(num_labels,)` on the CPU. Images of different sizes do not share a batch."""
+        batch_size = self.max_batch_size if len({image.shape for image in images}) == 1 else 1
+        logits = []
+        for start in range(0, len(images), batch_size):
+            pixel_values = torch.cat(images[start : start + batch_size]).to(self.model.device, self.model.dtype)
+            with torch.inference_mode():
+                outputs = self.model(pixel_values=pixel_values, relation_scope=self.relation_scope)
+            logits += outputs.logits.float().cpu()
+        if not all(row.isfinite().all() for row in logits):
+            raise RuntimeError("The model's logits are not finite.")
+        return logits
+
+    def _answer(self, logits: torch.Tensor, top_k: int, function: str) -> list[dict[str, Any]]:
+        scores = _FUNCTIONS[function](logits).tolist()
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_k]
+        return [{"label": self.model.config.id2label[index], "score": scores[index]} for index in best]
 
 
 def _positive_setting(name: str, default: int) -> int:
@@ -346,7 +241,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_whole(response: http.client.HTTPResponse) -> bytes:
+def _read_response(response: http.client.HTTPResponse) -> bytes:
     content, deadline = b"", time.monotonic() + _DOWNLOAD_SECONDS
     while part := response.read1(65536):
         content += part
@@ -359,29 +254,10 @@ def _read_whole(response: http.client.HTTPResponse) -> bytes:
 
 def _decode(source: Any, name: str, max_pixels: int) -> Image.Image:
     """
-    An image, upright and RGB: EXIF's orientation is applied, transparency is laid on white, 16 bits are scaled to 8,
-    and of an animation the first frame counts.
+    Decodes an image to RGB as in training: EXIF's orientation applied, transparency on white, 16 bits scaled to 8,
+    only the first frame of an animation.
     """
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
-            raise ValueError(f"`{name}` is empty: send the image's file.")
-        # Pillow's decoders raise errors of many kinds for files that are broken.
-        try:
-            # EPS is a program, which Ghostscript would be started to run.
-            Image.init()
-            image: Image.Image = Image.open(io.BytesIO(source), formats=[each for each in Image.ID if each != "EPS"])
-        except Image.UnidentifiedImageError as error:
-            raise ValueError(f"`{name}` is not an image of a known format: send a PNG or JPEG file.") from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"`{name}` is too large: {error} Send a smaller image.") from error
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise ValueError(f"`{name}` can't be opened as an image: {error}") from error
-    elif isinstance(source, Image.Image):
-        image = source
-    else:
-        raise ValueError(f"`{name}` must be an image's file as bytes or base64 text, got {type(source).__name__}.")
+    image = source if isinstance(source, Image.Image) else _open(source, name)
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(
@@ -397,15 +273,37 @@ def _decode(source: Any, name: str, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:
         raise ValueError(f"`{name}` is broken or cut off: {error}. Send the whole file.") from error
+    rgb = _to_rgb(image, name)
+    # `info` holds the orientation. Pillow turns the pixels first, then rewrites EXIF, which fails if EXIF is broken.
+    rgb.info = image.info.copy()
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(rgb, in_place=True)
+    rgb.info.clear()
+    return rgb
+
+
+def _open(source: Any, name: str) -> Image.Image:
+    if not isinstance(source, (bytes, bytearray, memoryview)):
+        raise ValueError(f"`{name}` must be an image's file as bytes or base64 text, got {type(source).__name__}.")
+    if not len(source):
+        raise ValueError(f"`{name}` is empty: send the image's file.")
+    # Without EPS: opening it runs Ghostscript.
+    Image.init()
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        orientation = 1
-    image = _to_rgb(image, name)
-    return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
+        return Image.open(io.BytesIO(source), formats=[each for each in Image.ID if each != "EPS"])
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"`{name}` is not an image of a known format: send a PNG or JPEG file.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"`{name}` is too large: {error} Send a smaller image.") from error
+    except MemoryError:
+        raise
+    # Pillow's decoders raise errors of many types for broken files.
+    except Exception as error:
+        raise ValueError(f"`{name}` can't be opened as an image: {error}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Returns a new RGB image."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
@@ -416,7 +314,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             values = values * 255
         image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
     elif "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        # Pillow converts La to nothing but LA.
+        # Pillow converts La only to LA.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -1,15 +1,15 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
 """
-A loopback stand-in for the container of an Inference Endpoint, whose toolkit is not on the package registries.
+A loopback stand-in for the container of an Inference Endpoint, whose toolkit is in no package registry.
 
-What it does as the toolkit does: it loads `handler.py` from the model's folder, with the folder on the path; takes
-POST on `/`; reads `image/*` bodies as RGB images by Pillow, and JSON as it is; takes `parameters` from the query
-where the body has none; answers an exception as JSON, `{"error": message}`.
+Like the toolkit, it loads `handler.py` from the model's folder, with the folder on the path; takes POST on `/`; reads
+`image/*` bodies with Pillow as RGB images, and JSON unchanged; takes `parameters` from the query if the body has none;
+and answers an exception with JSON, `{"error": message}`.
 
-What it does otherwise, as a server of one's own can: `application/octet-stream` bodies go to the handler as bytes; the
-status is that of the exception where it has a `status_code`, 400 for a `ValueError` and 500 for all others, where the
-toolkit's is always 400; bodies above a limit get 413; and many threads call the handler, where the toolkit's is one.
+Unlike the toolkit, it passes `application/octet-stream` bodies to the handler as bytes; answers with the exception's
+`status_code` if it has one, with 400 for a `ValueError` and 500 for others, where the toolkit always answers 400;
+refuses bodies above a limit with 413; and calls the handler from many threads, where the toolkit uses one.
 
     python endpoint.py MODEL_FOLDER
 
@@ -43,7 +43,7 @@ class TooLargeError(Exception):
 
 
 def load_handler(folder: Path) -> Callable[[dict], Any]:
-    """The handler of a model's folder, as the toolkit makes it."""
+    """Makes the handler of a model's folder as the toolkit does."""
     spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
     assert spec is not None and spec.loader is not None
     sys.path.insert(0, str(folder))
@@ -74,7 +74,7 @@ def create_app(handler: Callable[[dict], Any], num_threads: int = 100) -> Starle
 async def _read_body(request: Request) -> bytes:
     parts: list[bytes] = []
     size = 0
-    # Read to its end: a client that is still sending would not see the answer.
+    # Read to the end: a client that is still sending would not see the answer.
     async for part in request.stream():
         size += len(part)
         parts = [*parts, part] if size <= MAX_BODY_BYTES else []
@@ -101,7 +101,7 @@ def _deserialize(request: Request, body: bytes) -> dict:
 
 @contextmanager
 def serve(app: Starlette) -> Iterator[str]:
-    """Gives the address that the application answers on."""
+    """Serves an application on a free port; yields its address."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     # Listening here, so that clients can connect from now on.
     listener = server.config.bind_socket()
