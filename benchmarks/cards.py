@@ -1,11 +1,11 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the models whose cards are in `model_cards/`, measures them, and writes the cards (minutes on 2 cores).
+"""Trains and measures the models whose cards are in `model_cards/`, and writes the cards (minutes on 2 cores).
 
     python -m benchmarks.cards --output_dir outputs/cards
 
-What is trained and measured already in the output folder is not again: after a change of what it depends on, name
-another folder. The cards themselves are written anew.
+Models and measurements that exist in the output folder are reused: after a change that affects them, name another
+folder. The cards are always rewritten.
 """
 
 import argparse
@@ -30,17 +30,17 @@ _NUM_EXAMPLES = 3
 @dataclass(frozen=True)
 class CardModel:
     r"""
-    A model to train, and what becomes of it.
+    A model to train, measure and describe by a card.
 
     Args:
         name (`str`):
-            Of its recipe, its facts (`model_cards/<name>.yaml`) and its card.
+            Name of the recipe, of the facts (`model_cards/<name>.yaml`) and of the card.
         repo_id (`str`):
-            Where it would be published.
+            Repository that the card names.
         options (`tuple[str, ...]`):
-            For the training, beside the recipe.
+            Arguments of the training in addition to the recipe.
         has_references (`bool`):
-            Whether its training images become its references.
+            Whether the training images become references of the model.
     """
 
     name: str
@@ -49,7 +49,7 @@ class CardModel:
     has_references: bool = False
 
     def commands(self, folder: Path, device: tuple[str, ...]) -> list[tuple]:
-        """The programs and their arguments, in their order, each with the file that says that it is done."""
+        """The commands in order: module, arguments, and the file whose existence shows that the command is done."""
         recipe, data = (str(ROOT / "training" / "recipes" / place / f"{self.name}.yaml") for place in ("", "data"))
         trained, model, assessment = (str(folder / name) for name in ("trained", "model", "assessment"))
         seed = ("--seed", str(SEED))
@@ -81,7 +81,7 @@ MODELS = (
 
 
 def write_examples(name: str, folder: Path):
-    """Some test images of different classes."""
+    """Saves a few test images of different classes."""
     recipe = yaml.safe_load((ROOT / "training" / "recipes" / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
     names = ("dataset_format", "dataset_config_name")
     test = load_images(DataArguments(**{name: recipe[name] for name in names}), SEED)["test"]
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             if not Path(result).exists() and program.main(words) != 0:
                 print(f"{program.__name__} {' '.join(words)} failed.", file=sys.stderr)
                 return 1
-    # Not before all is trained: the records say whether the checkout was changed.
+    # After all trainings, because their records say whether the checkout has changes.
     for model in MODELS:
         card = TEMPLATE.with_name(f"{model.name}.md")
         shutil.copyfile(args.output_dir / model.name / "published" / "README.md", card)

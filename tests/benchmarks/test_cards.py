@@ -1,11 +1,17 @@
-"""The commands that make the committed cards: arguments that are there, each made from what came before."""
+"""The commands that make the committed cards, and the cards' text, which is the template's."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import MobileNetV2Config
 
 from benchmarks.cards import MODELS, write_examples
-from model_cards.card import CardArguments
+from model_cards.card import FIGURES, TEMPLATE, CardArguments, CardSources, make_card
+from modeling_rbi import RBIConfig
 from training.assess import AssessmentArguments
 from training.cli import parse_arguments
 from training.data.reading import DataArguments
@@ -40,3 +46,76 @@ def test_the_commands_fit_each_other(model, tmp_path):
 def test_examples_are_of_different_classes(tmp_path):
     write_examples("orl_faces", tmp_path)
     assert len(list(tmp_path.glob("person_*.png"))) == 3
+
+
+def prose(text: str) -> list[str]:
+    """The lines of a card without its tables, and without numbers."""
+    return [re.sub(r"\d[\d,.]*", "#", line) for line in text.splitlines() if not line.startswith("|")]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_the_committed_cards_have_the_text_of_the_template(model):
+    """Their figures are measured and cannot be made here, but every sentence around them can."""
+    committed = ModelCard.load(TEMPLATE.with_name(f"{model.name}.md"))
+    facts = yaml.safe_load(TEMPLATE.with_name(f"{model.name}.yaml").read_text(encoding="utf-8"))
+    given = CardArguments(**{each.name: facts[each.name] for each in fields(CardArguments) if each.name in facts})
+    classes = re.search(r"^## Classes\n\n(`.*?`)(?: and (\d+) more.*)?$", committed.text, re.M)
+    names = re.findall("`(.*?)`", classes[1]) + [f"class {number}" for number in range(int(classes[2] or 0))]
+    config = getattr(RBIConfig, "kernel" if model.has_references else "paper")(
+        backbone_config=MobileNetV2Config(), id2label=dict(enumerate(names))
+    )
+    references = None
+    if model.has_references:
+        references = {"num_references": 80, "num_labeled": 80, "num_bytes": 2**19}
+        references |= {"has_images": True, "image_shape": [3, 16, 16]}
+        config.references = {"num_references": 80, "image_shape": [3, 16, 16], "mean_similarity": 0.5}
+        config.relation_scope = "reference"
+    minutes = re.search(r"Training took \d+ (s|min)", committed.text)[1] == "min"
+    numbers = {"images": 1, "min_per_class": 1, "max_per_class": 1}
+    splits = {"train": numbers, "validation": numbers, "test": numbers}
+    run = {
+        "status": "finished",
+        "arguments": {"dataset_config_name": re.search(r"^Data: .*\(`(.*)`\)", committed.text, re.M)[1], "seed": 42},
+        "environment": {
+            "hardware": {"gpus": [], "processor": "Intel(R) Xeon(R) Processor", "threads": 1},
+            "versions": {"modeling-rbi": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
+            "git": {"commit": re.search(r"\(commit (\w+)\)", committed.text)[1], "changed": False},
+        },
+        "data": {"label_names": names, "skipped": [], "cropped_to_boxes": False, "fingerprint": {"splits": splits}},
+        "model": {"backbone": "packaged/mobilenet_v2"},
+        "results": {"train": {"runtime": 300 if minutes else 60}},
+        "recipes": [f"{model.name}.yaml"],
+        "best": {"metric": 0.9},
+    }
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.75}
+    metrics = dict.fromkeys(("accuracy", "top5_accuracy", "macro_f1", "calibration_error"), estimate)
+    findings = re.findall(r"^- (No leak seen.*|Whether relations help.*|Relations help.*)$", committed.text, re.M)
+    assessment = {
+        "model": {"classes": len(names)},
+        "arguments": {},
+        "data": {"split": "test", "images": 1, "classes": len(names), "left_out": 0},
+        "images_in_bank": 0,
+        "results": [{"protocol": "single", "batch_size": None} | metrics],
+        "findings": {str(number): {"sentence": sentence} for number, sentence in enumerate(findings)},
+    }
+    card, missing = make_card(
+        CardSources(
+            repo_id=model.repo_id,
+            config=config,
+            num_parameters=1_200_000,
+            requirements=TEMPLATE.with_name("requirements.txt").read_text(encoding="utf-8").split(),
+            references=references,
+            run=run,
+            reference_record={
+                "gains": {"accuracy": {"value": 1.0, "low": 0.0, "high": 2.0}},
+                "held_out_images": 1,
+                "fitted": False,
+            },
+            assessment=assessment,
+            figures=list(FIGURES),
+            examples=[Path(each["src"]).name for each in committed.data.widget],
+        ),
+        given,
+    )
+    assert not missing
+    assert prose(card.text) == prose(committed.text)

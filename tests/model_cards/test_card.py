@@ -100,16 +100,16 @@ def test_the_code_is_that_of_the_model(sources, given):
 
     alone = python()
     assert "set_references(references" in alone and '"examples/dog.png"' in alone
-    assert "Each image is answered alone, whatever" in alone.replace("\n", " ")
+    assert "Each image is classified without neighbors, independently of its batch" in alone.replace("\n", " ")
     sources.config.references = {"num_references": 6, "image_shape": [3, 16, 16], "mean_similarity": 0.5}
     sources.config.relation_scope = "reference"
     with_bank = python(references=REFERENCES)
     assert "describe_references" in with_bank and "4 of them labeled" in with_bank
-    assert "with the help of the model's references, whatever" in with_bank.replace("\n", " ")
-    assert "copies of its 6 reference images at 16 x 16 pixels" in with_bank
+    assert "classified with the model's references, independently of its batch" in with_bank.replace("\n", " ")
+    assert "thumbnails of its 6 reference images (16 x 16 pixels)" in with_bank
     assert "features of its reference images" in python(references=REFERENCES | {"has_images": False})
     sources.config.relation_scope = "batch"
-    assert "that is the default of this model" in python(references=REFERENCES)
+    assert "This is the model's default" in python(references=REFERENCES)
     assert 'Image.open("a.jpg")' not in python(examples=[]) and '"a.jpg"' in python(examples=[], has_examples=False)
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_test_is_not_called_one(sources, given):
     data = sources.assessment["data"] | {"split": "validation", "left_out": 2}
     assessment = sources.assessment | {"data": data, "images_in_bank": 5}
     text = make_card(dataclasses.replace(sources, assessment=assessment), given)[0].text
-    assert "These are no test images" in text and "2 images that could not be read" in text
+    assert "These are not test images" in text and "2 unreadable images" in text
     assert "5 of them are among the model's references" in text
 
 
@@ -154,7 +154,7 @@ def test_data_sets_are_those_of_the_hub(sources, given):
 
 def test_facts_that_are_no_text():
     for value in ("1000.0", "5", "?"):
-        with pytest.raises(ValueError, match="--data_license is a text"):
+        with pytest.raises(ValueError, match="--data_license must be a text"):
             CardArguments(data_license=value)
 
 
@@ -162,18 +162,18 @@ def test_measured_emissions_are_told(sources, given, tmp_path):
     assert read_emissions(tmp_path) is None
     (tmp_path / "emissions.csv").write_text(HEADER + "2026,60,0.5,1,Iceland\n2026,60,0.00125,0.5,France\n")
     card, _ = make_card(dataclasses.replace(sources, emissions=read_emissions(tmp_path)), given)
-    assert "1.25 g CO2-equivalent and 0.5 kWh, by CodeCarbon (country: France)" in card.text
+    assert "1.25 g CO2-equivalent and 0.5 kWh, measured by CodeCarbon (country: France)" in card.text
     assert card.data.co2_eq_emissions["emissions"] == 1.25
     for content in ("a,b\n1,2\n", HEADER, HEADER + "2026,60,much,0.5,France\n"):
         (tmp_path / "emissions.csv").write_text(content)
-        with pytest.raises(ValueError, match=r"none of CodeCarbon's.*move it away"):
+        with pytest.raises(ValueError, match=r"not a table of CodeCarbon.*Move it away"):
             read_emissions(tmp_path)
 
 
 def test_records_that_are_none(sources, given):
     with pytest.raises(ValueError, match=r"lacks arguments, data, environment, model, status.*move it away"):
         make_card(dataclasses.replace(sources, run={"epochs": 5}), given)
-    with pytest.raises(ValueError, match="of a model of 7 classes, the model has 3: assess this one"):
+    with pytest.raises(ValueError, match="of a model with 7 classes, this model has 3: assess this model"):
         make_card(dataclasses.replace(sources, assessment=sources.assessment | {"model": {"classes": 7}}), given)
 
 
