@@ -1,12 +1,16 @@
-"""Command lines: what wins, what is refused, and how YAML's values become those of flags."""
+"""Commands: which values win, what is refused, how YAML becomes flags, and how errors become exit codes."""
 
 import itertools
+import logging
 from dataclasses import dataclass, field
 
+import datasets
+import huggingface_hub.errors
 import pytest
 from transformers import TrainingArguments
 
-from training.cli import ArgumentError, default_output_dir, find_recipes, parse_arguments
+from modeling_rbi import MissingPackageError, UserError
+from training.cli import ArgumentError, Stopped, default_output_dir, find_recipes, parse_arguments, run_command
 
 
 @dataclass
@@ -294,3 +298,145 @@ def test_help_lists_all(capsys):
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
     assert all(f"--{name}" in printed for name in ("config", "rate", "strategy", "no_mirror"))
+
+
+@dataclass
+class Others:
+    """Of another command; `steps` is of both."""
+
+    epochs: int
+    steps: str = "all"
+    verbose: bool = True
+    names: list[str] | None = None
+
+    def __post_init__(self):
+        pytest.fail("made")
+
+
+class TestIgnoredArguments:
+    def parse(self, *argv):
+        return parse_arguments(argv, [Options], {"decay": 0.5}, ignored_types=[Others])[0]
+
+    def test_they_have_no_effect(self, recipe):
+        path = recipe("a.yaml", "epochs: 3\nverbose: false\nnames: [a, b]\nsteps: 4\nrate: 2")
+        expected = Options(rate=2.0, decay=0.5, steps=4)
+        assert self.parse("--config", path) == expected
+        assert self.parse("--config", path, "--epochs", "5", "--no_verbose", "--names", "a") == expected
+        assert self.parse() == Options(decay=0.5), "nor need they be given"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("epoch: 3", "unknown key `epoch`: did you mean `epochs`"),
+            ("epochs: few", "--epochs: invalid int value: 'few'"),
+            ("epochs: [1, 2]", "a list for `epochs`, which takes one value"),
+            ("steps: all", "--steps: invalid int value: 'all'"),
+        ],
+    )
+    def test_they_are_checked(self, recipe, text, message):
+        with pytest.raises(ArgumentError, match=message):
+            self.parse("--config", recipe("a.yaml", text))
+        with pytest.raises(ArgumentError, match="There is no argument --epoch: did you mean `--epochs`"):
+            self.parse("--epoch", "3")
+
+    def test_help_does_not_list_them(self, capsys):
+        with pytest.raises(SystemExit):
+            self.parse("--help")
+        printed = capsys.readouterr().out
+        assert "--steps" in printed and "--rate" in printed
+        assert "epochs" not in printed and "verbose" not in printed
+
+
+class TestRunCommand:
+    @pytest.fixture
+    def run(self, capsys):
+        """Runs a command that raises an error; gives its exit code and what it printed on stderr."""
+
+        def run(error, **kwargs):
+            def command(argv, console):
+                raise error
+
+            code = run_command(command, [], **kwargs)
+            printed = capsys.readouterr()
+            assert printed.out == ""
+            return code, printed.err
+
+        return run
+
+    @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
+    def test_the_code_of_the_command(self, returned, code, capsys):
+        assert run_command(lambda argv, console: returned, []) == code
+        assert capsys.readouterr() == ("", "")
+
+    def test_arguments(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr("sys.argv", ["train.py", "--rate", "1"])
+        for argv in (None, [], ("--steps", "2")):
+            run_command(lambda argv, console: seen.append(argv), argv)
+        assert seen == [["--rate", "1"], [], ["--steps", "2"]]
+
+    @pytest.mark.parametrize("width", [None, 40])
+    def test_the_console(self, width, capsys):
+        kwargs = {} if width is None else {"width": width}
+        run_command(lambda argv, console: console.print("word " * 50), [], **kwargs)
+        assert 0 <= (width or 120) - max(map(len, capsys.readouterr().out.splitlines())) < 10
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            UserError("It is wrong: fix it."),
+            MissingPackageError("It is wrong: fix it."),
+            OSError("It is wrong: fix it."),
+            ConnectionError("It is wrong: fix it."),
+            datasets.exceptions.DatasetNotFoundError("It is wrong: fix it."),
+            huggingface_hub.errors.HFValidationError("It is wrong: fix it."),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_errors_that_a_user_can_fix(self, run, error):
+        assert run(error) == (1, "error: It is wrong: fix it.\n")
+
+    def test_errors_of_files_name_them(self, run, tmp_path):
+        with pytest.raises(FileNotFoundError) as raised:
+            (tmp_path / "absent.txt").read_text()
+        code, printed = run(raised.value)
+        assert code == 1 and "absent.txt" in printed
+
+    def test_wrong_arguments(self, run, capsys):
+        assert run(ArgumentError("There is no argument --x")) == (2, "error: There is no argument --x\n")
+        assert run_command(lambda argv, console: parse(*argv) and 0, ["--step", "1"]) == 2
+        assert capsys.readouterr().err == "error: There is no argument --step: did you mean `--steps`?\n"
+
+    @pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, RuntimeError, ImportError, AssertionError])
+    def test_bugs_show_their_traceback(self, run, error):
+        with pytest.raises(error, match="bug"):
+            run(error("bug"))
+
+    @pytest.mark.parametrize(
+        ("error", "kwargs", "printed"),
+        [
+            (KeyboardInterrupt(), {}, "Stopped. Nothing was written.\n"),
+            (KeyboardInterrupt(), {"on_stop": "The folder is as it was."}, "Stopped. The folder is as it was.\n"),
+            (Stopped("Go on with: it"), {"on_stop": "The folder is as it was."}, "Stopped. Go on with: it\n"),
+        ],
+    )
+    def test_ctrl_c(self, run, error, kwargs, printed):
+        assert run(error, **kwargs) == (130, printed)
+
+    @pytest.mark.parametrize("error", [UserError("wrong"), ArgumentError("wrong"), KeyboardInterrupt()])
+    def test_one_process_of_several_prints(self, run, error, monkeypatch):
+        monkeypatch.setenv("RANK", "0")
+        code, printed = run(error)
+        assert code and printed
+        monkeypatch.setenv("RANK", "1")
+        assert run(error) == (code, "")
+
+    def test_the_traceback_can_be_logged(self, run, caplog):
+        with caplog.at_level(logging.DEBUG, logger="training.cli"):
+            run(UserError("wrong"))
+        assert "in command" in caplog.text
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            run_command(lambda argv, console: parse(*argv) and 0, ["--help"])
+        assert exit_info.value.code == 0 and "--steps" in capsys.readouterr().out

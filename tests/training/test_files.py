@@ -1,4 +1,4 @@
-"""Whole or not at all, whatever stops the writing."""
+"""The cache, the guard of output folders, and files that are complete or absent, whatever stops the writing."""
 
 import errno
 import json
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from training.files import filled_whole, names_in, read_json, write_json
+from modeling_rbi import UserError
+from training.files import cache_dir, check_output_dir, filled_whole, made_once, names_in, read_json, write_json
 
 
 OLD, NEW = {"config.json": "old", "a": "old a", "z": "old z"}, {"config.json": "new", "a": "new a", "z": "new z"}
@@ -86,7 +87,7 @@ def test_what_is_read_is_a_mapping_or_refused_by_name(tmp_path):
     assert read_json(path, "record") == {"a": 1}
     for content in ("{", "[]", '"a"'):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"run\.json is no record.*: move it away"):
+        with pytest.raises(ValueError, match=r"run\.json is not a valid record.*: move it away"):
             read_json(path, "record")
 
 
@@ -171,3 +172,104 @@ def test_files_can_be_read_by_those_whom_the_umask_lets(tmp_path):
         os.umask(umask)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()} == {0o644}
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
+
+
+class TestCache:
+    @pytest.fixture(autouse=True)
+    def _cache(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("RBI_CACHE", str(tmp_path / "cache"))
+
+    @pytest.mark.parametrize("value", [None, ""])
+    def test_where_it_is_by_default(self, monkeypatch, tmp_path, value):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        if value is None:
+            monkeypatch.delenv("RBI_CACHE")
+        else:
+            monkeypatch.setenv("RBI_CACHE", value)
+        assert cache_dir() == tmp_path / ".cache" / "modeling-rbi"
+
+    def test_an_interrupted_make_leaves_nothing_behind(self):
+        def fail(draft):
+            draft.mkdir()
+            (draft / "half").touch()
+            raise RuntimeError("interrupted")
+
+        with pytest.raises(RuntimeError, match="interrupted"):
+            made_once("folder/thing", fail)
+        assert list((cache_dir() / "folder").iterdir()) == []
+        path = made_once("folder/thing", lambda draft: draft.write_text("whole"))
+        assert path == cache_dir() / "folder" / "thing"
+        assert made_once("folder/thing", fail) == path
+        assert path.read_text() == "whole"
+
+    def test_a_folder_that_another_process_made_meanwhile_is_taken(self):
+        def make(draft):
+            for folder, text in ((cache_dir() / "thing", "theirs"), (draft, "ours")):
+                folder.mkdir()
+                (folder / "file").write_text(text)
+
+        assert (made_once("thing", make) / "file").read_text() == "theirs"
+        assert [path.name for path in cache_dir().iterdir()] == ["thing"]
+
+
+class TestOutputDir:
+    NAMES = ("results.json", "figures")
+
+    def check(self, folder):
+        """As a command that replaces its earlier result, known by `results.json`."""
+        check_output_dir(folder, "an assessment", self.NAMES, lambda folder: (folder / "results.json").exists())
+
+    @pytest.mark.parametrize("what", [None, "an assessment"])
+    def test_missing_or_empty(self, tmp_path, what):
+        check_output_dir(tmp_path, what, self.NAMES)
+        check_output_dir(tmp_path / "new" / "deep", what, self.NAMES)
+        assert not (tmp_path / "new").exists(), "nothing is made"
+
+    @pytest.mark.parametrize("what", [None, "an assessment"])
+    def test_a_file(self, tmp_path, what):
+        path = tmp_path / "out"
+        path.write_text("")
+        with pytest.raises(UserError, match=r"--output_dir .*out is a file: name a folder\."):
+            check_output_dir(path, what, self.NAMES)
+
+    def test_a_command_that_replaces_nothing(self, tmp_path):
+        (tmp_path / "results.json").write_text("{}")
+        with pytest.raises(UserError, match=r"is not empty: name a new folder\."):
+            check_output_dir(tmp_path)
+
+    def test_an_earlier_result(self, tmp_path):
+        (tmp_path / "figures").mkdir()
+        (tmp_path / "results.json").write_text("{}")
+        self.check(tmp_path)
+
+    def test_its_names_without_an_earlier_result(self, tmp_path):
+        (tmp_path / "figures").mkdir()
+        with pytest.raises(UserError, match=r"holds other files than an assessment \(figures\): name another folder"):
+            self.check(tmp_path)
+
+    def test_other_files_beside_an_earlier_result(self, tmp_path):
+        for name in ("results.json", *"abcdefg"):
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match=r"than an assessment \(a, b, c, d, e and 2 more\): name another folder"):
+            self.check(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 8
+
+    @pytest.mark.parametrize("is_former", [True, False])
+    def test_any_names_where_a_result_has_no_fixed_ones(self, tmp_path, is_former):
+        (tmp_path / "anything").write_text("")
+        if is_former:
+            check_output_dir(tmp_path, "a demo", is_former=lambda folder: is_former)
+        else:
+            with pytest.raises(UserError, match=r"holds other files than a demo \(anything\)"):
+                check_output_dir(tmp_path, "a demo", is_former=lambda folder: is_former)
+
+    @pytest.mark.parametrize("what", [None, "an assessment"])
+    def test_drafts_of_killed_runs_do_not_count(self, tmp_path, what):
+        with filled_whole(tmp_path, last="results.json"):
+            assert list(tmp_path.iterdir())
+            check_output_dir(tmp_path, what, self.NAMES, lambda folder: False)
+        for name in (".hidden", ".x.draft.tmp"):  # a file is not a draft
+            (tmp_path / name).write_text("")
+            with pytest.raises(UserError, match=name):
+                check_output_dir(tmp_path, "an assessment", self.NAMES)
+            (tmp_path / name).unlink()

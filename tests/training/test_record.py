@@ -61,7 +61,7 @@ def test_one_process_writes(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"text"'])
 def test_what_is_no_record(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is no record of a run.*: move it away"):
+    with pytest.raises(ValueError, match=r"run\.json is not a valid record of a run.*: move it away"):
         RunRecord.read(tmp_path)
 
 

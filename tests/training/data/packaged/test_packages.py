@@ -211,30 +211,6 @@ def test_debian_package_that_apt_does_not_know(client):
         DebianFiles("things", "1.0", "things.tar", "0" * 64, "usr/share/things").fetch()
 
 
-def test_made_once_leaves_nothing_behind_where_it_fails():
-    def fail(draft):
-        draft.mkdir()
-        (draft / "half").touch()
-        raise RuntimeError("interrupted")
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        packages.made_once("folder/thing", fail)
-    assert list((packages.cache_dir() / "folder").iterdir()) == []
-    path = packages.made_once("folder/thing", lambda draft: draft.write_text("whole"))
-    assert packages.made_once("folder/thing", fail) == path
-    assert path.read_text() == "whole"
-
-
-def test_made_once_takes_the_folder_that_another_process_made_meanwhile():
-    def make(draft):
-        for folder, text in ((packages.cache_dir() / "thing", "theirs"), (draft, "ours")):
-            folder.mkdir()
-            (folder / "file").write_text(text)
-
-    assert (packages.made_once("thing", make) / "file").read_text() == "theirs"
-    assert [path.name for path in packages.cache_dir().iterdir()] == ["thing"]
-
-
 def test_images_made_once():
     images = [("a.png", b"A"), ("b.png", b"B")]
     calls = []
