@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .bank_rbi import MAX_REFERENCES, NO_LABEL, ReferenceBank
 from .configuration_rbi import RBIConfig
-from .errors_rbi import MissingPackageError, UserError
+from .errors_rbi import MismatchedWeightsError, MissingPackageError, UserError
 from .image_processing_rbi import load_image_processor, pixel_statistics
 from .modeling_rbi import (
     RBIForImageClassification,
@@ -27,14 +27,14 @@ from .modeling_rbi import (
     RBIPreTrainedModel,
 )
 from .reference_images_rbi import choose_references
-from .relations_rbi import Neighborhood, RelationshipPositionEncoding, ResidualRelationshipAttention
+from .relations_rbi import Neighborhood, RelationshipPositionEncoding, ResidualRelationshipAttention, RRAOutput
 
 
 AutoConfig.register(RBIConfig.model_type, RBIConfig, exist_ok=True)
 AutoModel.register(RBIConfig, RBIModel, exist_ok=True)
 AutoModelForImageClassification.register(RBIConfig, RBIForImageClassification, exist_ok=True)
 
-# What is saved carries this code with it, so that it loads where the package is not installed.
+# Saved models carry this code, so that they load where the package is not installed.
 RBIConfig.register_for_auto_class()
 RBIModel.register_for_auto_class("AutoModel")
 RBIForImageClassification.register_for_auto_class("AutoModelForImageClassification")
@@ -42,6 +42,7 @@ RBIForImageClassification.register_for_auto_class("AutoModelForImageClassificati
 __all__ = [
     "MAX_REFERENCES",
     "NO_LABEL",
+    "MismatchedWeightsError",
     "MissingPackageError",
     "Neighborhood",
     "RBIConfig",
@@ -50,6 +51,7 @@ __all__ = [
     "RBIModel",
     "RBIModelOutput",
     "RBIPreTrainedModel",
+    "RRAOutput",
     "ReferenceBank",
     "RelationshipPositionEncoding",
     "ResidualRelationshipAttention",

@@ -28,7 +28,7 @@ from .configuration_rbi import RBIConfig
 from .errors_rbi import UserError
 
 
-# What a family's own image classifier reads, where that is not the pooler or the mean.
+# What a family's own image classifier reads, unless it is the pooler or the mean.
 _AUTO_POOLING = {
     "deit": "cls",
     "dinov2": "cls_mean",
@@ -38,17 +38,17 @@ _AUTO_POOLING = {
     "vit_msn": "cls",
 }
 _UNUSABLE_BACKBONES = {
-    "pvt": "its class token cannot be told from the patches' in its output",
-    "sam2_hiera_det_model": "it keeps the channels last in its output",
-    "sam2_vision_model": "it keeps the channels last in its output",
-    "vit_mae": "it hides patches at random in evaluation too; load its weights as a ViT (`ViTModel`)",
-    "yolos": "its detection tokens come after the patches'",
+    "pvt": "its output does not separate the class token from the patch tokens",
+    "sam2_hiera_det_model": "its output has the channels last",
+    "sam2_vision_model": "its output has the channels last",
+    "vit_mae": "it masks patches at random, also in evaluation; load its weights as a ViT (`ViTModel`)",
+    "yolos": "its detection tokens come after the patch tokens",
 }
 
 
 @contextmanager
-def _in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while. Afterwards each part is in its own mode again: some may be frozen in evaluation."""
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context. Afterwards each part returns to its own mode: some may be frozen."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -58,8 +58,13 @@ def _in_evaluation(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `AutoModel` takes for the config, if it is a vision model's."""
+def backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    r"""
+    The class of which `AutoModel` makes the backbone.
+
+    Raises:
+        UserError: if it is no vision model, or one that cannot be a backbone.
+    """
     model_class = MODEL_MAPPING.get(type(backbone_config), None)
     if isinstance(model_class, tuple):
         model_class = model_class[0]
@@ -70,18 +75,24 @@ def _backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
         )
     if model_class is None or model_class.main_input_name != "pixel_values":
         raise UserError(
-            f"`backbone_config` is a {type(backbone_config).__name__}, which is not that of a vision model: RBI needs "
-            "a backbone that takes `pixel_values`, such as ConvNextConfig, ViTConfig or TimmWrapperConfig."
+            f"`backbone_config` is a {type(backbone_config).__name__}, which does not belong to a vision model: RBI "
+            "needs a backbone that takes `pixel_values`, such as ConvNextConfig, ViTConfig or TimmWrapperConfig."
         )
     return model_class
 
 
-def _load_whole(model_class: type[PreTrainedModel], name_or_path: str, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` that refuses a checkpoint without some of the weights, which would start at random."""
+def load_whole(model_class: type[PreTrainedModel], name_or_path: str, **kwargs) -> PreTrainedModel:
+    r"""
+    Loads a model by `from_pretrained`.
+
+    Raises:
+        UserError: if the checkpoint lacks some of the weights, which would be random.
+        OSError: if a weights file cannot be read.
+    """
     try:
         model, info = model_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except SafetensorError as error:
-        raise _unreadable_weights(name_or_path, error) from error
+        raise unreadable_weights(name_or_path, error) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{name_or_path} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: "
@@ -90,27 +101,29 @@ def _load_whole(model_class: type[PreTrainedModel], name_or_path: str, **kwargs)
     return model
 
 
-def _unreadable_weights(name_or_path: str, error: SafetensorError) -> OSError:
+def unreadable_weights(name_or_path: str, error: SafetensorError) -> OSError:
+    """The error for a weights file that safetensors cannot read."""
     return OSError(
         f"The weights of {name_or_path} cannot be read ({error}): a safetensors file there is truncated or was "
         "altered. Download or save it again."
     )
 
 
-def _backbone_init_kwargs(config: RBIConfig, model_class: type[PreTrainedModel]) -> dict[str, bool]:
-    """Leaves out a pooler that would go unused: it would have no gradient, which DDP takes for an error."""
+def backbone_init_kwargs(config: RBIConfig, model_class: type[PreTrainedModel]) -> dict[str, bool]:
+    """Arguments that leave out an unused pooler. DDP reports parameters without a gradient as an error."""
     has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     pooling = _AUTO_POOLING.get(config.backbone_config.model_type) if config.pooling == "auto" else config.pooling
     return {"add_pooling_layer": False} if has_option and pooling not in (None, "pooler") else {}
 
 
-def _build_backbone(config: RBIConfig) -> PreTrainedModel:
-    model_class = _backbone_class(config.backbone_config)
-    return AutoModel.from_config(config.backbone_config, **_backbone_init_kwargs(config, model_class))
+def build_backbone(config: RBIConfig) -> PreTrainedModel:
+    """A backbone with random weights, without a pooler that `config.pooling` does not use."""
+    model_class = backbone_class(config.backbone_config)
+    return AutoModel.from_config(config.backbone_config, **backbone_init_kwargs(config, model_class))
 
 
-def _expected_image_size(backbone_config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width of the images that the backbone was made for, 224 where it does not say."""
+def expected_image_size(backbone_config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width, in pixels, of the images that the backbone was made for. 224 if its config does not say."""
     size = getattr(backbone_config, "image_size", None)
     if size is None and getattr(backbone_config, "pretrained_cfg", None):
         size = backbone_config.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
@@ -118,38 +131,48 @@ def _expected_image_size(backbone_config: PreTrainedConfig) -> tuple[int, int]:
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
-def _num_channels(backbone_config: PreTrainedConfig) -> int:
-    """Channels of the images that the backbone takes, 3 where it does not say."""
-    model_args = getattr(backbone_config, "model_args", None) or {}  # those of timm
+def num_channels(backbone_config: PreTrainedConfig) -> int:
+    """Channels of the images that the backbone takes. 3 if its config does not say."""
+    model_args = getattr(backbone_config, "model_args", None) or {}  # arguments of timm
     return getattr(backbone_config, "num_channels", None) or model_args.get("in_chans", 3)
 
 
-def _measure_feature_size(config: RBIConfig) -> int:
-    """Runs the backbone on the meta device: the size stands under no common name in the backbones' configs."""
+def measure_feature_size(config: RBIConfig) -> int:
+    r"""
+    Number of pooled features. Configs have no common name for it, so the backbone runs once on the meta device.
+
+    Raises:
+        UserError: if the backbone cannot process an image of the size that it expects.
+    """
     config = copy.deepcopy(config)
-    image_size = _expected_image_size(config.backbone_config)
+    image_size = expected_image_size(config.backbone_config)
     with torch.device("meta"), torch.no_grad():
-        backbone = _build_backbone(config).eval()
+        backbone = build_backbone(config).eval()
         pixel_values = torch.zeros(1, len(config.image_mean), *image_size, dtype=backbone.dtype)
         try:
             outputs = backbone(pixel_values, return_dict=True)
-        except Exception as error:  # a model that is made for other inputs fails in any way
+        except Exception as error:  # a model for other inputs may fail in any way
             raise UserError(
                 f"The features of {type(backbone).__name__} for an image of {image_size[0]} x {image_size[1]} pixels "
                 f"could not be measured ({error}): if it is a vision model that takes such images, set "
                 "`feature_size` in RBIConfig."
             ) from error
-        return _pool(outputs, config, image_size).shape[-1]
+        return pool(outputs, config, image_size).shape[-1]
 
 
-def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) -> torch.Tensor:
-    """The backbone's output as one vector for each image, (batch_size, feature_size)."""
+def pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) -> torch.Tensor:
+    r"""
+    Pools the backbone's output to one vector for each image, (batch_size, feature_size), by `config.pooling`.
+
+    Raises:
+        UserError: if the backbone has nothing to pool in this way.
+    """
     backbone_name = config.backbone_config.model_type
     pooler_output = getattr(outputs, "pooler_output", None)
     pooling: str = config.pooling
     if backbone_name == "timm_wrapper":
         if pooling not in ("auto", "pooler"):
-            raise UserError(f'`pooling="{pooling}"`, but models of timm pool by themselves: use "pooler" or "auto".')
+            raise UserError(f'`pooling="{pooling}"`, but timm models do their own pooling: use "pooler" or "auto".')
         if pooler_output is None or pooler_output.ndim != 2:
             raise UserError(
                 "The TimmWrapperConfig turns the pooling of its model off: leave its `do_pooling`, and "
@@ -180,7 +203,7 @@ def _pool(outputs: ModelOutput, config: RBIConfig, image_size: tuple[int, int]) 
 
 
 def _count_prefix_tokens(backbone_config: PreTrainedConfig, num_tokens: int, image_size: tuple[int, int]) -> int:
-    """Class, distillation and register tokens: those in front of one token for each patch."""
+    """Number of tokens before the patch tokens: class, distillation and register tokens."""
     patch_size = getattr(backbone_config, "patch_size", None)
     if patch_size is None:
         return 0
@@ -188,7 +211,11 @@ def _count_prefix_tokens(backbone_config: PreTrainedConfig, num_tokens: int, ima
     return max(num_tokens - (image_size[0] // height) * (image_size[1] // width), 0)
 
 
-def _check_images(pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, config: RBIConfig):
+def check_images(pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, config: RBIConfig):
+    r"""
+    Raises:
+        UserError: if there are neither images nor features, or their shapes or types do not fit the model.
+    """
     if image_features is not None:
         if image_features.ndim != 2 or image_features.shape[1] != config.feature_size or image_features.shape[0] == 0:
             raise UserError(
@@ -220,3 +247,18 @@ def _check_images(pixel_values: torch.Tensor | None, image_features: torch.Tenso
             f"`pixel_values` are {pixel_values.dtype}, but must be float and normalized: pass the images through the "
             "model's image processor (`AutoImageProcessor.from_pretrained`)."
         )
+
+
+__all__ = [
+    "backbone_class",
+    "backbone_init_kwargs",
+    "build_backbone",
+    "check_images",
+    "expected_image_size",
+    "in_evaluation",
+    "load_whole",
+    "measure_feature_size",
+    "num_channels",
+    "pool",
+    "unreadable_weights",
+]

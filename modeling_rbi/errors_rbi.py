@@ -25,6 +25,10 @@ class MissingPackageError(UserError, ImportError):
     """A package that is needed for what was asked is not installed."""
 
 
+class MismatchedWeightsError(UserError, RuntimeError):
+    """The weights of a checkpoint have other shapes than its config describes."""
+
+
 def listed(names: Iterable[Any], limit: int = 5) -> str:
     """The first `limit` names, separated by commas, and how many more there are."""
     names = [str(name) for name in names]
@@ -32,4 +36,4 @@ def listed(names: Iterable[Any], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-__all__ = ["MissingPackageError", "UserError", "listed"]
+__all__ = ["MismatchedWeightsError", "MissingPackageError", "UserError", "listed"]

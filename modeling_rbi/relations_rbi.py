@@ -15,6 +15,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from .bank_rbi import ReferenceBank, quantized
 from .configuration_rbi import RBIConfig
 
 
-# Height and width of a reference's image where PSNR is that of full-size images, whose ranks it keeps (0.997).
-_FULL_SIZE_REFERENCES = 32
+# Height and width of a thumbnail where PSNR is computed on full-size images. Its ranks agree with theirs (0.997).
+_FULL_SIZE_THUMBNAILS = 32
 # The largest scale of cosine attention, 1 / temperature, as in SwinV2.
 _MAX_LOGIT_SCALE = 100.0
 
@@ -51,17 +52,17 @@ class _AllGather(torch.autograd.Function):
 
 class Neighborhood:
     r"""
-    The images that those of a batch can attend to: the batch itself, or the batches of all processes, one after the
-    other. Gathering is collective: all processes make their neighborhoods, and gather, in the same order.
+    The images that the images of a batch can attend to: the batch itself, or the batches of all processes in order of
+    rank. Gathering is collective: all processes must create their neighborhoods, and gather, in the same order.
 
     Args:
         batch_size (`int`):
-            Images of this process. Processes can have different numbers.
+            Number of images on this process. It may differ between processes.
         device (`torch.device`):
-            Where the images are.
+            Device of the images.
         gather_across_processes (`bool`, *optional*, defaults to `False`):
-            Whether the images of all processes belong to it. Without `torch.distributed`, or with one process, they
-            do anyway.
+            Whether the neighborhood spans the images of all processes. It makes no difference without
+            `torch.distributed` or with one process.
     """
 
     def __init__(self, batch_size: int, device: torch.device, gather_across_processes: bool = False):
@@ -69,7 +70,7 @@ class Neighborhood:
             gather_across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         )
         self.batch_size = batch_size
-        # Where the batch stands in the neighborhood; itself[i, j]: whether its image i is image j there.
+        # own: the rows of this batch in the neighborhood. itself[i, j]: whether image i of the batch is image j there.
         self.own = slice(0, batch_size)
         self.itself = torch.eye(batch_size, dtype=torch.bool, device=device)
         if self.is_gathered:
@@ -79,7 +80,7 @@ class Neighborhood:
             self.itself = nn.functional.pad(self.itself, (before, after))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of this batch, (batch_size, ...) -> those of the neighborhood, (num_neighbors, ...), with gradient."""
+        """Rows of this batch, (batch_size, ...) -> rows of the neighborhood, (num_neighbors, ...), with gradient."""
         if not self.is_gathered:
             return rows
         sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
@@ -93,7 +94,7 @@ def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | 
     Mean squared error between all pairs of images, as one matrix product: (|x|^2 + |y|^2 - 2 x y) / n on centered
     images.
 
-    Centering leaves the differences as they are and keeps the cancellation small. The product is in float64 where the
+    Centering leaves the differences unchanged and keeps the cancellation small. The product is in float64 where the
     device has it: in float32, as on Apple's GPUs, it is off by up to 0.1 dB at 45 dB for images of high contrast, and
     tensor cores may round the factors further (TF32, or bf16 under `torch.set_float32_matmul_precision`). It is small:
     2 B^2 n operations, 0.4 GFLOP for 256 images at 32 px, 20 GFLOP at 224 px.
@@ -102,11 +103,11 @@ def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | 
         images (`torch.FloatTensor` of shape `(batch_size, n)`):
             Flattened images, float32.
         neighbors (`torch.FloatTensor` of shape `(num_neighbors, n)`, *optional*):
-            The images to compare them with. `None`: themselves.
+            The images to compare them with. `None`: with each other.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, num_neighbors)`: not negative, and without `neighbors` symmetric and
-        exactly 0 on the diagonal.
+        `torch.FloatTensor` of shape `(batch_size, num_neighbors)`: not negative; without `neighbors` also symmetric,
+        and exactly 0 on the diagonal.
     """
     precise = images.double() if images.device.type in ("cpu", "cuda") else images
     if neighbors is None:
@@ -120,11 +121,17 @@ def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | 
     return (error / images.shape[1]).clamp(min=0).to(images.dtype)
 
 
+def _neighbors_mean(rows: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
+    """Mean over the rows that are a neighbor of at least one image, (N, ...) -> (...)."""
+    weights = (is_neighbor if is_neighbor.ndim == 1 else is_neighbor.any(0)).float()[:, None]
+    return ((rows * weights).sum(0) / weights.sum().clamp(min=1)).to(rows.dtype)
+
+
 class RelationshipPositionEncoding(nn.Module):
     r"""
-    Relationship Position Encoding (RPE): the relation of each pair of images of a batch, from the PSNR of the images
-    themselves, p_ij = min(PSNR_ij, psnr_max) / psnr_max. PSNR of images is the paper's; the ceiling as normalizer is
-    a reconstruction. It has no parameters, and no gradient goes through it.
+    Relationship Position Encoding (RPE): the relation of each pair of images, computed from the PSNR of their pixels,
+    p_ij = min(PSNR_ij, psnr_max) / psnr_max. The paper uses PSNR of images; the ceiling as normalizer is a
+    reconstruction. RPE has no parameters, and no gradient flows through it.
     """
 
     def __init__(self, config: RBIConfig):
@@ -145,30 +152,31 @@ class RelationshipPositionEncoding(nn.Module):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-                Images as the image processor gives them, of any float dtype.
-            relation_mask (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`):
-                Optional. `False` where an image is no neighbor, of anyone or of the image of the row.
+                Images from the image processor, in any float dtype.
+            relation_mask (`torch.BoolTensor`, *optional*):
+                Of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`: `False` where an image is no neighbor, of
+                any image or of the image of the row.
             neighborhood (`Neighborhood`, *optional*):
-                The images to relate those of the batch to. `None`: the batch itself.
+                The images to relate the batch to. `None`: the batch itself.
 
         Returns:
             The relations, `torch.FloatTensor` of shape `(batch_size, num_neighbors)`, float32 in [0, 1]; and which
-            neighbors are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. Those that are not have the
-            relation 0.
+            neighbors are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. The others have the relation 0.
         """
         if neighborhood is None:
             neighborhood = Neighborhood(pixel_values.shape[0], pixel_values.device)
         with maybe_autocast(device_type=pixel_values.device.type, enabled=False):
-            images = neighborhood.gather(self._unit_range_images(pixel_values))
+            images = neighborhood.gather(self.unit_range_images(pixel_values))
             is_finite = images.isfinite().all(-1)
             is_neighbor = is_finite if relation_mask is None else is_finite & relation_mask
             images = torch.where(is_finite[:, None], images, 0.0)
             images = images - _neighbors_mean(images, is_neighbor)
 
             own = neighborhood.own
-            similarities = self._similarities(images[own], images if neighborhood.is_gathered else None)
+            similarities = self.similarities(images[own], images if neighborhood.is_gathered else None)
             similarities = torch.where(is_finite[own, None] & is_finite[None, :], similarities, 0.0)
-            return self._set_self_relation(similarities, is_neighbor, neighborhood.itself), is_finite
+            diagonal = self._self_similarities(similarities, is_neighbor & ~neighborhood.itself)
+            return torch.where(neighborhood.itself, diagonal, similarities), is_finite
 
     @torch.no_grad()
     def relate_to_references(
@@ -181,9 +189,9 @@ class RelationshipPositionEncoding(nn.Module):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
-                Images as the image processor gives them; not needed for a bank without images.
+                Images from the image processor. Not needed for a bank without thumbnails.
             references (`ReferenceBank`):
-                The bank of N references. Without images, all relations are the mean relation of its images.
+                The bank of N references. Without thumbnails, every relation is the mean relation of its images.
             batch_size (`int`):
                 Number of images.
             reference_mask (`torch.BoolTensor` of shape `(batch_size, N)`, *optional*):
@@ -199,33 +207,38 @@ class RelationshipPositionEncoding(nn.Module):
             is_finite = torch.ones(batch_size, dtype=torch.bool, device=device)
         else:
             with maybe_autocast(device_type=pixel_values.device.type, enabled=False):
-                images = self._unit_range_images(pixel_values, references.images.shape[-2:])
+                images = self.unit_range_images(pixel_values, references.images.shape[-2:])
                 is_finite = images.isfinite().all(-1)
                 images = torch.where(is_finite[:, None], images, 0.0)
                 neighbors = references.unit_range_images()
                 mean = neighbors.mean(0)
-                similarities = self._similarities(images - mean, neighbors - mean)
-        own = torch.ones_like(similarities[:, :1])
-        if self.self_relation == "nearest":
-            near = similarities if reference_mask is None else torch.where(reference_mask, similarities, 0.0)
-            nearest = near.amax(-1, keepdim=True)
-            own = nearest if reference_mask is None else torch.where(reference_mask.any(-1, True), nearest, own)
+                similarities = self.similarities(images - mean, neighbors - mean)
+        is_neighbor = torch.ones_like(similarities, dtype=torch.bool) if reference_mask is None else reference_mask
+        own = self._self_similarities(similarities, is_neighbor)
         return torch.cat([own, similarities], dim=-1), is_finite
 
-    def _similarities(self, images: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
-        """PSNR over its ceiling, (B, n) and (N, n) -> (B, N); without `neighbors`, among the images themselves."""
+    def similarities(self, images: torch.Tensor, neighbors: torch.Tensor | None = None) -> torch.Tensor:
+        """Relations of flattened, centered images, (B, n) and (N, n) -> (B, N); without `neighbors`, to each other."""
         error = pairwise_mean_squared_error(images, neighbors)
         psnr = -10 * error.clamp(min=10.0 ** (-self.psnr_max / 10)).log10()
         return (psnr / self.psnr_max).clamp(0, 1)
 
-    def small_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The images that a bank keeps, (B, C, H, W) -> (B, C, size, size), 8 bits. PSNR on full size keeps 32 px."""
-        limit = self.image_size or _FULL_SIZE_REFERENCES
-        size = [min(limit, length) for length in pixel_values.shape[-2:]]
-        return quantized(self._unit_range_images(pixel_values, size)).view(len(pixel_values), -1, *size)
+    def _self_similarities(self, similarities: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
+        """The relation p_ii of each image to itself, (B, 1): 1, or the highest relation to another neighbor."""
+        ones = torch.ones_like(similarities[:, :1])
+        if self.self_relation == "one":
+            return ones
+        nearest = torch.where(is_neighbor, similarities, 0.0).amax(-1, keepdim=True)
+        return torch.where(is_neighbor.any(-1, keepdim=True), nearest, ones)
 
-    def _unit_range_images(self, pixel_values: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
-        """Undoes the normalization, (B, C, H, W) -> (B, C * height * width) in float32."""
+    def thumbnails(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What a bank keeps of images, (B, C, H, W) -> (B, C, size, size), 8 bits. 32 px if PSNR is on full size."""
+        limit = self.image_size or _FULL_SIZE_THUMBNAILS
+        size = [min(limit, length) for length in pixel_values.shape[-2:]]
+        return quantized(self.unit_range_images(pixel_values, size)).view(len(pixel_values), -1, *size)
+
+    def unit_range_images(self, pixel_values: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        """Images in [0, 1], averaged down to `size` or `psnr_image_size`, flattened: (B, C, H, W) -> (B, n)."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
             for values in (self.image_mean, self.image_std)
@@ -237,27 +250,30 @@ class RelationshipPositionEncoding(nn.Module):
             images = nn.functional.adaptive_avg_pool2d(images, size)
         return images.flatten(1)
 
-    def _set_self_relation(
-        self, similarities: torch.Tensor, is_neighbor: torch.Tensor, itself: torch.Tensor
-    ) -> torch.Tensor:
-        diagonal = torch.ones_like(similarities)
-        if self.self_relation == "nearest":
-            others = is_neighbor & ~itself
-            nearest = torch.where(others, similarities, 0.0).amax(-1, keepdim=True)
-            diagonal = torch.where(others.any(-1, keepdim=True), nearest, diagonal)
-        return torch.where(itself, diagonal, similarities)
 
+class RRAOutput(NamedTuple):
+    r"""
+    Output of [`ResidualRelationshipAttention`].
 
-def _neighbors_mean(rows: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
-    """Mean row of those that are neighbors, of anyone where `is_neighbor` is pairwise, (N, ...) -> (...)."""
-    weights = (is_neighbor if is_neighbor.ndim == 1 else is_neighbor.any(0)).float()[:, None]
-    return ((rows * weights).sum(0) / weights.sum().clamp(min=1)).to(rows.dtype)
+    Args:
+        features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
+            Features of each image after integration.
+        attention (`torch.FloatTensor` of shape `(batch_size, num_heads, num_neighbors)`, *optional*):
+            Attention of each image to each neighbor. With references, `num_neighbors` is 1 + N, the image itself
+            first. `None` without neighbors.
+        vote_logits (`torch.FloatTensor` of shape `(batch_size, num_heads, N)`, *optional*):
+            With references: attention logits at the learned temperature and gain, see [`ReferenceBank.count_votes`].
+    """
+
+    features: torch.Tensor
+    attention: torch.Tensor | None = None
+    vote_logits: torch.Tensor | None = None
 
 
 class ResidualRelationshipAttention(nn.Module):
     r"""
     Residual Relationship Attention (RRA): attention between the images of a batch, modulated by their relations p,
-    beside a residual path that keeps each image's own features.
+    next to a residual path that keeps each image's own features.
 
         A_ij = softmax_j(q_i (k_j + p_ij w) / sqrt(d_head)),  m_i = sum_j A_ij (v_j + p_ij w)
         beta_i = sigmoid(w_beta [m_i; r_i; m_i - r_i]),       z_i = beta_i r_i + (1 - beta_i) m_i
@@ -277,7 +293,7 @@ class ResidualRelationshipAttention(nn.Module):
         self.psnr_max = float(config.psnr_max)
         self.relation_position_encoding = config.relation_position_encoding
         self.is_cosine = config.attention_type == "cosine"
-        # What attention to references is like can be changed after the model was built.
+        # The fields about attention to references may change after the model is built.
         self.config = config
 
         self.query = nn.Linear(size, size)
@@ -302,72 +318,60 @@ class ResidualRelationshipAttention(nn.Module):
         is_neighbor: torch.Tensor | None = None,
         neighborhood: Neighborhood | None = None,
         references: ReferenceBank | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> RRAOutput:
         r"""
+        Three kinds of attention, by the arguments: each image to itself (neither `is_neighbor` nor `references`; then
+        nothing is computed across images), to the batch (`is_neighbor`), or to references (`references`).
+
         Args:
             features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
                 Features of the images, finite.
             similarities (`torch.FloatTensor` of shape `(batch_size, num_neighbors)`, *optional*):
-                The relations p in [0, 1]; needed with neighbors unless RPE enters nowhere. With `references`,
-                `(batch_size, 1 + N)`, that to the image itself first.
+                The relations p in [0, 1]. Needed with neighbors, unless `relation_position_encoding="none"`. With
+                `references`, `(batch_size, 1 + N)`, the relation to the image itself first.
             is_neighbor (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
-                Whether an image is a neighbor, of all or of the image of the row; each attends to itself besides.
-                `None`: each image attends to itself alone, and nothing is computed across images; with `references`,
-                to itself and to all of these.
+                Whether an image is a neighbor, of all images or of the image of the row. Each image attends to itself
+                in any case. With `references`, `(batch_size, N)`; `None`: all references are neighbors.
             neighborhood (`Neighborhood`, *optional*):
                 The images that can be attended to. `None`: the batch itself.
             references (`ReferenceBank`, *optional*):
-                The N images to attend to in place of the batch's; `is_neighbor` is then `(batch_size, N)`.
-
-        Returns:
-            Integrated features, `(batch_size, feature_size)`, and attention, `(batch_size, num_heads, num_neighbors)`
-            (`None` without neighbors). With `references` the attention is `(batch_size, num_heads, 1 + N)`, and
-            there is a third: the logits of the references' votes, `(batch_size, num_heads, N)`.
+                The N images to attend to instead of the batch.
         """
         if references is not None:
-            message, shares, votes = self._attend_to_references(features, similarities, is_neighbor, references)
-            return self._with_residual(message, features), shares, votes
-        attention = None
+            return self._attend_to_references(features, similarities, is_neighbor, references)
         if is_neighbor is None:
-            message = self.value(features)
-            if self.relation_position_encoding == "key_value":
-                message = message + self._relation_vector(features).flatten()
-        else:
-            if neighborhood is None:
-                neighborhood = Neighborhood(features.shape[0], features.device)
-            message, attention = self._attend(features, similarities, is_neighbor, neighborhood)
+            return self._attend_to_itself(features)
+        if neighborhood is None:
+            neighborhood = Neighborhood(features.shape[0], features.device)
+        return self._attend_to_batch(features, similarities, is_neighbor, neighborhood)
 
-        return self._with_residual(message, features), attention
+    def _attend_to_itself(self, features: torch.Tensor) -> RRAOutput:
+        # One neighbor, with the relation 1: the softmax is 1.
+        message = self.value(features)
+        if self.relation_position_encoding == "key_value":
+            message = message + self._relation_vector(features).flatten()
+        return RRAOutput(self._with_residual(message, features))
 
-    def _with_residual(self, message: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if self.residual is None:
-            return message
-        residual = self.residual(features)
-        if self.gate is None:
-            return residual + message
-        beta = self.gate(torch.cat([message, residual, message - residual], dim=-1)).sigmoid()
-        return beta * residual + (1 - beta) * message
-
-    def _attend(
+    def _attend_to_batch(
         self,
         features: torch.Tensor,
         similarities: torch.Tensor | None,
         is_neighbor: torch.Tensor,
         neighborhood: Neighborhood,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> RRAOutput:
         neighbors = neighborhood.gather(features)
-        # Pooled features of one network all point much the same way: what tells images apart is off their mean.
+        # Pooled features of one network point in much the same direction: the mean hides what tells images apart.
         compared = neighbors - _neighbors_mean(neighbors, is_neighbor) if self.is_cosine else neighbors
         query = self._by_head(self.query(compared[neighborhood.own]))
         key, value = self._by_head(self.key(compared)), self._by_head(self.value(neighbors))
-        relation = None if self.relation is None else self._relation_vector(features)
+        relation = self._relation_vector(features)
         with maybe_autocast(device_type=features.device.type, enabled=False):
             query, key = self._comparable(query), self._comparable(key)
             scores = self._scores(query @ key.transpose(1, 2), query, relation, similarities)
             attention = scores.masked_fill(~(is_neighbor | neighborhood.itself), -math.inf).softmax(dim=-1)
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
         message = self._with_relations(attention.to(value.dtype) @ value, attention, similarities, relation)
-        return message.to(value.dtype), attention.transpose(0, 1)
+        return RRAOutput(self._with_residual(message.to(value.dtype), features), attention.transpose(0, 1))
 
     def _attend_to_references(
         self,
@@ -375,7 +379,7 @@ class ResidualRelationshipAttention(nn.Module):
         similarities: torch.Tensor | None,
         is_neighbor: torch.Tensor | None,
         references: ReferenceBank,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> RRAOutput:
         mean, keys, values = references.mean, references.keys, references.values
         if self.training or not references.is_prepared:
             mean, keys, values = self.project_references(references)
@@ -383,10 +387,10 @@ class ResidualRelationshipAttention(nn.Module):
         query, own_key = self._by_head(self.query(compared)), self._by_head(self.key(compared))
         own_value = self._by_head(self.value(features))
         key, value = self._by_head(keys), self._by_head(values).to(own_value.dtype)
-        relation = None if self.relation is None else self._relation_vector(features)
+        relation = self._relation_vector(features)
         with maybe_autocast(device_type=features.device.type, enabled=False):
             query, own_key, key = (self._comparable(each) for each in (query, own_key, key))
-            # Of the batch, each image meets itself alone.
+            # Of the batch, each image meets only itself.
             products = torch.cat([(query * own_key).sum(-1, keepdim=True), query @ key.transpose(1, 2)], dim=-1)
             votes = self._scores(products, query, relation, similarities)
             scores = self._scores(
@@ -399,51 +403,16 @@ class ResidualRelationshipAttention(nn.Module):
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
         weights = attention.to(own_value.dtype)
         message = weights[..., :1] * own_value + weights[..., 1:] @ value
-        message = self._with_relations(message, attention, similarities, relation)
-        return message.to(own_value.dtype), attention.transpose(0, 1), votes[..., 1:].transpose(0, 1)
-
-    def _share_out(self, own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Attention to itself and to the references, from the logits of both, (heads, B, 1) and (heads, B, N)."""
-        num_neighbors, share = self.config.num_reference_neighbors, self.config.reference_share
-        if num_neighbors is not None and num_neighbors < others.shape[-1]:
-            least = others.topk(num_neighbors, dim=-1).values[..., -1:]
-            others = others.masked_fill(others < least, -math.inf)
-        if share is None:
-            return torch.cat([own, others], dim=-1).softmax(dim=-1)
-        # Where no reference is allowed, all of it stays with the image.
-        has_any = others.isfinite().any(-1, keepdim=True)
-        given = share * has_any.to(others.dtype)
-        others = torch.where(has_any, others, 0.0).softmax(dim=-1)
-        return torch.cat([1 - given, given * others], dim=-1)
+        message = self._with_relations(message, attention, similarities, relation).to(own_value.dtype)
+        return RRAOutput(
+            self._with_residual(message, features), attention.transpose(0, 1), votes[..., 1:].transpose(0, 1)
+        )
 
     def project_references(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What attention reads of a bank: the mean that features are compared off, (d,); keys and values, (N, d)."""
+        """What attention needs of a bank: the mean that cosines are centered on, (d,); keys and values, (N, d)."""
         features = references.features.to(self.key.weight.dtype)
         mean = features.mean(0) if self.is_cosine else torch.zeros_like(features[0])
         return mean, self.key(features - mean), self.value(features)
-
-    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, d) -> (heads, rows, d_head)"""
-        return rows.view(-1, self.num_heads, self.head_size).transpose(0, 1)
-
-    def _comparable(self, rows: torch.Tensor) -> torch.Tensor:
-        return nn.functional.normalize(rows.float(), dim=-1) if self.is_cosine else rows.float()
-
-    def _with_relations(
-        self,
-        message: torch.Tensor,
-        attention: torch.Tensor,
-        similarities: torch.Tensor | None,
-        relation: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The messages with what the relations add to the values, (heads, B, d_head) -> (B, d)."""
-        if self.relation_position_encoding == "key_value":
-            message = message + (attention * similarities).sum(-1, keepdim=True).to(relation.dtype) * relation
-        return message.transpose(0, 1).flatten(1)
-
-    def _relation_vector(self, features: torch.Tensor) -> torch.Tensor:
-        """The vector w, (heads, 1, d_head), from a call of its layer: weights that are offloaded come with a call."""
-        return self.relation(features.new_ones(1, 1)).view(self.num_heads, 1, self.head_size)
 
     def _scores(
         self,
@@ -458,13 +427,71 @@ class ResidualRelationshipAttention(nn.Module):
         scores = products
         if relation is not None:
             scores = scores + (query @ relation.float().transpose(1, 2)) * similarities
-        if self.is_cosine and temperature is not None:
-            scores = scores / temperature
-        elif self.is_cosine:
-            scores = scores * self.logit_scale.float().clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()[:, None, None]
-        else:
+        if not self.is_cosine:
             scores = scores * self.head_size**-0.5
+        elif temperature is not None:
+            scores = scores / temperature
+        else:
+            scores = scores * self.logit_scale.float().clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()[:, None, None]
         if self.relation_gain is not None:
             gains = self.relation_gain.float()[:, None, None] if gain is None else gain
             scores = scores + gains * (similarities * self.psnr_max)
         return scores
+
+    def _share_out(self, own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Attention to itself and to the references, from the logits of both, (heads, B, 1) and (heads, B, N)."""
+        num_neighbors, share = self.config.num_reference_neighbors, self.config.reference_share
+        if num_neighbors is not None and num_neighbors < others.shape[-1]:
+            least = others.topk(num_neighbors, dim=-1).values[..., -1:]
+            others = others.masked_fill(others < least, -math.inf)
+        if share is None:
+            return torch.cat([own, others], dim=-1).softmax(dim=-1)
+        # Where no reference is allowed, the image keeps all of its attention.
+        has_any = others.isfinite().any(-1, keepdim=True)
+        given = share * has_any.to(others.dtype)
+        others = torch.where(has_any, others, 0.0).softmax(dim=-1)
+        return torch.cat([1 - given, given * others], dim=-1)
+
+    def _with_relations(
+        self,
+        message: torch.Tensor,
+        attention: torch.Tensor,
+        similarities: torch.Tensor | None,
+        relation: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Messages, (heads, B, d_head) -> (B, d), with what the relations add to the values."""
+        if self.relation_position_encoding == "key_value":
+            message = message + (attention * similarities).sum(-1, keepdim=True).to(relation.dtype) * relation
+        return message.transpose(0, 1).flatten(1)
+
+    def _with_residual(self, message: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if self.residual is None:
+            return message
+        residual = self.residual(features)
+        if self.gate is None:
+            return residual + message
+        beta = self.gate(torch.cat([message, residual, message - residual], dim=-1)).sigmoid()
+        return beta * residual + (1 - beta) * message
+
+    def _relation_vector(self, features: torch.Tensor) -> torch.Tensor | None:
+        """The vector w, (heads, 1, d_head), from a call of its layer: accelerate loads offloaded weights by calls."""
+        if self.relation is None:
+            return None
+        return self.relation(features.new_ones(1, 1)).view(self.num_heads, 1, self.head_size)
+
+    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, d) -> (heads, rows, d_head)"""
+        return rows.view(-1, self.num_heads, self.head_size).transpose(0, 1)
+
+    def _comparable(self, rows: torch.Tensor) -> torch.Tensor:
+        """Queries or keys in float32, of length 1 for cosine attention."""
+        return nn.functional.normalize(rows.float(), dim=-1) if self.is_cosine else rows.float()
+
+
+__all__ = [
+    "Neighborhood",
+    "RRAOutput",
+    "RelationshipPositionEncoding",
+    "ResidualRelationshipAttention",
+    "pairwise_mean_squared_error",
+]

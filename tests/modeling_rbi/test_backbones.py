@@ -447,7 +447,7 @@ def test_references_of_another_start_are_refused(name, tmp_path):
     _set_references(model, name)
     model.rbi.backbone.load_state_dict(other.rbi.backbone.state_dict())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"references of .* are of another backbone"):
+    with pytest.raises(ValueError, match=r"references of .* were computed by another backbone"):
         RBIForImageClassification.from_pretrained(tmp_path)
 
 
@@ -512,7 +512,7 @@ _TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 @pytest.mark.parametrize(
     "backbone_config, message",
     [
-        pytest.param(BertConfig(**_TINY), "BertConfig, which is not that of a vision model", id="text"),
+        pytest.param(BertConfig(**_TINY), "BertConfig, which does not belong to a vision model", id="text"),
         pytest.param(VideoMAEConfig(**_TINY), "VideoMAEModel for an image of 224 x 224 pixels", id="video"),
         pytest.param(MgpstrConfig(**_TINY), "mgp-str gives no `last_hidden_state`", id="nothing-to-pool"),
         pytest.param(

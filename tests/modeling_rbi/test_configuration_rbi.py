@@ -258,7 +258,7 @@ def test_heads_must_divide_the_measured_feature_size(backbone_config):
 
 
 def test_a_text_backbone_is_refused_when_the_model_is_built():
-    with pytest.raises(ValueError, match=r"`backbone_config` is a BertConfig, .* not that of a vision model"):
+    with pytest.raises(ValueError, match=r"`backbone_config` is a BertConfig, .* does not belong to a vision model"):
         RBIModel(RBIConfig(backbone_config=BertConfig()))
 
 

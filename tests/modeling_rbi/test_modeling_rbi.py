@@ -360,7 +360,7 @@ def test_rra_is_transformer_conv_on_the_complete_graph(num_heads):
     similarities = torch.rand(batch_size, batch_size)
     features = torch.randn(batch_size, FEATURE_SIZE)
     ours_in, theirs_in = features.clone().requires_grad_(), features.clone().requires_grad_()
-    ours, _ = rra(ours_in, similarities, torch.ones(batch_size, dtype=torch.bool))
+    ours, *_ = rra(ours_in, similarities, torch.ones(batch_size, dtype=torch.bool))
     theirs = conv(theirs_in, torch.stack([source, target]), edge_attr=similarities[target, source][:, None])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -434,12 +434,12 @@ def test_rra_is_its_equations(relation_position_encoding, attention_type, residu
         nn.init.normal_(rra.relation_gain, std=0.05)
     features, similarities = torch.randn(6, FEATURE_SIZE), torch.rand(6, 6)
     for is_neighbor in (torch.ones(6, dtype=torch.bool), torch.tensor([True, True, False, True, False, True])):
-        output, attention = rra(features, similarities, is_neighbor)
+        output, attention, _ = rra(features, similarities, is_neighbor)
         expected, expected_attention = oracle_rra(rra, config, features, similarities, is_neighbor)
         torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(attention.double(), expected_attention.transpose(0, 1), atol=1e-5, rtol=0)
     # Alone, an image attends to itself in whole, with the relation 1.
-    alone, attention = rra(features)
+    alone, attention, _ = rra(features)
     assert attention is None
     expected, _ = oracle_rra(rra, config, features, torch.ones(6, 6), torch.zeros(6, dtype=torch.bool))
     torch.testing.assert_close(alone.double(), expected, atol=1e-5, rtol=1e-5)
@@ -1280,7 +1280,7 @@ def test_an_unknown_preset_is_refused(pixel_values):
 
 
 def test_an_unknown_argument_beside_a_model_is_refused(pixel_values):
-    with pytest.raises(ValueError, match="num_head can only be passed beside the path"):
+    with pytest.raises(ValueError, match="num_head can only be passed with the path"):
         RBIForImageClassification.from_image_classifier(make_classifier("vit", pixel_values), num_head=3)
 
 
@@ -1538,8 +1538,8 @@ def test_the_folder_of_another_model_is_refused_with_the_mend(vit_config, tmp_pa
     [
         ({"num_labels": 3}, "The classifier has 5 classes"),
         ({"id2label": {0: "a", 1: "b"}}, "The classifier has 5 classes"),
-        ({"pooling": "mean"}, "`pooling` is the classifier's own"),
-        ({"feature_size": 24}, "`feature_size` is the classifier's own"),
+        ({"pooling": "mean"}, "`pooling` is taken from the classifier"),
+        ({"feature_size": 24}, "`feature_size` is taken from the classifier"),
     ],
 )
 def test_what_the_classifier_decides_cannot_be_given(vit_config, arguments, message):

@@ -20,8 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, AutoModelForImageClassification, ResNetConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import MAX_REFERENCES, RBIConfig, RBIForImageClassification, RBIModel, choose_references
-from modeling_rbi import modeling_rbi as modeling
+from modeling_rbi import (
+    MAX_REFERENCES,
+    RBIConfig,
+    RBIForImageClassification,
+    RBIModel,
+    bank_rbi,
+    choose_references,
+    references_rbi,
+)
 from training.data.image_dataset import ImageDataset
 
 
@@ -975,7 +982,7 @@ def test_the_mean_relation_of_a_large_bank_is_close(monkeypatch, bare_model):
     images, features = make_images(300), torch.randn(300, FEATURE_SIZE)
     bare_model.set_reference_features(features, images)
     exact = bare_model.config.references["mean_similarity"]
-    monkeypatch.setattr(modeling, "_NUM_MEAN_REFERENCES", 60)
+    monkeypatch.setattr(references_rbi, "NUM_MEAN_REFERENCES", 60)
     bare_model.set_reference_features(features, images)
     assert bare_model.config.references["mean_similarity"] == pytest.approx(exact, abs=0.01)
     assert bare_model.config.references["mean_similarity"] != exact
@@ -1261,7 +1268,7 @@ def test_images_come_in_several_forms(bare_model, form, batch_size):
         features, _ = bare_model.rbi.extract_features(pixel_values)
     torch.testing.assert_close(bank["features"], features, atol=1e-5, rtol=1e-5)
     assert bank["labels"].tolist() == [item["labels"] for item in items]
-    assert torch.equal(bank["images"], bare_model.rbi.rpe.small_images(pixel_values))
+    assert torch.equal(bank["images"], bare_model.rbi.rpe.thumbnails(pixel_values))
 
 
 def test_batches_are_as_large_as_asked_for(bare_model):
@@ -1516,7 +1523,7 @@ def test_images_of_several_sizes_are_refused(resnet_model):
     model = resnet_model
     batches = [collate(make_items(5, size=size)) for size in (32, 24)]
     before = state_of(model)
-    with pytest.raises(ValueError, match="of several sizes: pass them through the model's image processor"):
+    with pytest.raises(ValueError, match="have several sizes: pass them through the model's image processor"):
         model.set_references(batches)
     assert_same_state(state_of(model), before)
 
@@ -1609,15 +1616,13 @@ def test_images_of_another_size_are_not_added(resnet_model):
     model = resnet_model
     model.set_references(make_items(5, size=32))
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"of \(3, 32, 32\), those to be added of \(3, 24, 24\)"):
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\), but those to be added \(3, 24, 24\)"):
         model.add_references(make_items(5, size=24))
     assert_same_state(state_of(model), before)
 
 
 def test_no_more_references_are_added_than_a_model_carries(monkeypatch, bare_model):
-    import modeling_rbi.references_rbi as references_rbi
-
-    monkeypatch.setattr(references_rbi, "MAX_REFERENCES", 12)
+    monkeypatch.setattr(bank_rbi, "MAX_REFERENCES", 12)
     bare_model.set_references(make_items(10))
     before = state_of(bare_model)
     with pytest.raises(ValueError, match="15 references are more than a model carries"):
@@ -1846,7 +1851,7 @@ def test_a_bank_of_another_backbone_is_warned_of_and_refused(any_model, caplog, 
         any_model.save_pretrained(tmp_path / "trained")
         assert "backbone has been trained since the references were set" in caplog.text
     for auto_class in (AutoModel, AutoModelForImageClassification):
-        with pytest.raises(ValueError, match="of another backbone than its own, or of this one before it was trained"):
+        with pytest.raises(ValueError, match="computed by another backbone than its own, or before the"):
             auto_class.from_pretrained(tmp_path / "trained")
     loaded = RBIForImageClassification.from_pretrained(tmp_path / "trained", references=None, relation_scope="self")
     loaded.set_references(make_items(5))
@@ -1916,11 +1921,11 @@ def test_a_copy_has_a_bank_of_its_own(any_model, pixel_values):
 
 def test_the_pattern_tells_backbones_apart_and_not_precisions(any_model):
     base = any_model.rbi
-    assert base._has_own_references()
+    assert base.has_own_references()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert copy.deepcopy(base).to(dtype)._has_own_references()
-    assert modeling._PROBE_TOLERANCE <= 0.2
+        assert copy.deepcopy(base).to(dtype).has_own_references()
+    assert references_rbi.PROBE_TOLERANCE <= 0.2
     other = copy.deepcopy(base)
     with torch.no_grad():
         next(other.backbone.parameters()).fill_(math.nan)
-    assert not other._has_own_references()
+    assert not other.has_own_references()

@@ -290,4 +290,4 @@ class RBIWithReferencesTest(RBIWithCNNTests, ModelTesterMixin, unittest.TestCase
     def setUp(self):
         super().setUp()
         # The common tests make models of a config alone, whose references are all zero and of no backbone.
-        self.enterContext(patch.object(RBIModel, "_has_own_references", lambda model: True))
+        self.enterContext(patch.object(RBIModel, "has_own_references", lambda model: True))

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
+from modeling_rbi import RBIConfig, RBIForImageClassification, bank_rbi
 
 
 FEATURE_SIZE = 24
@@ -519,10 +519,8 @@ def test_what_cannot_be_added_leaves_the_model_as_it_was(voting_model, pixel_val
 
 
 def test_more_than_a_bank_holds_leaves_the_model_as_it_was(voting_model, monkeypatch):
-    from modeling_rbi import reference_images_rbi as references_rbi
-
     state = state_of(voting_model)
-    monkeypatch.setattr(references_rbi, "MAX_REFERENCES", 18)
+    monkeypatch.setattr(bank_rbi, "MAX_REFERENCES", 18)
     with pytest.raises(ValueError, match="19 references are more than a model carries"):
         voting_model.add_classes(NEW, new_items())
     assert_unchanged(voting_model, state)

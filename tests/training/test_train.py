@@ -655,7 +655,7 @@ class TestBank:
             pixel_values, labels = pixels_and_labels(split, processor)
             with torch.no_grad():
                 features = model.rbi.extract_features(pixel_values)[0]
-            same = bank.images[:, None] == model.rbi.rpe.small_images(pixel_values)
+            same = bank.images[:, None] == model.rbi.rpe.thumbnails(pixel_values)
             rows[name] = same.flatten(2).all(-1).nonzero().tolist()
             for row, column in rows[name]:
                 assert bank.labels[row] == labels[column]

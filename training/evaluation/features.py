@@ -201,7 +201,7 @@ def is_itself(
 ) -> torch.Tensor:
     """Which references are the images themselves, (n, N): by small images or, where none are kept, by features."""
     if bank.images is not None:
-        images = rpe.small_images(pixel_values).flatten(1).float() / 255
+        images = rpe.thumbnails(pixel_values).flatten(1).float() / 255
         return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_IMAGE
     others = bank.features.float()
     error = pairwise_mean_squared_error(features.float() - others.mean(0), others - others.mean(0))

@@ -35,7 +35,7 @@ def test_no_training_image_attends_to_itself(options, monkeypatch):
             def watch(module, args, output):
                 if module.training:
                     # Column 0 is the image's own, the training images come next.
-                    weights_of_itself.append(output[1][torch.arange(len(rows)), :, 1 + rows].detach())
+                    weights_of_itself.append(output.attention[torch.arange(len(rows)), :, 1 + rows].detach())
 
             handle = model.rbi.rra.register_forward_hook(watch)
             try:

@@ -57,7 +57,7 @@ def assert_psnr_sees_the_images(model, image_processor, photographs):
     resample = Image.Resampling(image_processor.resample)
     expected = np.stack([np.asarray(each.resize(size, resample)) for each in photographs]) / 255
     assert model.config.psnr_image_size is None, "compared at full size"
-    images = model.rbi.rpe._unit_range_images(pixel_values).view(pixel_values.shape)
+    images = model.rbi.rpe.unit_range_images(pixel_values).view(pixel_values.shape)
     torch.testing.assert_close(
         images.double(), torch.from_numpy(expected).permute(0, 3, 1, 2), atol=2e-5, rtol=0, check_dtype=False
     )

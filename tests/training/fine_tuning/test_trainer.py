@@ -472,7 +472,7 @@ def test_the_bank_is_of_the_batch_statistics_that_are_saved(arguments, tmp_path)
     run_distributed(tmp_path / "2", arguments, 2, per_device_train_batch_size=5, **options)
     model = RBIForImageClassification.from_pretrained(tmp_path / "2" / "out")
     bank = model.rbi.references
-    torch.testing.assert_close(bank.probe, model.rbi._probe_features().detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(bank.probe, model.rbi.probe_features().detach(), atol=1e-5, rtol=1e-4)
 
 
 # --- What is trained, and what is kept -------------------------------------------------------------------------------
