@@ -1,18 +1,19 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""A Gradio app for an RBI model: its answers, and the relations that they come from.
+"""A Gradio app that shows the answers of an RBI model and the relations behind them.
 
-The model is named by the environment variable MODEL_ID (a repository of the Hub, or a folder), else by the first of
-`models:` in the README.md beside this file. MODEL_REVISION pins a branch, tag or commit of it.
+The environment variable MODEL_ID names the model, a repository on the Hub or a folder. Without it, the app takes the
+first entry of `models:` in the README.md in this folder. MODEL_REVISION selects a branch, tag or commit.
 """
 
 import os
 
 
-# Gradio reads it at import. The app calls nobody but the Hub, for the model.
+# Gradio reads this when it is imported. The app only connects to the Hub, to download the model.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import base64
+import contextlib
 import html
 import io
 import sys
@@ -26,37 +27,26 @@ import numpy as np
 import torch
 from gradio.utils import get_upload_folder
 from huggingface_hub import metadata_load, snapshot_download
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
 
 NUM_CLASSES = 5
 NUM_REFERENCES = 6
-# Attention below it would read 0.0%.
+# Smaller attention would be shown as 0.0%.
 SHOWN = 0.0005
 MAX_IMAGES = 16
 MAX_EXAMPLES = 8
 MAX_PIXELS = 100_000_000
-# Resizing by the shorter edge makes an enormous image of a small one that is long and narrow.
+# Resizing the shorter side of a narrow image to the model's size makes the longer side, and the memory, enormous.
 MAX_ASPECT_RATIO = 100
 MAX_FILE_SIZE = "20mb"
-# Few, as each decoder is one more that a stranger's file gets at.
+# Only common formats: each further decoder is one more that a stranger's file can attack.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Uploaded images are deleted when they are this many seconds old, and looked for as often.
+# Uploads older than this many seconds are deleted. The check runs equally often.
 UPLOADS_KEPT = 3600
 THUMBNAIL = 96
-
-# How the stored pixels are turned for each value of EXIF's Orientation.
-TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 CSS = """
 .rbi-cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 8px 0; padding: 0; list-style: none; }
@@ -86,7 +76,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Reference:
-    """An image of the model's bank, and the attention, in [0, 1], that an image pays to it."""
+    """A reference of the model and the attention in [0, 1] that an image pays to it."""
 
     number: int
     label: str
@@ -96,9 +86,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores of an image's classes, alone and with the references, if there are any, and its attention to these."""
+    """
+    Scores of an image's classes without and with references, and its attention to them. If the model has no bank,
+    only `without_references` is set.
+    """
 
-    alone: dict[str, float]
+    without_references: dict[str, float]
     with_references: dict[str, float] | None = None
     attention_to_itself: float = 1.0
     nearest: tuple[Reference, ...] = ()
@@ -108,29 +101,30 @@ class Answer:
 @dataclass(frozen=True)
 class Comparison:
     """
-    Scores of B images' classes, (B, num_labels), alone and together; the attention that each pays to each, (B, B),
-    rows sum to 1; and their relations p, (B, B) in [0, 1], `None` for a model without.
+    Class scores of B images without neighbors (`single`) and as one batch (`batch`), `(B, num_labels)`; the attention
+    of each image to each, `(B, B)`, whose rows sum to 1; and the relations p between them, `(B, B)` in [0, 1], or
+    `None` for a model without relation position encoding.
     """
 
-    alone: torch.Tensor
-    together: torch.Tensor
+    single: torch.Tensor
+    batch: torch.Tensor
     attention: torch.Tensor
     relations: torch.Tensor | None
 
 
 class Classifier:
     r"""
-    An RBI image classifier, its image processor and its example images.
+    An RBI image classifier with its image processor and example images.
 
     Args:
         name (`str`):
-            A repository of the Hub or a folder.
+            A repository on the Hub or a folder.
         revision (`str`, *optional*):
             Branch, tag or commit of the repository.
 
     Raises:
-        ValueError: if there is no such folder, or it holds no trained RBI classifier of single classes.
-        OSError: if there is no such repository, the Hub cannot be reached, or a file of the model is broken.
+        ValueError: if the folder does not exist or does not hold a trained RBI model that chooses one of its classes.
+        OSError: if the repository does not exist, the Hub cannot be reached, or a file of the model is broken.
     """
 
     def __init__(self, name: str, revision: str | None = None):
@@ -146,12 +140,10 @@ class Classifier:
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"The weights of {name} cannot be read: {error}") from error
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{name} lacks {len(missing)} weights, for instance `{missing[0]}`: save the model again."
-            )
+            raise ValueError(f"{name} lacks {len(missing)} weights, such as `{missing[0]}`: save the model again.")
         problem_type = self.model.config.problem_type
         if problem_type not in (None, "single_label_classification") or self.model.config.num_labels < 2:
-            raise ValueError(f"{name} does not choose one of several classes, and that is what this app shows.")
+            raise ValueError(f"{name} does not choose one of several classes, which this app needs.")
         self.model = self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.mode = "L" if len(self.model.config.image_mean) == 1 else "RGB"
         self.bank = self.model.base_model.references
@@ -159,12 +151,12 @@ class Classifier:
         self.examples = [str(path) for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
 
     def label(self, number: int) -> str:
-        """Name of a class."""
+        """The name of a class."""
         return str(self.model.config.id2label[number])
 
     @torch.inference_mode()
     def outputs(self, images: Sequence[Image.Image], *scopes: str) -> list[Any]:
-        """The model's outputs for a batch, with relations, for each relation scope. The backbone runs once."""
+        """The model's outputs for a batch, one per relation scope, including relations. The backbone runs once."""
         converted = [image.convert(self.mode) for image in images]
         pixel_values = self.image_processor(converted, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
@@ -175,10 +167,10 @@ class Classifier:
         ]
 
     def classify(self, image: Image.Image) -> Answer:
-        """The answer for one RGB image."""
+        """The answer for a single RGB image."""
         if self.bank is None:
-            return Answer(alone=self._scores(self.outputs([image], "self")[0]))
-        alone, related = self.outputs([image], "self", "reference")
+            return Answer(self._scores(self.outputs([image], "self")[0]))
+        without, related = self.outputs([image], "self", "reference")
         attention = related.relation_attentions[0].mean(0).cpu()
         values, rows = attention[1:].topk(min(NUM_REFERENCES, len(attention) - 1))
         nearest = tuple(
@@ -187,21 +179,21 @@ class Classifier:
             if value >= SHOWN
         )
         to_others = max(0.0, float(attention[1:].sum()) - sum(each.attention for each in nearest))
-        return Answer(self._scores(alone), self._scores(related), float(attention[0]), nearest, to_others)
+        return Answer(self._scores(without), self._scores(related), float(attention[0]), nearest, to_others)
 
     def compare(self, images: Sequence[Image.Image]) -> Comparison:
-        """The answers for several RGB images, each alone and all as one batch."""
-        alone, together = self.outputs(images, "self", "batch")
-        relations = together.relation_similarities
+        """The answers for several RGB images, without neighbors and as one batch."""
+        single, batch = self.outputs(images, "self", "batch")
+        relations = batch.relation_similarities
         return Comparison(
-            alone.logits.softmax(-1).cpu(),
-            together.logits.softmax(-1).cpu(),
-            together.relation_attentions.mean(1).cpu(),
+            single.logits.softmax(-1).cpu(),
+            batch.logits.softmax(-1).cpu(),
+            batch.relation_attentions.mean(1).cpu(),
             None if relations is None else relations.cpu(),
         )
 
     def _scores(self, outputs: Any) -> dict[str, float]:
-        """Of the one image's likeliest classes, by name."""
+        """Names and scores of the most likely classes of a single image, highest score first."""
         values, classes = outputs.logits[0].softmax(-1).topk(min(NUM_CLASSES, outputs.logits.shape[-1]))
         return {self.label(number): value for number, value in zip(classes.tolist(), values.tolist(), strict=True)}
 
@@ -215,7 +207,7 @@ class Classifier:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """The model's folder. All of it is of one commit, code and examples as well, even if the branch moves."""
+    """The model's folder. A single download makes sure that weights, code and examples are of the same commit."""
     if Path(name).is_dir():
         return Path(name).resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -225,14 +217,14 @@ def _fetch(name: str, revision: str | None) -> Path:
 
 
 def _check_config(folder: Path, name: str):
-    """Before any code of the model runs."""
+    """Refuses other kinds of models. Runs before any code of the model."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name} is no saved model: it has no config.json.")
+        raise ValueError(f"{name} is not a saved model: it has no config.json.")
     config, _ = PreTrainedConfig.get_config_dict(folder)
     if config.get("model_type") != "rbi":
         raise ValueError(
-            f'{name} is a model of the type "{config.get("model_type")}". This app shows relations, which RBI models '
-            "have: give a classifier RBI's head with `RBIForImageClassification.from_image_classifier`."
+            f'{name} is a model of type "{config.get("model_type")}", but this app needs an RBI model: make one from '
+            "an image classifier with `RBIForImageClassification.from_image_classifier`."
         )
     if config.get("architectures") != ["RBIForImageClassification"]:
         raise ValueError(f"{name} has no classifier: save an RBIForImageClassification.")
@@ -240,44 +232,46 @@ def _check_config(folder: Path, name: str):
 
 def uploaded(path: str | None) -> str:
     r"""
-    Where an upload is, or an example, of which Gradio keeps copies among the uploads.
+    The path of an upload or an example (Gradio copies the examples to the uploads).
 
-    A client of the API can name any path, and Gradio lets those without `meta` through.
+    A client of the API can send any path, and Gradio does not check paths without `meta`.
 
     Args:
         path (`str`, *optional*):
-            Of its file, as the client names it.
+            Path of the file, as the client sent it.
 
     Raises:
-        gr.Error: if there is no such file among the uploads, whatever there is elsewhere.
+        gr.Error: if there is no such file in the folder of uploads. The message does not depend on other folders.
     """
     folder = Path(os.path.abspath(get_upload_folder()))
     try:
         named = Path(os.path.abspath(path or ""))
-        # Nothing elsewhere is touched, not even to follow a link.
+        # Paths outside the folder are not accessed at all, not even to follow a link.
         if named.is_relative_to(folder):
             file = named.resolve()
             if file.is_relative_to(folder.resolve()) and file.is_file():
                 return str(file)
-    # For links in a circle, and names that no file can have.
+    # Raised for circular links and for names that no file can have.
     except (OSError, RuntimeError, ValueError):
         pass
-    raise _error("There is no such upload, or no longer: upload the image again.")
+    raise _error("This upload does not exist or was deleted: upload the image again.")
 
 
 def read_image(path: str) -> Image.Image:
     r"""
-    Reads an uploaded image as in training: upright, RGB, transparency on white, 16 bits scaled to 8.
+    Decodes an uploaded image to RGB as in training: EXIF's orientation applied, transparency on white, 16 bits scaled
+    to 8, only the first frame of an animation.
 
     Args:
         path (`str`):
-            Of its file.
+            Path of the file.
 
     Raises:
-        gr.Error: if it is no image, broken, too large or too narrow, or has pixels that are not finite; the message
-            names it and says what to do.
+        gr.Error: if the file is not an image, is broken, too large or too narrow, or has pixels that are not finite.
+            The message names the file and says what to do.
     """
     name = html.escape(Path(path).name)
+    is_too_large = is_too_narrow = False
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
@@ -285,31 +279,30 @@ def read_image(path: str) -> Image.Image:
             is_too_narrow = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
             if not (is_too_large or is_too_narrow):
                 image.load()
-                orientation = _orientation(image)
     except Image.DecompressionBombError:
         is_too_large = True
     except Image.UnidentifiedImageError:
-        raise _error(f"{name} is no image of a known format: upload a PNG, JPEG, WebP, GIF, BMP or TIFF.") from None
-    # Pillow's decoders raise errors of many kinds for broken files.
+        raise _error(
+            f"{name} is not an image of a known format: upload a PNG, JPEG, WebP, GIF, BMP or TIFF."
+        ) from None
+    # Pillow's decoders raise errors of many types for broken files.
     except Exception:
         raise _error(f"{name} is broken or cut off: save it again, or upload another image.") from None
     if is_too_large:
         raise _error(f"{name} has more than {MAX_PIXELS:,} pixels: upload a smaller copy.")
     if is_too_narrow:
-        raise _error(f"{name}, {width} x {height} pixels, is too long and narrow: cut it to what the model shall see.")
+        raise _error(f"{name}, {width} x {height} pixels, is too narrow: crop it to the part that matters.")
     rgb = _to_rgb(image, name)
-    return rgb.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else rgb
-
-
-def _orientation(image: Image.Image) -> int:
-    # Pillow's reader of EXIF raises errors of many kinds for files that are not broken.
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        return 1
+    # `info` holds the orientation. Pillow turns the pixels first, then rewrites EXIF, which fails if EXIF is broken.
+    rgb.info = image.info.copy()
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(rgb, in_place=True)
+    rgb.info.clear()
+    return rgb
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Returns a new RGB image."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
@@ -320,14 +313,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             values = values * 255
         image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
     elif "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        # Pillow converts La to nothing but LA.
+        # Pillow converts La only to LA.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def _error(message: str) -> gr.Error:
-    # A mistake of the user's is no failure of the app's: nothing of it goes to the log.
+    # A mistake of the user is not a failure of the app, so it is not logged.
     return gr.Error(message, duration=None, print_exception=False)
 
 
@@ -336,7 +329,7 @@ def _percent(share: float) -> str:
 
 
 def _image_tag(image: Image.Image, alt: str) -> str:
-    """An image as part of the page, enlarged or reduced to a thumbnail."""
+    """An image embedded in the page, scaled to a thumbnail."""
     scale = THUMBNAIL / max(image.size)
     size = [max(1, round(scale * length)) for length in image.size]
     buffer = io.BytesIO()
@@ -354,60 +347,60 @@ def _card(image: str, title: str, subtitle: str, share: float, kind: str = "") -
 
 def attention_html(answer: Answer, image: Image.Image) -> str:
     r"""
-    The page's account of where an image's attention goes.
+    The section of the page that shows the attention of a single image.
 
     Args:
         answer (`Answer`):
-            With references.
+            Answer with references.
         image (`PIL.Image.Image`):
-            The image that it is of.
+            The classified image.
     """
     tag = _image_tag(image, "your image")
-    cards = [_card(tag, "the image", "itself", answer.attention_to_itself, "rbi-itself")]
+    cards = [_card(tag, "your image", "itself", answer.attention_to_itself, "rbi-itself")]
     for reference in answer.nearest:
         number = reference.number + 1
         if reference.image is None:
-            tag = '<div class="rbi-none">no image kept</div>'
+            tag = '<div class="rbi-none">no thumbnail stored</div>'
         else:
             tag = _image_tag(reference.image, f"reference {number}")
         cards.append(_card(tag, reference.label, f"reference {number}", reference.attention))
     rest = ""
     if answer.attention_to_others >= SHOWN:
         rest = f"<p>All other references together: <b>{_percent(answer.attention_to_others)}</b></p>"
-    (before, score_before), *_ = answer.alone.items()
-    (after, score_after), *_ = (answer.with_references or answer.alone).items()
+    (before, score_before), *_ = answer.without_references.items()
+    (after, score_after), *_ = (answer.with_references or answer.without_references).items()
+    without, within = f"{_percent(score_before)} without them", f"{_percent(score_after)} with them"
+    before, after = html.escape(before), html.escape(after)
     if before == after:
-        change = f"leave the answer at <b>{html.escape(after)}</b>: {_percent(score_before)} alone, "
-        change += f"{_percent(score_after)} with them"
+        change = f"do not change the answer <b>{after}</b>: {without}, {within}"
     else:
-        change = f"turn the answer from <b>{html.escape(before)}</b> ({_percent(score_before)} alone) to "
-        change += f"<b>{html.escape(after)}</b> ({_percent(score_after)} with them)"
+        change = f"change the answer from <b>{before}</b> ({without}) to <b>{after}</b> ({within})"
     return (
-        f"<h3>Where its attention goes</h3><p>The references {change}.</p>"
+        f"<h3>Where the attention goes</h3><p>The references {change}.</p>"
         f'<ul class="rbi-cards">{"".join(cards)}</ul>{rest}'
     )
 
 
 def map_html(comparison: Comparison, images: Sequence[Image.Image], names: Sequence[str]) -> str:
     r"""
-    The page's heat map of the relations between images or, for a model without, of the attention between them.
+    The heat map of the relations between images, or of the attention between them if the model has no relations.
 
     Args:
         comparison (`Comparison`):
-            Of these images.
+            The answers for the images.
         images (`Sequence[PIL.Image.Image]`):
             The images.
         names (`Sequence[str]`):
-            Their names.
+            Names of the images.
     """
     if comparison.relations is None:
-        values, title = comparison.attention, "Attention that the image of a row pays to that of a column"
-        explanation = "each row, with what stays with the image itself, sums to 1."
+        values, title = comparison.attention, "Attention of each row's image to each column's image"
+        explanation = "each row, including the attention to the image itself, sums to 1."
     else:
         values, title = comparison.relations, "Relation p of each pair of images"
         explanation = (
-            "from the PSNR of their pixels: 1 if they are the same, the less the more they differ. The model "
-            "weighs it beside their features; whom it attends to is in the table."
+            "computed from the PSNR of their pixels: 1 for identical images, lower the more they differ. The model "
+            "combines it with the similarity of their features; the table shows where the attention goes."
         )
     others = values[~torch.eye(len(values), dtype=torch.bool)]
     low, high = float(others.min()), float(others.max())
@@ -425,21 +418,30 @@ def map_html(comparison: Comparison, images: Sequence[Image.Image], names: Seque
         name = html.escape(name)
         rows.append(f'<tr><th scope="row" title="{name}"><span>{row + 1} {name}</span>{tag}</th>{cells}</tr>')
     return (
-        f'<div class="rbi-scroll" tabindex="0" role="region" aria-label="{title}"><table class="rbi-map">'
+        f'<div class="rbi-scroll" tabindex="0" role="region" aria-label="{html.escape(title)}"><table class="rbi-map">'
         f"<caption><b>{title}</b>, {explanation}</caption>"
         f'<thead><tr><td class="rbi-own"></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
-TABLE_HEADERS = ["no.", "image", "alone", "score", "together", "score", "attends to itself", "of the others most to"]
+TABLE_HEADERS = [
+    "No.",
+    "Image",
+    "On its own",
+    "Score",
+    "With the others",
+    "Score",
+    "Attention to itself",
+    "Attends most to",
+]
 
 
 def table_rows(comparison: Comparison, names: Sequence[str], classifier: Classifier) -> list[list[str]]:
-    """Rows of the table of answers, alone and together, one for each image."""
+    """The rows of the table of answers, one per image."""
     rows = []
     for row, name in enumerate(names):
         cells = [str(row + 1), name]
-        for scores in (comparison.alone[row], comparison.together[row]):
+        for scores in (comparison.single[row], comparison.batch[row]):
             cells += [classifier.label(int(scores.argmax())), _percent(float(scores.max()))]
         attention = comparison.attention[row].clone()
         to_itself = float(attention[row])
@@ -452,16 +454,16 @@ def table_rows(comparison: Comparison, names: Sequence[str], classifier: Classif
 
 def build(model: str, revision: str | None = None) -> gr.Blocks:
     r"""
-    The app, not yet started.
+    Builds the app without starting it.
 
     Args:
         model (`str`):
-            An RBI classifier: a repository of the Hub or a folder.
+            An RBI classifier: a repository on the Hub or a folder.
         revision (`str`, *optional*):
             Branch, tag or commit of the repository.
 
     Raises:
-        ValueError, OSError: as [`Classifier`].
+        ValueError, OSError: see [`Classifier`].
     """
     classifier = Classifier(model, revision)
     with gr.Blocks(title=f"RBI: {classifier.name}", delete_cache=(UPLOADS_KEPT, UPLOADS_KEPT)) as app:
@@ -471,7 +473,7 @@ def build(model: str, revision: str | None = None) -> gr.Blocks:
         with gr.Tab("Several images"):
             _several_images(classifier)
         gr.Markdown(_notes(classifier))
-    # One batch at a time has all the cores.
+    # Batches run one after the other, each on all cores.
     app.queue(default_concurrency_limit=1, max_size=32)
     return app
 
@@ -483,9 +485,9 @@ def _one_image(classifier: Classifier):
         image = read_image(uploaded(upload["path"]))
         answer = classifier.classify(image)
         if answer.with_references is None:
-            return {outputs[0]: answer.alone}
+            return {outputs[0]: answer.without_references}
         page = attention_html(answer, image)
-        return dict(zip(outputs, (answer.with_references, answer.alone, page), strict=True))
+        return dict(zip(outputs, (answer.with_references, answer.without_references, page), strict=True))
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -501,26 +503,17 @@ def _one_image(classifier: Classifier):
             button = gr.Button("Classify", variant="primary")
         with gr.Column(scale=5, min_width=320):
             if classifier.bank is None:
-                outputs: list[Any] = [gr.Label(label="Answer", elem_id="alone")]
+                outputs: list[Any] = [gr.Label(label="Answer", elem_id="without-references")]
             else:
                 with gr.Row():
                     outputs = [
-                        gr.Label(label="With its references", elem_id="with-references"),
-                        gr.Label(label="Alone, without references", elem_id="alone"),
+                        gr.Label(label="With references", elem_id="with-references"),
+                        gr.Label(label="Without references", elem_id="without-references"),
                     ]
                 outputs.append(gr.HTML(elem_id="attention"))
-    # Without `preprocess`, by which Gradio opens the file itself: whosever it is, and what a broken one gives is no
-    # message for users.
+    # `preprocess` would let Gradio open the file before its path is checked, and show its own errors for broken files.
     button.click(classify, image, outputs, api_name="classify", preprocess=False)
-    # What another image got must not stand beside this one.
-    gr.on(
-        [image.upload, image.clear],
-        lambda: dict.fromkeys(outputs),
-        None,
-        outputs,
-        queue=False,
-        api_visibility="private",
-    )
+    _clear_outputs([image.upload, image.clear], outputs)
     if classifier.examples:
         examples = gr.Examples(
             [[path] for path in classifier.examples[:MAX_EXAMPLES]],
@@ -536,9 +529,9 @@ def _several_images(classifier: Classifier):
     def compare(chosen: list[tuple[str, str | None]] | None) -> tuple[str, list[list[str]]]:
         chosen = chosen or []
         if len(chosen) < 2:
-            raise _error("Relations are between images: choose at least 2.")
+            raise _error("Relations exist between images: choose at least 2.")
         if len(chosen) > MAX_IMAGES:
-            raise _error(f"{len(chosen)} images are too many for the map: choose {MAX_IMAGES} at most.")
+            raise _error(f"{len(chosen)} images are too many: choose at most {MAX_IMAGES}.")
         paths = [uploaded(path) for path, _ in chosen]
         images = [read_image(path) for path in paths]
         names = [Path(path).name for path in paths]
@@ -562,21 +555,14 @@ def _several_images(classifier: Classifier):
             relations = gr.HTML(elem_id="map")
     table = gr.Dataframe(
         headers=TABLE_HEADERS,
-        label="Each image alone and together with the others",
+        label="Each image on its own and with the others",
         wrap=True,
         interactive=False,
         elem_id="table",
     )
     outputs = [relations, table]
     button.click(compare, images, outputs, api_name="compare")
-    gr.on(
-        [images.upload, images.delete],
-        lambda: dict.fromkeys(outputs),
-        None,
-        outputs,
-        queue=False,
-        api_visibility="private",
-    )
+    _clear_outputs([images.upload, images.delete], outputs)
     if len(classifier.examples) > 1:
         gr.Examples(
             [[classifier.examples[:MAX_EXAMPLES]]],
@@ -590,55 +576,60 @@ def _several_images(classifier: Classifier):
         )
 
 
+def _clear_outputs(events: list[Any], outputs: list[Any]):
+    """Clears the outputs on these events, so that no answer is shown next to another image."""
+    gr.on(events, lambda: dict.fromkeys(outputs), None, outputs, queue=False, api_visibility="private")
+
+
 def _introduction(classifier: Classifier) -> str:
     name = (
         f"[{classifier.name}](https://huggingface.co/{classifier.name})" if classifier.is_of_hub else classifier.name
     )
-    alone = "One image by itself has no others: this model carries no references."
+    single = "This model contains no references, so a single image attends only to itself."
     if classifier.bank is not None:
-        alone = f"For one image the others are the {len(classifier.bank):,} references that the model carries."
+        single = f"A single image attends to the {len(classifier.bank):,} references that the model contains."
     return (
-        f"# What relations change\n{name} is an image classifier in which an image attends to others before it is "
-        f"answered. {alone} Several images attend to each other."
+        f"# What relations change\n{name} is an image classifier in which an image attends to other images before it "
+        f"is classified. {single} Several images attend to each other."
     )
 
 
 def _notes(classifier: Classifier) -> str:
     notes = [
-        "**Relations** of images come from the PSNR of their pixels, and enter the attention between their "
-        "features. **Attention** says whose features were mixed in. A model that has learned to rely on the image "
-        "itself gives the mix little weight: whether relations matter, the answers show.",
-        "**Several images** answer together: with others beside it, the same image may get another answer. Under "
-        "*One image*, an answer depends on the image and the model alone.",
+        "**Relations** between images are computed from the PSNR of their pixels and enter the attention between "
+        "their features. **Attention** shows whose features were mixed in. A model that relies mainly on the image "
+        "itself gives the mixture little weight: compare the answers to see whether relations matter.",
+        "**Several images** are classified together: with other images, the same image may get a different answer. "
+        "Under *One image*, an answer depends only on the image and the model.",
     ]
     if classifier.bank is not None and classifier.bank.images is not None:
         notes.append(
-            "**References** are images. Small copies of them are in the model: who gets the model, or sees this "
-            "page, sees them."
+            "**References** are images. The model contains thumbnails of them: everyone who has the model or sees "
+            "this page can see them."
         )
     votes = classifier.model.config.reference_vote_weight
     if classifier.bank is not None and votes:
-        notes.append(f"**Votes.** The labels of the references give {_percent(votes)} of the answer directly.")
-    notes.append(f"**Your images** are deleted here within {2 * UPLOADS_KEPT // 3600} hours.")
+        notes.append(f"**Votes.** The labels of the references directly contribute {_percent(votes)} of the answer.")
+    notes.append(f"**Your images** are deleted within {2 * UPLOADS_KEPT // 3600} hours.")
     return "\n".join(f"- {note}" for note in notes)
 
 
-def serve(app: gr.Blocks, host: str | None = None, port: int | None = None):
+def launch(app: gr.Blocks, host: str | None = None, port: int | None = None):
     r"""
-    Starts the app, and returns when it is stopped.
+    Starts the app in the background. `app.local_url` is its address.
 
     Args:
         app (`gr.Blocks`):
-            From [`build`].
+            An app from [`build`].
         host (`str`, *optional*):
-            Address to listen at. `None`: this machine's own, or what GRADIO_SERVER_NAME says.
+            Address to listen at. Default: GRADIO_SERVER_NAME, or this machine only.
         port (`int`, *optional*):
-            `None`: 7860, or the next that is free.
+            Default: 7860, or the next free port.
 
     Raises:
-        OSError: if it cannot listen there.
+        OSError: if the app cannot listen at this address.
     """
-    # Fonts that every machine has; white on a blue that is dark enough to read it.
+    # Fonts that every machine has, and a blue dark enough for white text.
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(
@@ -659,23 +650,28 @@ def serve(app: gr.Blocks, host: str | None = None, port: int | None = None):
         prevent_thread_lock=True,
         quiet=True,
     )
+
+
+def serve(app: gr.Blocks, host: str | None = None, port: int | None = None):
+    """Starts the app as [`launch`] does, prints its address, and returns when it is stopped."""
+    launch(app, host, port)
     print(f"The app is at {app.local_url} (Ctrl-C stops it).", flush=True)
     app.block_thread()
 
 
 def named_model() -> str:
     r"""
-    The model that the environment or the README.md names.
+    The model named by MODEL_ID or by README.md.
 
     Raises:
-        ValueError: if neither names one.
+        ValueError: if neither names a model.
     """
     if name := os.environ.get("MODEL_ID"):
         return name
     readme = Path(__file__).with_name("README.md")
     models = (metadata_load(readme) or {}).get("models") if readme.is_file() else None
     if not models:
-        raise ValueError("No model is named: set the variable MODEL_ID, or name one under `models:` in README.md.")
+        raise ValueError("No model is named: set the variable MODEL_ID, or add a model to `models:` in README.md.")
     return models[0]
 
 
