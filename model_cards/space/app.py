@@ -49,6 +49,7 @@ UPLOADS_KEPT = 3600
 THUMBNAIL = 96
 
 CSS = """
+#image img { width: 100%; height: 100%; object-fit: contain; }
 .rbi-cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 8px 0; padding: 0; list-style: none; }
 .rbi-cards li { width: 104px; margin: 0; font-size: 13px; line-height: 1.35; overflow-wrap: anywhere; }
 .rbi-cards img, .rbi-cards .rbi-none { width: 104px; height: 104px; object-fit: contain; border-radius: 6px;
