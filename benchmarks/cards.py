@@ -18,8 +18,9 @@ import yaml
 
 from model_cards.card import TEMPLATE
 from training import assess, publish, references, train
+from training.data.arguments import DataArguments
 from training.data.decode import decode_image
-from training.data.reading import DataArguments, load_images
+from training.data.reading import load_images
 
 
 ROOT = Path(__file__).parents[1]

@@ -27,10 +27,10 @@ from transformers import EvalPrediction, get_scheduler
 from modeling_rbi import UserError
 
 from .cli import parse_arguments
+from .data.arguments import DataArguments
 from .data.checks import load_checked_images
 from .data.image_dataset import Collator, ImageDataset
 from .data.mixing import Mixing
-from .data.reading import DataArguments
 from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from .evaluation.metrics import compute_metrics

@@ -31,10 +31,12 @@ from modeling_rbi import RBIConfig, UserError
 from modeling_rbi.errors_rbi import listed
 
 from .cli import parse_arguments
+from .data.arguments import DataArguments
 from .data.checks import check_images, drop_bad, refuse_bad
 from .data.decode import decode_image
+from .data.form import SPLITS, fingerprint, labels_of
 from .data.image_dataset import ImageDataset
-from .data.reading import SPLITS, DataArguments, fingerprint, labels_of, load_images
+from .data.reading import load_images
 from .data.transforms import EvalTransform, processed_size
 from .evaluation.assessment import Assessment, assess
 from .evaluation.classifiers import (

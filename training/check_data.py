@@ -23,8 +23,11 @@ from transformers import TrainingArguments
 from modeling_rbi import UserError
 
 from .cli import parse_arguments, run_command
+from .data.arguments import DataArguments
 from .data.checks import DEFAULT_MIN_PER_CLASS, KINDS, DataReport, check_images
-from .data.reading import DataArguments, fingerprint, ignored_files, load_images
+from .data.folders import ignored_files
+from .data.form import fingerprint
+from .data.reading import load_images
 from .data.transforms import AugmentationArguments
 from .files import write_json
 from .fine_tuning.arguments import FineTuningArguments, RunArguments

@@ -36,8 +36,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from modeling_rbi import RBIForImageClassification, UserError
 
 from .cli import parse_arguments
+from .data.arguments import DataArguments
 from .data.checks import check_images, drop_bad, refuse_bad
-from .data.reading import DataArguments, load_images
+from .data.reading import load_images
 from .deployment.client import client_config, client_image_processor, scores_note
 from .deployment.exporters import (
     _PROGRAM_FILE,

@@ -33,10 +33,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 
 from .cli import find_recipes, parse_arguments
+from .data.arguments import DataArguments
 from .data.checks import load_checked_images, load_unlabeled_images
 from .data.decode import DEFAULT_MAX_PIXELS
+from .data.form import labels_of
 from .data.image_dataset import ImageDataset
-from .data.reading import DataArguments, labels_of
 from .data.transforms import EvalTransform
 from .evaluation.classifiers import load_classifier, load_config, match_labels
 from .evaluation.features import CachedImages, extract

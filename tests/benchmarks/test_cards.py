@@ -14,7 +14,7 @@ from model_cards.card import FIGURES, TEMPLATE, CardArguments, CardSources, make
 from modeling_rbi import RBIConfig
 from training.assess import AssessmentArguments
 from training.cli import parse_arguments
-from training.data.reading import DataArguments
+from training.data.arguments import DataArguments
 from training.deployment.publication import PublicationArguments
 from training.fine_tuning.arguments import Arguments
 from training.references import ReferenceArguments

@@ -9,7 +9,8 @@ import pytest
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.assess import main
-from training.data.reading import DataArguments, load_images
+from training.data.arguments import DataArguments
+from training.data.reading import load_images
 from training.fine_tuning.models import ModelArguments, load_model
 
 

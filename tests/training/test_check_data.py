@@ -11,8 +11,10 @@ from PIL import Image
 
 from training import check_data
 from training.check_data import main
+from training.data.arguments import DataArguments
 from training.data.checks import DataReport
-from training.data.reading import DataArguments, fingerprint, load_images
+from training.data.form import fingerprint
+from training.data.reading import load_images
 from training.fine_tuning.arguments import Arguments
 
 

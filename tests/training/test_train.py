@@ -20,9 +20,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from training import train
 from training.data import checks
+from training.data.folders import read_unlabeled
 from training.data.image_dataset import ImageDataset
 from training.data.layouts import LAYOUTS
-from training.data.reading import read_unlabeled
 from training.data.transforms import EvalTransform
 from training.fine_tuning import run as fine_tuning
 from training.fine_tuning.arguments import Arguments

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from modeling_rbi import RBIConfig, UserError
 
 from ..cli import default_output_dir, find_recipes, parse_arguments
-from ..data.reading import DataArguments
+from ..data.arguments import DataArguments
 from ..data.transforms import AugmentationArguments
 from ..fine_tuning.arguments import DEFAULTS, Arguments, FineTuningArguments, RunArguments
 from ..fine_tuning.models import ModelArguments

@@ -27,9 +27,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import NO_LABEL, RBIConfig, RBIForImageClassification, UserError, load_image_processor
 
+from ..data.arguments import DataArguments
+from ..data.form import fingerprint, iter_rows, labels_of
 from ..data.image_dataset import ImageDataset
 from ..data.packaged.catalog import PACKAGED
-from ..data.reading import DataArguments, fingerprint, iter_rows, labels_of, load_images
+from ..data.reading import load_images
 from ..data.samplers import BalancedSampler
 from ..data.transforms import EvalTransform
 from ..evaluation.features import CachedImages, EightBitPixels, extract

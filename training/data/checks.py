@@ -30,17 +30,11 @@ from rich.progress import Progress
 from modeling_rbi import UserError
 
 from ..files import cache_dir, write_json
+from .arguments import DataArguments
 from .decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, UnreadableImageError, decode_image
-from .reading import (
-    SPLITS,
-    BadDataError,
-    DataArguments,
-    classes_missing_from,
-    iter_rows,
-    labels_of,
-    load_images,
-    read_unlabeled,
-)
+from .folders import read_unlabeled
+from .form import SPLITS, BadDataError, classes_missing_from, iter_rows, labels_of
+from .reading import load_images
 
 
 logger = logging.getLogger(__name__)

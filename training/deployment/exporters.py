@@ -27,8 +27,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import MissingPackageError, RBIConfig, RBIForImageClassification, UserError
 
+from ..data.arguments import DataArguments
 from ..data.image_dataset import Collator, ImageDataset
-from ..data.reading import DataArguments
 from ..data.transforms import EvalTransform, processed_size
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError, load_image_processor
 from modeling_rbi.errors_rbi import listed
 
-from ..data.reading import iter_rows, labels_of
+from ..data.form import iter_rows, labels_of
 from .features import ExtractedImages, is_itself
 from .protocols import Predict
 

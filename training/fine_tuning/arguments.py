@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from modeling_rbi import UserError
 
 from ..cli import default_output_dir, find_recipes, parse_arguments
-from ..data.reading import DataArguments
+from ..data.arguments import DataArguments
 from ..data.transforms import AugmentationArguments
 from ..record import resolved_arguments, without_secrets
 from .models import ModelArguments

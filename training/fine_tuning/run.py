@@ -23,10 +23,11 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 
 from ..data import layouts
+from ..data.arguments import DataArguments
 from ..data.checks import load_checked_images, load_unlabeled_images
+from ..data.form import fingerprint, labels_of
 from ..data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from ..data.mixing import Mixing
-from ..data.reading import DataArguments, fingerprint, labels_of
 from ..data.splits import stratified_folds
 from ..data.tiny import make_published
 from ..data.transforms import EvalTransform, TrainTransform

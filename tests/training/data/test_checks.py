@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from training.data import checks
+from training.data.arguments import DataArguments
 from training.data.checks import (
     KINDS,
     DataReport,
@@ -22,7 +23,9 @@ from training.data.checks import (
     load_unlabeled_images,
     refuse_bad,
 )
-from training.data.reading import BOX, IMAGE, BadDataError, DataArguments, ignored_files, load_images
+from training.data.folders import ignored_files
+from training.data.form import BOX, IMAGE, BadDataError
+from training.data.reading import load_images
 from training.files import cache_dir
 
 

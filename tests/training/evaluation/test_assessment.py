@@ -12,7 +12,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, pixel_statistics
 from training.assess import AssessmentArguments, choose_protocols, run
-from training.data.reading import DataArguments, load_images
+from training.data.arguments import DataArguments
+from training.data.reading import load_images
 from training.evaluation import assessment
 from training.evaluation.assessment import assess
 from training.evaluation.bootstrap import METRICS

@@ -6,8 +6,9 @@ from transformers import ConvNextForImageClassification
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, pixel_statistics
 from training.ablation.heads import Budget, predict_with, train_head
+from training.data.arguments import DataArguments
 from training.data.image_dataset import ImageDataset
-from training.data.reading import DataArguments, load_images
+from training.data.reading import load_images
 from training.data.transforms import EvalTransform
 from training.evaluation import features
 from training.evaluation.features import EightBitPixels, extract
