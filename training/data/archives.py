@@ -1,21 +1,19 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Archives of images, unpacked once into the cache and never out of their folder."""
+"""Archives of images, unpacked once into the cache, and never outside their folder."""
 
 import errno
 import hashlib
-import os
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from modeling_rbi import UserError
 
-from ..files import cache_dir
+from ..files import cache_dir, made_once
 
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -24,7 +22,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the name ends as an archive's that [`unpack`] reads."""
+    """Whether the file name ends like that of an archive that [`unpack`] reads."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
@@ -32,53 +30,40 @@ def unpack(path: Path) -> Path:
     r"""
     Folder with the contents of an archive, unpacked into `unpacked/` of the cache if it is not there yet.
 
-    An archive is known by its name, size and time of change. It is unpacked whole or not at all, also if several
-    processes do it at the same time.
+    The name, size and modification time of an archive identify it. It is unpacked completely or not at all, even if
+    several processes unpack it at the same time.
 
     Args:
         path (`Path`):
-            A `.tar`, `.tar.gz`, `.tgz` or `.zip` file; or a folder, which is returned as it is.
+            A `.tar`, `.tar.gz`, `.tgz` or `.zip` file, or a folder, which is returned unchanged.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
-        UserError: if it is no archive of these kinds, broken, cut off or encrypted, or if a member is a link or a
-            device or would land outside the folder.
+        FileNotFoundError: if `path` does not exist.
+        UserError: if it is not such an archive, is broken, cut off or encrypted, or if a member is a link or a device
+            or would be written outside the folder.
         OSError: with the code `ENOSPC`, if the disk of the cache is full.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there.")
+        raise FileNotFoundError(f"{path} does not exist.")
     if not is_archive(path):
         raise UserError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)}).")
-    target = _target(path)
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Unpacking {path} to {target}", flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
-        content = Path(folder) / "content"
-        content.mkdir()
+    state = path.stat()
+    digest = hashlib.sha256(f"{path.name}\n{state.st_size}\n{state.st_mtime_ns}".encode()).hexdigest()
+
+    def make(draft: Path):
+        print(f"Unpacking {path} to {draft.parent.parent / draft.name}", flush=True)
+        draft.mkdir()
         try:
-            _extract(path, content)
+            _extract(path, draft)
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
             raise _no_space(path) from error
-        try:
-            os.replace(content, target)
-        except OSError:
-            # Another process was first.
-            if not target.is_dir():
-                raise
-    return target
 
-
-def _target(path: Path) -> Path:
-    state = path.stat()
-    digest = hashlib.sha256(f"{path.name}\n{state.st_size}\n{state.st_mtime_ns}".encode()).hexdigest()
-    return cache_dir() / "unpacked" / f"{path.name.split('.')[0]}-{digest[:16]}"
+    return made_once(f"unpacked/{path.name.split('.')[0]}-{digest[:16]}", make)
 
 
 def _no_space(path: Path) -> OSError:
@@ -96,16 +81,16 @@ def _extract(path: Path, folder: Path):
     except (tarfile.FilterError, tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise _broken(path, error) from error
     except OSError as error:
-        # gzip's own errors are OSErrors without a code.
+        # Errors of the gzip format are OSErrors without a code.
         if error.errno is not None:
             raise
         raise _broken(path, error) from error
 
 
-def _broken(path: Path, error: Exception | str) -> ValueError:
-    # tarfile says on more lines what each of its readers made of it.
+def _broken(path: Path, error: Exception | str) -> UserError:
+    # In further lines, tarfile says what each of its readers found.
     reason = str(error).partition(":\n")[0]
-    return ValueError(f"{path} is broken or cut off ({reason}): download it again.")
+    return UserError(f"{path} is broken or cut off ({reason}): download it again.")
 
 
 def _check_member(path: Path, name: str, is_plain: bool):
@@ -124,8 +109,8 @@ def _extract_tar(path: Path, folder: Path):
         stream = archive.fileobj
         if stream is None:
             return
-        # tarfile takes a file that is cut off, or garbled, between two members as ended; a whole one ends in blocks of
-        # zeros. What follows them is read for the checksum that ends a gzip.
+        # For tarfile, a file that is cut off or garbled between two members just ends there. A complete one ends in
+        # blocks of zeros. Reading on to the end verifies the checksum of a gzip file.
         stream.seek(archive.offset)
         if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise _broken(path, "its end is missing")
@@ -142,8 +127,8 @@ def _extract_zip(path: Path, folder: Path):
             kind = stat.S_IFMT(member.external_attr >> 16)
             _check_member(path, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
             if member.flag_bits & 0x1:
-                raise UserError(f"{path} is encrypted: unpack it yourself and hand over the folder.")
-            try:
-                archive.extract(member, folder)
-            except NotImplementedError as error:
-                raise UserError(f"{path} can't be unpacked here ({error}): unpack it yourself.") from error
+                raise UserError(f"{path} is encrypted: unpack it yourself and name the folder.")
+        try:
+            archive.extractall(folder)
+        except NotImplementedError as error:
+            raise UserError(f"{path} cannot be unpacked here ({error}): unpack it yourself.") from error

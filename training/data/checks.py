@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a data set, before it costs a training run.
+"""Finds what is wrong with a data set before it costs a training run.
 
-Every image is decoded once. What was seen is kept in the cache (`$RBI_CACHE`), in one file for all images of a
-data set however they are labeled and split, so that a training with another seed, fold or learning rate does not
-decode them again. A file counts as the same while its path, size and time of change are.
+Every image is decoded once. The cache (`$RBI_CACHE`) keeps the results, in one file for all images of a data set
+however they are labeled and split, so a training with another seed, fold or learning rate does not decode them again.
+A file counts as unchanged if its path, size and modification time are the same.
 """
 
 import hashlib
@@ -39,31 +39,31 @@ from .reading import load_images
 
 logger = logging.getLogger(__name__)
 
-# What each kind of finding is, in the order of a report.
+# The kinds of findings, in the order of a report.
 KINDS = {
-    "unreadable": "absent or no image",
+    "unreadable": "missing, or not an image",
     "truncated": "broken or cut off",
     "oversized": "more pixels than the limit",
     "zero_size": "empty, or less than 2 pixels wide or high",
-    "narrow": f"one side more than {MAX_ASPECT_RATIO} times the other",
-    "empty_box": "no part of the image is in its box",
+    "narrow": f"one side more than {MAX_ASPECT_RATIO} times as long as the other",
+    "empty_box": "the box does not overlap the image",
     "label_clash": "the same image under several labels",
     "leak": "the same image in several splits",
     "missing_class": "class without images in a split",
-    "duplicate": "the same image several times in a split",
+    "duplicate": "the same image several times in one split",
     "few_images": "class with few training images",
     "hidden_file": "hidden file or folder, ignored",
     "stray_file": "other file or empty folder, ignored",
 }
 DEFAULT_MIN_PER_CLASS = 5
-# Of what is kept of an image; a change makes what was kept before worthless.
-_FACTS_VERSION = 2
+# Version of the cached results; a change discards older ones.
+_FACTS_VERSION = 3
 _CHUNK_PER_WORKER = 16
 
 
 @dataclass(frozen=True)
 class Place:
-    """An image of the data set, or a file beside (without split and row)."""
+    """An image of the data set, or another file (without split and row)."""
 
     name: str
     split: str | None = None
@@ -73,8 +73,8 @@ class Place:
 @dataclass(frozen=True)
 class Finding:
     """
-    One thing that was found: its kind of `KINDS`, what it is in words, whether it stops a training, the places, and
-    those of them to leave out for it to be mended.
+    One finding: its kind (a key of `KINDS`), a message, whether it stops a training, the places, and the places to
+    leave out to fix it.
     """
 
     kind: str
@@ -86,19 +86,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All findings in a data set, in the order of `KINDS`, and the number of images looked at in each split."""
+    """All findings in a data set, in the order of `KINDS`, and the number of images in each split."""
 
     images: dict[str, int]
     findings: tuple[Finding, ...]
 
     @property
     def fatal(self) -> list[Finding]:
-        """What stops a training."""
+        """Findings that stop a training."""
         return [finding for finding in self.findings if finding.fatal]
 
     @property
     def notes(self) -> list[Finding]:
-        """What is good to know."""
+        """Findings that do not stop a training."""
         return [finding for finding in self.findings if not finding.fatal]
 
     def by_kind(self) -> dict[str, list[Finding]]:
@@ -121,7 +121,7 @@ class DataReport:
         return {split: sorted(chosen) for split, chosen in rows.items() if chosen}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for a run's record."""
+        """The whole report, for the record of a run."""
         return {
             "images": self.images,
             "fatal": len(self.fatal),
@@ -132,7 +132,7 @@ class DataReport:
 
 
 class _Facts(NamedTuple):
-    """What one image is: a kind of problem and its words, or the hash of its pixels; and the hash of its file."""
+    """Result of decoding an image: a kind of problem and its message, or the hash of the pixels; hash of the file."""
 
     problem: str | None
     detail: str
@@ -157,24 +157,24 @@ def check_images(
     allow_missing_classes: bool = False,
 ) -> DataReport:
     r"""
-    Looks for what is wrong with the images, their labels and their splits; shows its progress on a terminal.
+    Checks the images, their labels and their splits; shows its progress on a terminal.
 
-    Two images are the same if their decoded RGB pixels are, whatever the format of their files. With a column `box`,
-    only what is in the box counts.
+    Two images are the same if their decoded RGB pixels are equal, in whatever format their files are. With a column
+    `box`, only the pixels in the box count.
 
     Args:
         dataset (`datasets.DatasetDict`):
-            As [`load_images`] gives it.
+            The result of [`load_images`].
         max_pixels (`int`, *optional*, defaults to 100 million):
-            Largest number of pixels; more are not decoded.
+            Largest number of pixels; larger images are not decoded.
         min_per_class (`int`, *optional*, defaults to 5):
-            Classes with fewer training images are noted.
+            Classes with fewer training images are reported.
         num_workers (`int`, *optional*):
-            Threads that decode, by default as many as there are cores for this process.
+            Number of threads that decode. Defaults to the number of cores that this process may use.
         ignored (mapping of `"hidden"` and `"stray"` to paths, *optional*):
-            What lies beside the images, to be noted; see [`ignored_files`].
+            Other files among the images, to be reported; see [`ignored_files`].
         allow_missing_classes (`bool`, *optional*, defaults to `False`):
-            Whether a class without images for validation is a note only.
+            If `True`, a class without validation images does not stop a training.
     """
     images = list(_list_images(dataset))
     facts = _look_at_all(dataset, [image.key for image in images], max_pixels, num_workers or _num_cores())
@@ -195,11 +195,13 @@ def check_images(
 
 def load_checked_images(args: DataArguments, seed: int) -> tuple[datasets.DatasetDict, DataReport]:
     r"""
-    The images that the arguments name, without those to leave out where `skip_bad_images` says so, and what was
-    found.
+    Loads and checks the images that the arguments name. With `skip_bad_images`, bad images are left out.
+
+    Returns:
+        The images and the report of the check.
 
     Raises:
-        BadDataError: if they cannot be trained on; names the files.
+        BadDataError: if the data cannot be trained on; names the files.
     """
     images = load_images(args, seed)
     report = check_images(images, max_pixels=args.max_pixels, allow_missing_classes=args.allow_missing_classes)
@@ -213,12 +215,11 @@ def load_unlabeled_images(
     folder: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS, skip_bad_images: bool = False
 ) -> datasets.Dataset:
     r"""
-    The images in a folder and those in it, whatever their classes, each looked at; see [`read_unlabeled`].
+    Loads and checks all images in a folder and the folders below it, without labels; see [`read_unlabeled`].
 
     Raises:
-        UserError: if it is no folder.
-        BadDataError: if it holds no images, or some that cannot be decoded, unless these are to be skipped; names
-            them.
+        UserError: if it is not a folder.
+        BadDataError: if it holds no images, or, without `skip_bad_images`, images that cannot be decoded; names them.
     """
     images = read_unlabeled(folder)
     keys = [_key(values) for values in iter_rows(images)]
@@ -227,22 +228,22 @@ def load_unlabeled_images(
     if bad and not skip_bad_images:
         named = "".join(f"\n    {facts[keys[row]].detail}" for row in bad[:3])
         raise BadDataError(
-            f"{len(bad)} of the {len(keys)} images in {folder} cannot be read:{named}\nMend them, or leave them out "
+            f"{len(bad)} of the {len(keys)} images in {folder} cannot be read:{named}\nFix them, or leave them out "
             "with --skip_bad_images."
         )
     if len(bad) == len(keys):
-        raise BadDataError(f"No image in {folder} is fit to be used.")
+        raise BadDataError(f"No image in {folder} can be used.")
     if bad:
-        logger.warning("%d of the %d images in %s are left out: they can't be read.", len(bad), len(keys), folder)
+        logger.warning("%d of the %d images in %s are left out: they cannot be read.", len(bad), len(keys), folder)
     return images.select(sorted(set(range(len(keys))) - set(bad))) if bad else images
 
 
 def refuse_bad(report: DataReport):
     r"""
-    Stops a training on a data set that has something wrong.
+    Stops a training if the report has a fatal finding.
 
     Raises:
-        BadDataError: if anything in the report is fatal; names the first files of each kind.
+        BadDataError: if it has; names the first files of each kind.
     """
     if not report.fatal:
         return
@@ -253,7 +254,7 @@ def refuse_bad(report: DataReport):
         if len(findings) > 3:
             lines.append(f"    and {len(findings) - 3} more")
     raise BadDataError(
-        "\n".join(lines) + "\n`python -m training.check_data` with the same arguments lists all. Mend them, or leave "
+        "\n".join(lines) + "\n`python -m training.check_data` with the same arguments lists all. Fix them, or leave "
         "the images out with --skip_bad_images."
     )
 
@@ -263,13 +264,12 @@ def drop_bad(dataset: datasets.DatasetDict, report: DataReport) -> datasets.Data
     The data set without the images that the report leaves out.
 
     Raises:
-        BadDataError: if that empties a split or takes all training images of a class, or if something is fatal that
-            leaving images out does not mend.
-        UserError: if the report is of another data set.
+        BadDataError: if that empties a split or removes all training images of a class, or if a fatal finding remains.
+        UserError: if the report is about another data set.
     """
     if {name: len(split) for name, split in dataset.items()} != report.images:
         raise UserError(
-            f"The report is of {report.images} images, not of this data set: check this one with check_images."
+            f"The report is about {report.images} images, not this data set: check this one with check_images."
         )
     refuse_bad(DataReport(report.images, tuple(finding for finding in report.fatal if not finding.leave_out)))
     kept = {}
@@ -278,11 +278,11 @@ def drop_bad(dataset: datasets.DatasetDict, report: DataReport) -> datasets.Data
         bad = set(left_out.get(name, []))
         kept[name] = split.select([row for row in range(len(split)) if row not in bad]) if bad else split
         if not len(kept[name]):
-            raise BadDataError(f"No image of {name} is fit to be used: mend them, see training.check_data.")
+            raise BadDataError(f"No image of {name} can be used: fix them, see training.check_data.")
     lost = classes_missing_from(kept["train"], dataset["train"])
     if lost:
         raise BadDataError(
-            f"No training image of {', '.join(lost[:10])} is fit to be used: mend them, or leave the classes out."
+            f"No training image of {', '.join(lost[:10])} can be used: fix them, or leave the classes out."
         )
     return datasets.DatasetDict(kept)
 
@@ -299,7 +299,7 @@ def _list_images(dataset: datasets.DatasetDict) -> Iterator[_Image]:
 
 
 def _key(values: dict[str, Any]) -> str:
-    """What the facts about an image hold for."""
+    """Identifies an image in the cache."""
     image = values["image"]
     if image["bytes"] is not None:
         return json.dumps([_hash(image["bytes"]), values.get("box")])
@@ -329,23 +329,23 @@ def _look_at_all(
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
             warnings.catch_warnings(),
         ):
-            # Our own limit is the one that counts.
+            # `max_pixels` decides.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             task = progress.add_task("Checking images", total=len(wanted))
-            # Some at a time: the bytes of all would fill the memory.
+            # In chunks: the bytes of all images would fill the memory.
             while chunk := list(islice(todo, _CHUNK_PER_WORKER * num_workers)):
                 seen = pool.map(lambda item: _look_at(item[1], max_pixels), chunk)
                 facts.update(zip((key for key, _ in chunk), seen, strict=True))
                 progress.advance(task, len(chunk))
     finally:
         pool.shutdown(cancel_futures=True)
-    # A file that may not be read now may be next time, with the same key.
+    # A file without permission to read may be readable next time, with the same key.
     lasting = {key: value for key, value in facts.items() if value.content is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, lasting)
     except OSError as error:
-        logger.warning("What was seen of the images can't be kept for the next time: %s", error)
+        logger.warning("The results of the check cannot be cached: %s", error)
     return facts
 
 
@@ -372,15 +372,15 @@ def _look_at(values: dict[str, Any], max_pixels: int) -> _Facts:
             data = Path(stored["path"]).read_bytes()
         except (OSError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it has neither a path nor bytes"
-            return _Facts("unreadable", f"{stored['path'] or 'the image'} can't be read: {reason}.", None, None)
+            return _Facts("unreadable", f"{stored['path'] or 'the image'} cannot be read: {reason}.", None, None)
     content = _hash(data)
-    # With its path, the image is named in the error. Where the data set holds the bytes, the same may have several.
+    # The path names the image in the error. Bytes in a data set have no path here: equal bytes may have several.
     source = {"path": stored["path"] if stored["bytes"] is None else None, "bytes": data}
     try:
         image = decode_image(source, values.get("box"), max_pixels)
     except UnreadableImageError as error:
         return _Facts(_problem(data, error, max_pixels), str(error), content, None)
-    except ValueError as error:
+    except UserError as error:
         return _Facts("empty_box", str(error), content, None)
     short, long = sorted(image.size)
     if short < 2 or long > MAX_ASPECT_RATIO * short:
@@ -391,7 +391,7 @@ def _look_at(values: dict[str, Any], max_pixels: int) -> _Facts:
 
 
 def _problem(data: bytes, error: UnreadableImageError, max_pixels: int) -> str:
-    """The kind of problem: with a header that can be read, the rest is what is broken."""
+    """The kind of problem; an image with a readable header is truncated, not unreadable."""
     if not data:
         return "zero_size"
     if isinstance(error.__cause__, Image.DecompressionBombError):

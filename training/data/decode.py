@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""From a stored image to RGB pixels, the same way wherever an image is opened."""
+"""Decodes stored images to RGB pixels, in the same way everywhere."""
 
 import io
 import math
@@ -16,11 +16,12 @@ from modeling_rbi import UserError
 
 
 DEFAULT_MAX_PIXELS = 100_000_000
-# Resized until its shorter side fits the model, an image of few pixels and of extreme shape can fill the memory.
+# An extremely narrow image of few pixels would fill the memory when its shorter side is resized to the model's size.
 MAX_ASPECT_RATIO = 100
 
 _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
-# How the stored pixels are turned for each value of EXIF's Orientation (CIPA DC-008-2019, 4.6.4 A).
+# How to turn the stored pixels for each value of EXIF's Orientation (CIPA DC-008-2019, 4.6.4 A). Not left to
+# `ImageOps.exif_transpose`, which writes the EXIF back and fails if any other entry has a wrong type.
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,7 +34,7 @@ _TRANSPOSES = {
 
 
 class UnreadableImageError(UserError):
-    """An image that is absent, no image, broken, cut off or too large; the message names it and says which."""
+    """An image is missing, of an unknown format, broken, cut off or too large; the message names it and says which."""
 
 
 def decode_image(
@@ -42,26 +43,26 @@ def decode_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     r"""
-    Decodes an image to RGB, upright.
+    Decodes an image to upright RGB.
 
-    EXIF's orientation is applied and dropped. Transparency is laid on white. Gray of 16 bits (modes `I;16` and `I`) is
-    scaled to 8; floats (mode `F`) are taken as 0 to 1, or as 0 to 255 where one is above 1. Of an animation, the first
-    frame counts. Color profiles are not applied.
+    The orientation from EXIF is applied and removed. Transparent images are put on white. 16-bit gray (modes `I;16`
+    and `I`) is scaled to 8 bits. Floats (mode `F`) range from 0 to 1, or from 0 to 255 if one is above 1. An animation
+    gives its first frame. Color profiles are not applied.
 
     Args:
         image (`str`, `Path`, `bytes`, `dict` or `PIL.Image.Image`):
-            A path, the bytes of a file, a row of `datasets.Image(decode=False)` (`{"path": ..., "bytes": ...}`, of
-            which the bytes are used if there are any), or an open image, which is left as it is.
+            A path, the bytes of a file, a row of `datasets.Image(decode=False)` (`{"path": ..., "bytes": ...}`; the
+            bytes are preferred), or an open image, which is not changed.
         box (sequence of 4 floats, *optional*):
-            Left, top, right, bottom in pixels of the stored image, before it is turned upright (but after, in a TIFF
-            file, which Pillow turns itself); cut out after rounding outwards and clipping to the image.
+            Left, top, right, bottom in pixels of the stored image, before it is turned upright (in a TIFF file: after,
+            because Pillow turns it while loading). The box is rounded outwards, clipped to the image and cut out.
         max_pixels (`int`, *optional*, defaults to 100 million):
-            Largest number of pixels, checked before they are decoded. Pillow has a limit of its own,
-            `PIL.Image.MAX_IMAGE_PIXELS`: it warns above it, and refuses above twice as many.
+            Largest number of pixels, checked before decoding. Pillow warns above its own limit,
+            `PIL.Image.MAX_IMAGE_PIXELS`, and refuses more than twice as many.
 
     Raises:
-        UnreadableImageError: if there is no such file, or it is no image, broken, cut off or too large.
-        UserError: if the box is not four finite numbers, or no part of the image is in it.
+        UnreadableImageError: if the file does not exist, is of an unknown format, broken, cut off or too large.
+        UserError: if the box is not four finite numbers, or does not overlap the image.
         TypeError: if `image` is none of the above.
     """
     if isinstance(image, Mapping):
@@ -99,7 +100,7 @@ def _name(image: Any) -> str:
 
 @cache
 def _formats() -> list[str]:
-    """All formats of Pillow but EPS, which is a program that Ghostscript would be started to run."""
+    """All formats of Pillow except EPS, a program that Pillow would have Ghostscript execute."""
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
 
@@ -107,16 +108,16 @@ def _formats() -> list[str]:
 def _why_not_open(source: Any, name: str, error: Exception) -> str:
     if isinstance(source, (str, Path)):
         if not Path(source).exists():
-            return f"{name} is not there."
+            return f"{name} does not exist."
         if Path(source).is_dir():
             return f"{name} is a folder, not an image."
         if isinstance(error, PermissionError):
-            return f"{name} may not be read: {error.strerror}."
+            return f"{name} cannot be read: {error.strerror}."
         if not Path(source).stat().st_size:
             return f"{name} is empty."
     if isinstance(error, Image.UnidentifiedImageError):
         return f"{name} is not an image of a known format."
-    return f"{name} can't be opened: {error}"
+    return f"{name} cannot be opened: {error}"
 
 
 def _finish(image: Image.Image, name: str, box: Sequence[float] | None, max_pixels: int) -> Image.Image:
@@ -125,7 +126,7 @@ def _finish(image: Image.Image, name: str, box: Sequence[float] | None, max_pixe
         raise UnreadableImageError(
             f"{name} has {width} x {height} = {width * height} pixels, more than the limit of {max_pixels}."
         )
-    # Pillow's decoders raise errors of many kinds for broken files, and its EXIF reader for files that are not.
+    # Pillow's decoders raise errors of many kinds for broken files, and its EXIF reader even for intact images.
     try:
         image.load()
     except MemoryError:
@@ -141,7 +142,7 @@ def _finish(image: Image.Image, name: str, box: Sequence[float] | None, max_pixe
     image = _to_rgb(image, name)
     if orientation in _TRANSPOSES:
         image = image.transpose(_TRANSPOSES[orientation])
-    # What is left there, such as the orientation, holds of the stored image.
+    # It still describes the stored image, such as its orientation.
     image.info.clear()
     return image
 
@@ -160,7 +161,7 @@ def _whole_box(box: Sequence[float], size: tuple[int, int], name: str) -> tuple[
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A new RGB image."""
+    """A new image of mode RGB."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
@@ -171,7 +172,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             values *= 255
         image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
     elif image.mode in _WITH_ALPHA or "transparency" in image.info:
-        # Pillow converts La to nothing but LA.
+        # Pillow converts La only to LA.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -317,7 +317,7 @@ class TestUnlabeled:
     def test_none_is_left(self, folder):
         for path in folder.rglob("*.png"):
             path.write_bytes(b"")
-        with pytest.raises(BadDataError, match=r"No image in .*others is fit to be used"):
+        with pytest.raises(BadDataError, match=r"No image in .*others can be used"):
             load_unlabeled_images(folder, skip_bad_images=True)
 
 
@@ -373,7 +373,7 @@ class TestKeptFacts:
             patch.setattr(checks.Path, "read_bytes", refuse)
             report = _check(folder)[1]
         assert (
-            _kinds(report) == {"unreadable": 20} and "can't be read: Permission denied" in report.findings[0].message
+            _kinds(report) == {"unreadable": 20} and "cannot be read: Permission denied" in report.findings[0].message
         )
         assert _check(folder)[1].findings == ()
 
@@ -396,7 +396,7 @@ class TestKeptFacts:
         (folder.parent / "file").write_text("")
         monkeypatch.setenv("RBI_CACHE", str(folder.parent / "file"))
         assert _check(folder)[1].findings == ()
-        assert "can't be kept" in caplog.text
+        assert "cannot be cached" in caplog.text
 
     def test_ctrl_c_leaves_nothing(self, folder, monkeypatch):
         def interrupt(*args):
@@ -426,11 +426,11 @@ class TestDropBad:
         for split in ("train", "test"):
             for path in (folder / split / "a").iterdir():
                 path.write_bytes(b"")
-        with pytest.raises(BadDataError, match="No training image of a is fit"):
+        with pytest.raises(BadDataError, match="No training image of a can be used"):
             drop_bad(*_check(folder))
         for path in (folder / "test" / "b").iterdir():
             path.write_bytes(b"")
-        with pytest.raises(BadDataError, match="No image of test is fit"):
+        with pytest.raises(BadDataError, match="No image of test can be used"):
             drop_bad(*_check(folder))
 
 

@@ -22,10 +22,10 @@ def _bytes(image, image_format, **kwargs) -> bytes:
     return buffer.getvalue()
 
 
-def _turned(image, orientation, image_format) -> bytes:
+def _turned(image, orientation, image_format, quality=95) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return _bytes(image, image_format, exif=exif, **({} if image_format == "TIFF" else {"quality": 95}))
+    return _bytes(image, image_format, exif=exif, **({} if image_format == "TIFF" else {"quality": quality}))
 
 
 def _png(width, height) -> bytes:
@@ -94,6 +94,13 @@ class TestOrientation:
     )
     def test_broken_exif_is_no_harm(self, exif):
         assert decode_image(_bytes(IMAGE, "JPEG", exif=exif)).size == (40, 30)
+
+    def test_an_orientation_beside_a_broken_entry(self):
+        """ResolutionUnit as text: the whole EXIF can be read but not be written."""
+        entries = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI4s", 0x0128, 2, 2, b"2\0\0\0")]
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+        data = _bytes(IMAGE, "JPEG", exif=exif)
+        assert decode_image(data).tobytes() == decode_image(_turned(IMAGE, 6, "JPEG", quality=75)).tobytes()
 
     @pytest.mark.parametrize("orientation", [0, 9, 65535])
     def test_unknown_values_turn_nothing(self, orientation):
@@ -206,7 +213,7 @@ class TestBroken:
             (tmp_path / name).write_bytes(content)
             with pytest.raises(UnreadableImageError, match=message):
                 decode_image(tmp_path / name)
-        with pytest.raises(UnreadableImageError, match=r"d\.jpg is not there"):
+        with pytest.raises(UnreadableImageError, match=r"d\.jpg does not exist"):
             decode_image(tmp_path / "d.jpg")
         with pytest.raises(UnreadableImageError, match="is a folder"):
             decode_image(tmp_path)

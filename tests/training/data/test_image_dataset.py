@@ -204,7 +204,7 @@ def test_a_broken_file_is_named_from_any_process(make_split, tmp_path, fault, nu
     )
     with pytest.raises(UnreadableImageError) as raised:
         list(batches)
-    assert f"{path} is {'broken' if fault == 'cut' else 'not there'}" in str(raised.value)
+    assert f"{path} {'is broken' if fault == 'cut' else 'does not exist'}" in str(raised.value)
     if num_workers:
         batches._shutdown_workers()  # or they wait for a time-out, as the error keeps the loader
 

@@ -1,4 +1,4 @@
-"""Files out of packages: every fault is an error that names the thing and the mend, and leaves no file behind."""
+"""Files out of packages: every fault is an error that says what to do, and leaves no file behind."""
 
 import hashlib
 import io
@@ -178,7 +178,8 @@ def test_says_which_client_is_missing(tarball, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     debian = DebianFiles("things", "1", "things.tar", "0" * 64, "usr/share/things")
     for package, name in ((tarball[1], "npm"), (debian, "apt-get")):
-        with pytest.raises(ConnectionError, match=rf"had with {name}, which is not on PATH.*{package.file_name}"):
+        message = rf"downloaded with {name}, which is not on PATH.*{package.file_name}"
+        with pytest.raises(ConnectionError, match=message):
             package.fetch()
 
 
