@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures where relations help, and writes the tables of RESULTS.md: `python -m benchmarks.results`.
 
-Runs the ablations, the references without training and the added classes on the data sets that install by package
-name; hours on two cores. What is done already in `--output_dir` is kept, so it can be stopped and started again, and
-several processes can share the work with `--studies`. Of RESULTS.md the tables between `<!-- name -->` and
-`<!-- /name -->` are replaced, and nothing else.
+Runs the ablations, the references without training and the added classes on data sets that install by package name. It
+takes hours on two cores. Finished results in `--output_dir` are kept, so it can be stopped and restarted, and several
+processes can share the work with `--studies`. In RESULTS.md, only the tables between `<!-- name -->` and
+`<!-- /name -->` are replaced.
 """
 
 import json
@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EvalPrediction, HfArgumentParser
+from rich.console import Console
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
 from training.ablation.arguments import AblationArguments
 from training.ablation.arms import ARMS
-from training.ablation.heads import Budget, TrainedHead, train_plain
-from training.ablation.report import paired_difference
-from training.ablation.run import Cached, ablate, cache_features, draw_data
+from training.ablation.heads import Budget, predict_with, train_plain
+from training.ablation.report import interval_text, markdown_table, mean_and_std, paired_difference, spread_text
+from training.ablation.run import RESULTS_FILE, Cached, ablate, cache_features, draw_data
+from training.cli import Stopped, parse_arguments, run_command
 from training.data.packaged.emoji import EMOJI_STYLES
 from training.evaluation.features import CachedImages
-from training.evaluation.metrics import compute_metrics
+from training.evaluation.protocols import Answers
 from training.evaluation.reference_settings import candidates_for, fit_references
 from training.files import write_json
 
 
 RECIPES = "training/recipes"
-# PSNR at 16 px in all arms, whose ranks are those of full size (0.990) and which is not felt on cached features.
+# PSNR at 16 px in all arms: it ranks references as full size does (rank correlation 0.990) and takes little time.
 FROZEN = ("--freeze_backbone", "True", "--frozen_steps", "300", "--rbi_config", '{"psnr_image_size": 16}')
 BATCH_ARMS = ("plain", "self", "rbi", "batchformer", "self-kernel", "rbi-kernel", "rbi-kernel-untrained")
 BANK_ARMS = ("bank-untrained", "bank-votes", "bank-trained", "bank-trained+single")
@@ -61,7 +62,7 @@ class Study:
     num_seeds: int = 5
 
     def parse(self, output_dir: Path) -> AblationArguments:
-        """Its arguments."""
+        """Arguments of the ablation."""
         return AblationArguments.parse(
             [
                 "--config",
@@ -82,7 +83,7 @@ class Study:
 
 
 def _emoji(classes: str, arms: tuple[str, ...], styles: Iterable[str] = EMOJI_STYLES) -> list[Study]:
-    """Each style held out in turn. The data are the same with each seed, so the styles are what is averaged over."""
+    """Each style held out in turn. The split is the same for all seeds, so averages are over the styles."""
     return [
         Study(
             f"emoji-{style}-{classes}",
@@ -140,11 +141,11 @@ BY_NAME = {study.name: study for study in STUDIES}
 
 
 def run_study(study: Study, folder: Path) -> dict[str, Any]:
-    """An ablation, or what is there of it already."""
+    """Runs an ablation; finished parts are kept."""
     return ablate(study.parse(folder))
 
 
-# Columns of the tables: their titles, and the ablations that each is made of.
+# Columns of the tables: titles, and the ablations of each column.
 SETS = {
     "ORL, 1 a person": ["orl-1-shot"],
     "ORL, 2": ["orl-2-shot"],
@@ -163,7 +164,7 @@ END_TO_END = {"ORL, 2, end to end": ["orl-2-shot-end-to-end"], "ORL, 2, frozen":
 
 
 def values_of(results: Sequence[dict[str, Any]], arm: str, protocol: str, metric: str) -> list[float]:
-    """In %, of each seed of one ablation; of several ablations the mean of each."""
+    """A metric in %, for each seed of one ablation; for several ablations, the mean of each."""
     by_result = [
         [100 * run["test"].get(protocol, run["test"]["single"])[metric] for run in result["arms"][arm]["runs"]]
         for result in results
@@ -172,18 +173,20 @@ def values_of(results: Sequence[dict[str, Any]], arm: str, protocol: str, metric
 
 
 def own_protocol(arm: str) -> str:
-    """The protocol in which an arm uses relations, `single` if in none."""
+    """The protocol in which an arm uses relations; `single` if there is none."""
     scopes = ARMS[arm].scopes
     return "reference" if "reference" in scopes else "shuffled" if "batch" in scopes else "single"
 
 
 def accuracy_table(sets: Mapping[str, Sequence[dict[str, Any]]], metric: str = "accuracy") -> str:
-    """Each arm with each image alone and, where it has relations, with them: mean and standard deviation."""
+    """Mean and standard deviation of each arm, without relations and with them."""
     rows = []
     for arm in ARMS:
         for protocol in dict.fromkeys(("single", own_protocol(arm))):
             cells = [
-                _mean_and_std(values_of(results, arm, protocol, metric)) if arm in results[0]["arms"] else ""
+                spread_text(mean_and_std(values_of(results, arm, protocol, metric)), scale=1)
+                if arm in results[0]["arms"]
+                else ""
                 for results in sets.values()
             ]
             if any(cells):
@@ -192,7 +195,7 @@ def accuracy_table(sets: Mapping[str, Sequence[dict[str, Any]]], metric: str = "
 
 
 def gains_table(sets: Mapping[str, Sequence[dict[str, Any]]], metric: str = "accuracy") -> str:
-    """What relations add: each arm with them over its control without, and over the plain classifier."""
+    """Gains of relations: each arm with relations over its control without, and over the plain classifier."""
     rows = []
     for arm in ARMS.values():
         protocol = own_protocol(arm.name)
@@ -205,14 +208,14 @@ def gains_table(sets: Mapping[str, Sequence[dict[str, Any]]], metric: str = "acc
                     cells.append("")
                     continue
                 own = values_of(results, arm.name, protocol, metric)
-                cells.append(_interval(paired_difference(own, values_of(results, control, "single", metric))))
+                cells.append(_gain(own, values_of(results, control, "single", metric)))
             if any(cells):
                 rows.append([f"`{arm.name}`, {protocol}", f"`{control}`", *cells])
     return markdown_table(["arm, test", "over", *sets], rows)
 
 
 def leaks_table(sets: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """What class-ordered test batches add to random ones, for arms that attend to the batch."""
+    """Class-ordered minus random test batches, for arms that attend to the batch."""
     rows = []
     for arm in ARMS:
         if own_protocol(arm) != "shuffled":
@@ -223,32 +226,20 @@ def leaks_table(sets: Mapping[str, Sequence[dict[str, Any]]]) -> str:
                 cells.append("")
                 continue
             ordered, shuffled = (values_of(results, arm, protocol, "accuracy") for protocol in ("sorted", "shuffled"))
-            cells.append(_interval(paired_difference(ordered, shuffled)))
+            cells.append(_gain(ordered, shuffled))
         if any(cells):
             rows.append([f"`{arm}`", *cells])
     return markdown_table(["arm", *sets], rows)
 
 
-def _mean_and_std(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def _interval(difference: dict[str, float]) -> str:
-    # What is off zero by a rounding error neither is a -0.00 nor excludes zero.
-    mean, low, high = (round(difference[name], 2) + 0.0 for name in ("mean", "low", "high"))
-    text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A table in Markdown, the first column to the left."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def _gain(values: list[float], controls: list[float]) -> str:
+    """Paired difference of values in %."""
+    return interval_text(paired_difference(values, controls), scale=1, mark=True)
 
 
 # --- References without training ------------------------------------------------------------------------------------
 
-# Name, recipe, arguments, metrics; the bank is the training images and the unlabeled ones.
+# Recipe and arguments by title. The bank holds the training images and the unlabeled ones.
 REFERENCE_SETS = {
     **{
         f"ORL, {shots} a person": ("orl_faces", ("--dataset_config_name", f"{shots}-shot", *more))
@@ -268,7 +259,7 @@ REFERENCE_SETS = {
 
 
 def _draws(recipe: str, arguments: tuple[str, ...], folder: Path, num_draws: int):
-    """Cached features of each draw, and the config of the model."""
+    """The config of the model, and each seed with the cached features of its draw."""
     study = Study(folder.name, recipe, (*FROZEN, *arguments), ("bank-untrained",), num_draws)
     args = study.parse(folder.parent)
     draws = [draw_data(args, seed) for seed in args.seeds]
@@ -277,39 +268,28 @@ def _draws(recipe: str, arguments: tuple[str, ...], folder: Path, num_draws: int
     return config, list(zip(args.seeds, cached, strict=True))
 
 
-def _plain(cached: Cached, config: RBIConfig, seed: int, rows: torch.Tensor, labels: torch.Tensor) -> TrainedHead:
-    images = CachedImages(cached.images.pixel_values, cached.images.features, labels)
-    return train_plain(images, rows, config.num_labels, _STEPS, seed)
-
-
 def _kernel_model(config: RBIConfig, **fields: Any) -> RBIForImageClassification:
-    names = ("backbone_config", "feature_size", "pooling", "image_mean", "image_std")
-    model = RBIForImageClassification(RBIConfig.kernel(**{name: getattr(config, name) for name in names} | fields))
-    return model.eval()
+    return RBIForImageClassification(ARMS["bank-untrained"].config(config, **fields)).eval()
 
 
-@torch.no_grad()
-def _scores(model: RBIForImageClassification, cached: Cached, rows: torch.Tensor, scope: str) -> torch.Tensor:
-    images = cached.images
-    parts = [
-        model(
-            pixel_values=images.pixel_values[part], image_features=images.features[part], relation_scope=scope
-        ).logits
-        for part in rows.split(256)
-    ]
-    return torch.cat(parts)
+def _scores(model: RBIForImageClassification, cached: Cached, scope: str) -> torch.Tensor:
+    """Logits of the test images."""
+    predict = predict_with(model, cached.images)
+    return torch.cat([predict(rows, scope) for rows in cached.rows["test"].split(256)])
 
 
-def _metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    metrics = compute_metrics(EvalPrediction(scores.numpy(), labels.numpy()))
+def _metrics(model: RBIForImageClassification, cached: Cached, scope: str) -> dict[str, float]:
+    """Metrics of the test images, in %."""
+    labels = cached.images.labels[cached.rows["test"]]
+    (metrics,) = Answers.from_scores(_scores(model, cached, scope), labels).metrics
     return {name: 100 * value for name, value in metrics.items()}
 
 
 def measure_references(name: str, folder: Path) -> list[dict[str, Any]]:
     """
-    One data set: a plain classifier, made RBI with the kernel preset and a bank, each draw. `default`: the preset's
-    settings; `votes`: and the labels have half of the say; `fitted`: settings chosen on the validation images, none
-    among them; `train`, `unlabeled`: default settings with that part of the bank alone.
+    Gives a plain classifier a kernel head and a bank, in each draw of one data set. `default`: the preset's settings.
+    `votes`: the labels also give half of the prediction. `fitted`: settings chosen on the validation images, or no
+    relations. `train`, `unlabeled`: the preset's settings with only that part of the bank.
     """
     recipe, arguments = REFERENCE_SETS[name]
     num_draws = 2 if recipe == "emoji" else NUM_DRAWS
@@ -317,49 +297,45 @@ def measure_references(name: str, folder: Path) -> list[dict[str, Any]]:
     results = []
     for seed, cached in draws:
         rows, images = cached.rows, cached.images
-        plain = _plain(cached, config, seed, rows["train"], images.labels)
-        model = _kernel_model(config, num_labels=config.num_labels)
+        plain = train_plain(images, rows["train"], config.num_labels, _STEPS, seed)
+        model = _kernel_model(config)
         model.classifier.load_state_dict(plain.model.state_dict())
-        test, labels = rows["test"], images.labels[rows["test"]]
-        result: dict[str, Any] = {"seed": seed, "single": _metrics(_scores(model, cached, test, "self"), labels)}
+        result: dict[str, Any] = {"seed": seed, "single": _metrics(model, cached, "self")}
         banks = {part: rows[part] for part in ("train", "unlabeled") if part in rows} | {"all": cached.bank}
         for part, bank in banks.items():
             model.set_reference_features(images.features[bank], images.pixel_values[bank], images.labels[bank])
-            result[part] = _metrics(_scores(model, cached, test, "reference"), labels)
+            result[part] = _metrics(model, cached, "reference")
         result["default"] = result.pop("all")
         model.config.reference_vote_weight = 0.5
-        result["votes"] = _metrics(_scores(model, cached, test, "reference"), labels)
+        result["votes"] = _metrics(model, cached, "reference")
         model.config.reference_vote_weight = 0.0
-        held_out = CachedImages(*(values[rows["validation"]] for values in _columns(images)))
+        columns = (images.pixel_values, images.features, images.labels)
+        held_out = CachedImages(*(column[rows["validation"]] for column in columns))
         best = min(fit_references(model, held_out, candidates_for(model)), key=lambda each: each.loss)
         best.settings.apply(model)
-        result["fitted"] = _metrics(_scores(model, cached, test, best.scope), labels)
+        result["fitted"] = _metrics(model, cached, best.scope)
         result["settings"] = vars(best.settings)
         results.append(result)
     return results
 
 
-def _columns(images: CachedImages):
-    return images.pixel_values, images.features, images.labels
-
-
 def references_table(by_set: dict[str, list[dict[str, Any]]], metric: str) -> str:
-    """Each data set's `single`, and what the banks add to it."""
+    """`single` of each data set, and the gains over it with a bank."""
     ways = ("default", "votes", "fitted", "train", "unlabeled")
-    titles = ["default", "with votes", "fitted", "training images alone", "unlabeled alone"]
+    titles = ["default", "with votes", "fitted", "only training images", "only unlabeled images"]
     rows = []
     for name, draws in _with_emoji_pooled(by_set).items():
         single = [draw["single"][metric] for draw in draws]
         row = [name, f"{statistics.fmean(single):.2f}"]
         for way in ways:
             values = [draw[way][metric] for draw in draws if way in draw]
-            row.append(_interval(paired_difference(values, single)) if values else "")
+            row.append(_gain(values, single) if values else "")
         rows.append(row)
-    return markdown_table(["", "each alone", *titles], rows)
+    return markdown_table(["", "without a bank", *titles], rows)
 
 
 def _with_emoji_pooled(by_set: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The five styles as five draws of one set, each the mean of its seeds."""
+    """The styles of emoji as draws of one set, each the mean over its seeds."""
     pooled = {name: draws for name, draws in by_set.items() if not name.startswith("emoji")}
     styles = [draws for name, draws in by_set.items() if name.startswith("emoji")]
     if styles:
@@ -396,9 +372,9 @@ NEW_CLASS_SETS = {
 
 def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
     """
-    One data set, each draw: a classifier of the old classes; the others come with a few images. `rbi`: as
-    `add_classes` has it; `nearest mean`: the class whose references' mean is nearest, by the cosine of features off
-    the mean of the bank; `retrained`: a linear classifier trained on all that the bank has.
+    Adds classes with a few images each to a classifier of the old classes, in each draw of one data set. `rbi`: as
+    `add_classes` does. `nearest mean`: the class with the nearest mean of its references, by the cosine of features
+    centered on the mean of the bank. `retrained`: a linear classifier trained on the whole bank.
     """
     recipe, arguments, num_new, shots = NEW_CLASS_SETS[name]
     num_draws = 2 if recipe == "emoji" else NUM_DRAWS
@@ -408,7 +384,7 @@ def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
         images, rows = cached.images, cached.rows
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(config.num_labels, generator=generator)
-        # The new classes come last.
+        # New classes come last.
         number_of = torch.empty_like(order)
         number_of[order] = torch.arange(len(order))
         labels, num_old = number_of[images.labels], len(order) - num_new
@@ -419,9 +395,9 @@ def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
             for own in (train[labels[train] == label] for label in range(num_old, len(order)))
         ]
         bank = torch.cat([old, *new])
-        of_old = CachedImages(images.pixel_values, images.features, labels)
-        plain = train_plain(of_old, old, num_old, _STEPS, seed)
-        model = _kernel_model(config, num_labels=len(order), num_added_classes=num_new)
+        renumbered = CachedImages(images.pixel_values, images.features, labels)
+        plain = train_plain(renumbered, old, num_old, _STEPS, seed)
+        model = _kernel_model(config, num_added_classes=num_new)
         with torch.no_grad():
             model.classifier.weight.zero_()
             model.classifier.bias.fill_(-1e4)
@@ -432,9 +408,9 @@ def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
         features, mean = images.features, images.features[bank].mean(0)
         means = torch.stack([features[bank][labels[bank] == label].mean(0) for label in range(len(order))])
         nearest = torch.nn.functional.cosine_similarity((features[test] - mean)[:, None], (means - mean)[None], dim=-1)
-        retrained = train_plain(of_old, bank, len(order), _STEPS, seed).model
+        retrained = train_plain(renumbered, bank, len(order), _STEPS, seed).model
         answers = {
-            "rbi": _scores(model, cached, test, "reference"),
+            "rbi": _scores(model, cached, "reference"),
             "nearest mean": nearest,
             "retrained": retrained(features[test]).detach(),
         }
@@ -451,7 +427,7 @@ def measure_new_classes(name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def new_classes_table(by_set: dict[str, list[dict[str, Any]]]) -> str:
-    """Accuracy on the old classes, the new ones, and all."""
+    """Accuracy on old classes, new classes, and all."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, draws in by_set.items():
         title = re.sub(r", \w+ held out", "", name)
@@ -473,7 +449,7 @@ def new_classes_table(by_set: dict[str, list[dict[str, Any]]]) -> str:
             difference = ""
             if way != "rbi":
                 own, others = ([draw[each]["all"] for draw in draws] for each in ("rbi", way))
-                difference = _interval(paired_difference(own, others))
+                difference = _gain(own, others)
             rows.append([*row, difference])
         closed = statistics.fmean(draw["old classifier"]["old"] for draw in draws)
         rows.append([title, "old classifier, old classes only", f"{closed:.1f}", "", "", ""])
@@ -485,7 +461,13 @@ def new_classes_table(by_set: dict[str, list[dict[str, Any]]]) -> str:
 
 def replace_tables(text: str, tables: dict[str, str]) -> str:
     r"""
-    The text with other tables between its markers.
+    Replaces the tables between the markers of a text.
+
+    Args:
+        text (`str`):
+            Text with `<!-- name -->` and `<!-- /name -->` around each table.
+        tables (`dict[str, str]`):
+            New tables, by name.
 
     Raises:
         UserError: if a marker is missing.
@@ -501,15 +483,15 @@ def replace_tables(text: str, tables: dict[str, str]) -> str:
 
 @dataclass
 class ResultsArguments:
-    """What to measure, and where to write it."""
+    """Options of the benchmark."""
 
     output_dir: str = field(default="outputs/results", metadata={"help": "Folder for all figures."})
     results_file: str = field(default="RESULTS.md", metadata={"help": "File whose tables are replaced."})
     studies: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Run these alone, and write no tables: names of ablations "
-            f"({', '.join(BY_NAME)}), references, new-classes."
+            "help": "Run only these studies, and write no tables. Names: references, new-classes, and the ablations "
+            f"{', '.join(BY_NAME)}."
         },
     )
 
@@ -520,7 +502,7 @@ class ResultsArguments:
 
 
 def _measured(name: str, sets: Iterable[str], measure: Callable, folder: Path) -> dict[str, Any]:
-    """Each set's figures, from its file if it is there."""
+    """Figures of each set. A set whose file exists is not measured again."""
     figures = {}
     for each in sets:
         slug = re.sub(r"\W+", "-", each).strip("-").lower()
@@ -529,17 +511,12 @@ def _measured(name: str, sets: Iterable[str], measure: Callable, folder: Path) -
             print(f"{name}: {each}", file=sys.stderr, flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure(each, folder / "features" / re.sub(r"-\d-of-a-new-\w+$", "", slug)))
-        figures[each] = read_json(path)
+        figures[each] = json.loads(path.read_text(encoding="utf-8"))
     return figures
 
 
-def read_json(path: Path) -> Any:
-    """The content of a file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def main(args: ResultsArguments):
-    """Runs what is missing, and writes the tables."""
+def run(args: ResultsArguments, console: Console):
+    """Runs the studies that are not finished, and writes the tables."""
     folder = Path(args.output_dir)
     for study in STUDIES:
         if args.studies is None or study.name in args.studies:
@@ -557,14 +534,19 @@ def main(args: ResultsArguments):
     draft = results_file.with_name(f".{results_file.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(results_file)
-    print(f"Tables: {results_file.resolve()}\nAll figures: {folder.resolve()}")
+    console.print(
+        f"Tables: {results_file.resolve()}\nAll figures: {folder.resolve()}", soft_wrap=True, highlight=False
+    )
 
 
 def make_tables(folder: Path, references: dict[str, Any], new_classes: dict[str, Any]) -> dict[str, str]:
-    """All tables, by the names of their places in RESULTS.md."""
+    """All tables, by name."""
 
     def read(sets: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
-        return {title: [read_json(folder / name / "ablation.json") for name in names] for title, names in sets.items()}
+        return {
+            title: [json.loads((folder / name / RESULTS_FILE).read_text(encoding="utf-8")) for name in names]
+            for title, names in sets.items()
+        }
 
     sets = read(SETS)
     environment = sets["ELPV"][0]["environment"]
@@ -589,6 +571,19 @@ def make_tables(folder: Path, references: dict[str, Any], new_classes: dict[str,
     }
 
 
+def command(argv: Sequence[str], console: Console):
+    """Parses the arguments and runs the benchmark."""
+    args, _ = parse_arguments(argv, (ResultsArguments,), {}, __doc__)
+    try:
+        run(args, console)
+    except KeyboardInterrupt:
+        raise Stopped("Run the same command again to go on.") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    return run_command(command, argv)
+
+
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(ResultsArguments).parse_args_into_dataclasses()
-    main(arguments)
+    sys.exit(main())

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of RESULTS.md say what the figures say, and stand in their places."""
+"""The tables of RESULTS.md show the figures, and stand in their places."""
 
 import json
 import re
@@ -50,7 +50,7 @@ PROTOCOLS = ("single", "shuffled", "sorted")
 
 
 def made_up(arms, num_seeds=5, seed=0):
-    """What `training.ablate` gives for some arms: any figures, relations not being worth anything."""
+    """Results as `training.ablate` writes them, with random figures and no gain of relations."""
     rng = np.random.default_rng(seed)
 
     def figures(arm):
@@ -68,7 +68,7 @@ def made_up(arms, num_seeds=5, seed=0):
 
 
 def set_values(result, arm, protocol, values, metric="accuracy"):
-    """Plants figures, in %, of one arm."""
+    """Sets figures, in %, of one arm."""
     for run, value in zip(result["arms"][arm]["runs"], values, strict=True):
         run["test"][protocol][metric] = value / 100
 
@@ -280,10 +280,10 @@ def test_what_is_measured_is_kept(tmp_path):
     assert second["Two"] == {"figure": 3}
 
 
-def test_unknown_studies_are_refused():
+def test_unknown_studies_are_refused(capsys):
     ResultsArguments(studies=["elpv", "references", "new-classes"])
-    with pytest.raises(ValueError, match="There is no study elvp"):
-        ResultsArguments(studies=["elpv", "elvp"])
+    assert results.main(["--studies", "elpv", "elvp"]) == 2
+    assert "error: There is no study elvp" in capsys.readouterr().err
 
 
 # --- References and new classes -------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_references_are_over_each_alone(metric):
         "ORL": made_up_references(10, 1, ("default", "votes", "fitted", "train", "unlabeled")),
     } | {f"emoji, {style} held out": made_up_references(2, 2 + at) for at, style in enumerate(EMOJI_STYLES)}
     header, rows = read_table(references_table(by_set, metric))
-    assert header[2:] == ["default", "with votes", "fitted", "training images alone", "unlabeled alone"]
+    assert header[2:] == ["default", "with votes", "fitted", "only training images", "only unlabeled images"]
     assert [row[0] for row in rows] == ["ELPV", "ORL", "emoji, each style held out"]
     values = {
         name: {way: [draw[way][metric] for draw in by_set[name]] for way in by_set[name][0] if way not in OTHER_FACTS}
@@ -531,7 +531,10 @@ def test_all_tables(measured):
             header, rows = read_table(table)
             assert rows and all(any(row[1:]) for row in rows), name
             for column in range(1, len(header)):
-                assert any(row[column] for row in rows) or header[column] == "unlabeled alone", (name, header[column])
+                assert any(row[column] for row in rows) or header[column] == "only unlabeled images", (
+                    name,
+                    header[column],
+                )
     read = {name: json.loads((folder / name / "ablation.json").read_text()) for name in BY_NAME}
     header, rows = read_table(tables["gains"])
     assert header[2:] == list(SETS)
@@ -551,6 +554,21 @@ def test_all_tables(measured):
     assert read_table(tables["balanced"])[0][2:] == list(BALANCED_SETS)
     assert tables["references"] == references_table(references, "accuracy") != tables["references-macro-f1"]
     assert tables["new-classes"] == new_classes_table(new_classes)
+
+
+def test_stopped_it_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def stop(study, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "run_study", stop)
+    assert results.main(["--output_dir", str(tmp_path)]) == 130
+    assert "Run the same command again to go on." in capsys.readouterr().err
+
+
+def test_the_committed_arms_are_those_of_the_code():
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- arms -->\n(.*?)\n<!-- /arms -->", text, re.DOTALL)
+    assert block.splitlines() == [f"- `{arm.name}`: {arm.description}." for arm in ARMS.values()]
 
 
 def test_each_table_has_its_place(measured):
@@ -573,18 +591,19 @@ def no_runs(monkeypatch, measured):
     return folder, ran
 
 
-def test_results_are_written_whole(no_runs, measured, tmp_path):
+def test_results_are_written_whole(no_runs, measured, tmp_path, capsys):
     folder, ran = no_runs
     file = tmp_path / "RESULTS.md"
     text = "".join(f"# {name}\n<!-- {name} -->\n<!-- /{name} -->\n" for name in make_tables(*measured))
     file.write_text(text, encoding="utf-8")
-    args = ResultsArguments(output_dir=str(folder), results_file=str(file))
-    results.main(args)
+    words = ["--output_dir", str(folder), "--results_file", str(file)]
+    assert results.main(words) == 0
+    assert f"Tables: {file}\nAll figures: {folder}" in capsys.readouterr().out
     assert ran == list(BY_NAME)
     assert file.read_text(encoding="utf-8") == replace_tables(text, make_tables(*measured))
     file.write_text(text.replace("<!-- leaks -->", ""), encoding="utf-8")
-    with pytest.raises(ValueError, match="no place for the table leaks"):
-        results.main(args)
+    assert results.main(words) == 1
+    assert "no place for the table leaks" in capsys.readouterr().err
     assert file.read_text(encoding="utf-8") == text.replace("<!-- leaks -->", "")
     assert not list(tmp_path.glob(".RESULTS*"))
 
@@ -593,7 +612,8 @@ def test_results_are_written_whole(no_runs, measured, tmp_path):
 def test_some_studies_write_no_tables(no_runs, studies, tmp_path):
     folder, ran = no_runs
     (tmp_path / "RESULTS.md").write_text(TEXT)
-    results.main(ResultsArguments(str(folder), str(tmp_path / "RESULTS.md"), studies))
+    words = ["--output_dir", str(folder), "--results_file", str(tmp_path / "RESULTS.md"), "--studies", *studies]
+    assert results.main(words) == 0
     assert sorted(ran) == sorted(set(studies) & BY_NAME.keys())
     assert (tmp_path / "RESULTS.md").read_text() == TEXT
     for name in ("references", "new-classes"):

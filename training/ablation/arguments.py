@@ -26,27 +26,27 @@ from .arms import ARMS, Arm, choose_arms
 
 @dataclass
 class AblationOptions:
-    """What an ablation has beside the arguments of a training."""
+    """Arguments of an ablation in addition to those of a training."""
 
     arms: list[str] | None = field(
         default=None,
-        metadata={"help": f"Arms to run, with their controls ({', '.join(ARMS)}); all of them by default."},
+        metadata={"help": f"Arms to run; their controls are added ({', '.join(ARMS)}). By default all."},
     )
-    num_seeds: int = field(default=5, metadata={"help": "Number of seeds, from --seed on. At least 2."})
+    num_seeds: int = field(default=5, metadata={"help": "Number of seeds, counted up from --seed. At least 2."})
     num_unlabeled: int = field(
         default=0,
         metadata={
-            "help": "Images of the bank beside those of the training, drawn without their labels from those that "
-            "the recipe leaves unused or, where it leaves none, from the test, which is then without them."
+            "help": "Number of unlabeled images in the bank in addition to the training images. They are drawn from "
+            "the images that the recipe leaves unused or, if there are none, taken out of the test images."
         },
     )
-    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the test images. At least 2."})
+    num_shuffles: int = field(default=5, metadata={"help": "Number of random orders of the test images. At least 2."})
     frozen_steps: int = field(default=100, metadata={"help": "With --freeze_backbone: training steps of each head."})
     frozen_learning_rate: float = field(
         default=1e-3, metadata={"help": "With --freeze_backbone: learning rate of the classifier."}
     )
     frozen_head_learning_rate: float = field(
-        default=1e-4, metadata={"help": "With --freeze_backbone: learning rate of RRA, and of BatchFormer's encoder."}
+        default=1e-4, metadata={"help": "With --freeze_backbone: learning rate of RRA and of BatchFormer's encoder."}
     )
 
     def __post_init__(self):
@@ -63,8 +63,8 @@ class AblationArguments(Arguments):
     options: AblationOptions
 
     @classmethod
-    def parse(cls, argv: Sequence[str]) -> "AblationArguments":
-        """See [`parse_arguments`]."""
+    def parse(cls, argv: Sequence[str], description: str | None = None) -> "AblationArguments":
+        """Parses a command line, see [`parse_arguments`]."""
         types = (
             ModelArguments,
             DataArguments,
@@ -75,17 +75,17 @@ class AblationArguments(Arguments):
             AblationOptions,
         )
         output_dir = Path("outputs", "ablation", Path(default_output_dir(find_recipes(argv))).name)
-        *parsed, options, recipes = parse_arguments(
-            argv, types, DEFAULTS | {"output_dir": str(output_dir)}, description=__doc__
-        )
+        defaults = DEFAULTS | {"output_dir": str(output_dir)}
+        *parsed, options, recipes = parse_arguments(argv, types, defaults, description)
         return cls(*parsed, recipes=recipes, argv=list(argv), options=options)  # type: ignore[misc]
 
     def check(self):
         r"""
-        Sees to it that an ablation can be made with these, before any work is done.
+        Checks the arguments before any work is done.
 
         Raises:
-            UserError: for arguments of a training that an ablation cannot have, and such as do not go together.
+            UserError: for an argument of a training that an ablation does not support, or for arguments that exclude
+                each other.
         """
         refused = {
             "--num_folds": self.run.num_folds is not None,
@@ -103,8 +103,8 @@ class AblationArguments(Arguments):
         }
         if names := [name for name, is_given in refused.items() if is_given]:
             raise UserError(
-                f"{' and '.join(names)} cannot be used in an ablation: leave it out. (The arms say who attends to "
-                "whom, in neighborhoods of a batch, and a rerun of the same command goes on with what is there.)"
+                f"{' and '.join(names)} cannot be used in an ablation: leave it out. (The arms set the relations, "
+                "within a batch or with a bank, and a rerun of the same command keeps what is finished.)"
             )
         if self.training.world_size > 1:
             raise UserError("An ablation runs in one process: start it with `python -m training.ablate`.")
@@ -112,24 +112,26 @@ class AblationArguments(Arguments):
             if getattr(self.training, name) < 2:
                 raise UserError(f"--{name} must be at least 2 for relations, got {getattr(self.training, name)}.")
         if self.is_frozen and self.training.max_steps > 0:
-            raise UserError("--max_steps is of training end to end: with --freeze_backbone give --frozen_steps.")
+            raise UserError("--max_steps is for training end to end: with --freeze_backbone give --frozen_steps.")
         if not self.is_frozen and any(arm.train_scope == "reference" for arm in self.arms):
             if self.fine_tuning.ema_decay is not None:
-                raise UserError("--ema_decay averages the backbone, but a bank is of one: leave it out.")
+                raise UserError(
+                    "--ema_decay averages the backbone, but a bank is valid for one backbone: leave it out."
+                )
             if self.augmentation.mixes:
                 raise UserError(
-                    "Arms that are trained through the bank would find the originals of mixed images there: leave "
-                    "--mixup_alpha and --cutmix_alpha out, or these arms."
+                    "Arms that are trained through the bank would find the originals of mixed images in it: leave "
+                    "out --mixup_alpha and --cutmix_alpha, or these arms."
                 )
         for arm in self.arms:
             try:
-                getattr(RBIConfig, arm.preset)(**self.model.rbi_fields | arm.rbi_fields)
+                arm.config(RBIConfig(), **self.model.rbi_fields)
             except StrictDataclassError as error:
-                raise UserError(f"--rbi_config does not go with the arm {arm.name}: {error.__cause__}") from error
+                raise UserError(f"--rbi_config does not fit the arm {arm.name}: {error.__cause__}") from error
 
     @property
     def arms(self) -> list[Arm]:
-        """Those to run."""
+        """Arms to run."""
         return choose_arms(self.options.arms)
 
     @property
@@ -139,25 +141,25 @@ class AblationArguments(Arguments):
 
     @property
     def seeds(self) -> list[int]:
-        """Of the draws, starts and orders."""
+        """Seeds of the splits, initializations and batch orders."""
         return [self.training.seed + number for number in range(self.options.num_seeds)]
 
     @property
     def command(self) -> str:
-        """The command line, to run it again, without tokens."""
+        """The command line that repeats this ablation, without tokens."""
         return shlex.join(["python", "-m", "training.ablate", *without_secrets(self.argv)])
 
     @property
     def resume_command(self) -> str:
-        """The same: what is there is kept."""
+        """The same command line: a rerun keeps what is finished."""
         return self.command
 
     def resolved(self) -> dict[str, Any]:
-        """For the record."""
+        """All arguments, for the record."""
         return resolved_arguments(super().resolved(), self.options)
 
     def of_run(self, arm: Arm, seed: int, output_dir: Path) -> "AblationArguments":
-        """Those of one training end to end."""
+        """Arguments of the end-to-end training of one arm with one seed."""
         scope = "self" if arm.train_scope == "self" else "batch"
         return dataclasses.replace(
             self,

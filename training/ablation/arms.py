@@ -1,43 +1,43 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Arms of an ablation: ways to train and to ask a model, each beside one that differs in nothing but the relations."""
+"""The arms of an ablation: training and evaluation setups, each with a control that differs only in the relations."""
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modeling_rbi import UserError
+from modeling_rbi import RBIConfig, UserError
 
 
 @dataclass(frozen=True)
 class Arm:
     r"""
-    One way to train and to ask a model.
+    One training and evaluation setup.
 
     Args:
         name (`str`):
-            On the command line, and its folder.
+            Name on the command line and of the arm's folder.
         description (`str`):
-            What it is.
+            The setup in words.
         control (`str`, *optional*):
-            The arm that differs from it in nothing but the relations.
+            The arm that differs from this one only in the relations.
         preset (`str`, *optional*, defaults to `"kernel"`):
-            Form of the head.
+            Preset of `RBIConfig`: `"paper"` or `"kernel"`.
         rbi_fields (`dict[str, Any]`, *optional*):
-            Fields of `RBIConfig` that differ from the preset's.
-        self_loss_weight (`float`, *optional*, defaults to 0.0):
-            Share of the training loss that is computed without neighbors.
+            Fields of `RBIConfig` that differ from the preset.
         train_scope (`str`, *optional*, defaults to `"self"`):
             Relation scope in training.
+        self_loss_weight (`float`, *optional*, defaults to 0.0):
+            Share of the training loss that is computed without neighbors, at least 0 and less than 1.
         scopes (`tuple[str, ...]`, *optional*, defaults to `("self",)`):
-            Relation scopes in which its gain is told. With `"self"` alone it has no relations at all.
+            Relation scopes in which the arm is compared with its control. `("self",)` means no relations.
         trains_attention (`bool`, *optional*, defaults to `True`):
-            `False`: RRA stays as it starts.
+            Whether RRA is trained. `False`: it keeps its initial weights.
         weights_of (`str`, *optional*):
-            Arm whose trained backbone and classifier it takes. Nothing of its own is trained.
+            Arm from which this one takes the trained backbone and classifier. This arm itself is not trained.
         is_batchformer (`bool`, *optional*, defaults to `False`):
-            Whether BatchFormer's encoder is there in training.
+            Whether BatchFormer's encoder is added in training.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Arm:
     control: str | None = None
     preset: str = "kernel"
     rbi_fields: dict[str, Any] = field(default_factory=dict)
-    self_loss_weight: float = 0.0
     train_scope: str = "self"
+    self_loss_weight: float = 0.0
     scopes: tuple[str, ...] = ("self",)
     trains_attention: bool = True
     weights_of: str | None = None
@@ -54,30 +54,44 @@ class Arm:
 
     @property
     def has_bank(self) -> bool:
-        """Whether it has a reference bank."""
+        """Whether the arm is evaluated with a reference bank."""
         return "reference" in self.scopes
 
     @property
     def gives_weights(self) -> bool:
-        """Whether another arm takes its weights."""
+        """Whether another arm takes this arm's weights."""
         return any(arm.weights_of == self.name for arm in ARMS.values())
 
     @property
     def needs(self) -> set[str]:
-        """Arms that must be there for it to be trained and compared."""
+        """Names of the arms without which this one can be neither trained nor compared."""
         return {name for name in (self.control, self.weights_of, "plain") if name is not None} - {self.name}
 
+    def config(self, base: RBIConfig, **fields: Any) -> RBIConfig:
+        r"""
+        The config of this arm for the backbone and the classes of another config.
 
-# Those that others take their weights from come first.
+        Args:
+            base (`RBIConfig`):
+                Config whose backbone, pixel statistics and class names are taken.
+            fields (`dict[str, Any]`, *optional*):
+                Further fields of `RBIConfig`. The arm's own fields take precedence.
+        """
+        names = ("backbone_config", "feature_size", "pooling", "image_mean", "image_std", "id2label", "label2id")
+        shared = {name: getattr(base, name) for name in names}
+        return getattr(RBIConfig, self.preset)(**shared | fields | self.rbi_fields)
+
+
+# An arm that gives its weights to others stands before them.
 ARMS = {
     arm.name: arm
     for arm in (
         Arm("plain", "backbone and linear classifier", trains_attention=False),
-        Arm("self", "the head of `rbi`, each image on its own", preset="paper"),
-        Arm("self-kernel", "the head of `rbi-kernel`, each image on its own"),
+        Arm("self", "the head of `rbi`, each image independently", preset="paper"),
+        Arm("self-kernel", "the head of `rbi-kernel`, each image independently"),
         Arm(
             "rra",
-            "the paper's form without RPE",
+            "the paper's head without RPE",
             control="self",
             preset="paper",
             rbi_fields={"relation_position_encoding": "none"},
@@ -86,7 +100,7 @@ ARMS = {
         ),
         Arm(
             "rbi",
-            "the paper's form",
+            "the paper's head",
             control="self",
             preset="paper",
             train_scope="batch",
@@ -94,17 +108,17 @@ ARMS = {
         ),
         Arm(
             "rbi-kernel",
-            "the kernel form",
+            "the kernel head",
             control="self-kernel",
             train_scope="batch",
             scopes=("self", "batch"),
         ),
         Arm(
             "rbi-kernel+single",
-            "as `rbi-kernel`, and half of the loss is that of each image on its own",
+            "`rbi-kernel`, with half of the loss computed without neighbors",
             control="self-kernel",
-            self_loss_weight=0.5,
             train_scope="batch",
+            self_loss_weight=0.5,
             scopes=("self", "batch"),
         ),
         Arm(
@@ -116,7 +130,7 @@ ARMS = {
         ),
         Arm(
             "batchformer",
-            "BatchFormer (Hou et al., CVPR 2022): an encoder over the batch, in training alone",
+            "BatchFormer (Hou et al., CVPR 2022): an encoder over the batch, in training only",
             control="plain",
             trains_attention=False,
             is_batchformer=True,
@@ -130,7 +144,7 @@ ARMS = {
         ),
         Arm(
             "bank-votes",
-            "as `bank-untrained`, and the labels in the bank have half of the say",
+            "`bank-untrained`, with half of the prediction from the labels in the bank",
             control="plain",
             rbi_fields={"reference_vote_weight": 0.5},
             scopes=("self", "reference"),
@@ -146,16 +160,16 @@ ARMS = {
         ),
         Arm(
             "bank-trained+single",
-            "as `bank-trained`, and on each image on its own, with equal shares of the loss",
+            "`bank-trained`, with half of the loss computed without neighbors",
             control="plain",
-            self_loss_weight=0.5,
             train_scope="reference",
+            self_loss_weight=0.5,
             scopes=("self", "reference"),
             trains_attention=False,
         ),
         Arm(
             "bank-trained-head",
-            "the kernel form, head and classifier trained through the bank",
+            "the kernel head, trained with the classifier through the bank",
             control="self-kernel",
             train_scope="reference",
             scopes=("self", "reference"),
@@ -166,10 +180,14 @@ ARMS = {
 
 def choose_arms(names: Sequence[str] | None) -> list[Arm]:
     r"""
-    The arms of these names, all if it is `None`, and those that they need, in the order of `ARMS`.
+    The named arms and all arms that they need, in the order of `ARMS`.
+
+    Args:
+        names (`Sequence[str]`, *optional*):
+            Names of arms. `None`: all arms.
 
     Raises:
-        UserError: for an unknown name; tells the nearest one.
+        UserError: for an unknown name; the message suggests the closest one.
     """
     chosen = set(ARMS if names is None else names)
     for name in sorted(chosen - ARMS.keys()):

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""BatchFormer, the peer that RBI is measured against: an encoder over the batch that is there in training alone."""
+"""BatchFormer, a related method to compare with: an encoder over the batch that is used only in training."""
 
 import torch
 from torch import nn
@@ -19,16 +19,17 @@ class BatchFormer(nn.Module):
         h = LayerNorm(x + Dropout(MultiHead(x, x, x)))
         e = LayerNorm(h + Dropout(W_2 Dropout(relu(W_1 h))))
 
-    with 4 heads, W_1 and W_2 of C x C, and dropout 0.5. One classifier, shared, sees both, and the labels twice:
-    loss = cross_entropy(W_c [x; e] + b_c, [y; y]). At test the layer is dropped: an image has its own features alone.
+    with 4 heads, W_1 and W_2 of shape C x C, and dropout 0.5. One shared classifier is trained on both:
+    loss = cross_entropy(W_c [x; e] + b_c, [y; y]). In evaluation the layer is dropped, so that each image is predicted
+    from its own features.
 
     Args:
         size (`int`):
             Number of features C. Must be a multiple of `num_heads`.
         num_heads (`int`, *optional*, defaults to 4):
-            Attention heads.
+            Number of attention heads.
         dropout (`float`, *optional*, defaults to 0.5):
-            Dropout of the layer.
+            Dropout rate of the layer.
 
     Raises:
         UserError: if `num_heads` does not divide `size`.
@@ -44,7 +45,7 @@ class BatchFormer(nn.Module):
         self.encoder = nn.TransformerEncoderLayer(size, num_heads, dim_feedforward=size, dropout=dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features, (B, C) -> (2B, C), x before e, in training; as they are in evaluation."""
+        """Features, (B, C) -> (2B, C), x before e, in training. In evaluation (B, C), unchanged."""
         if not self.training:
             return features
         # The batch is the sequence, (B, 1, C).
@@ -53,15 +54,15 @@ class BatchFormer(nn.Module):
 
 class BatchFormerForImageClassification(RBIForImageClassification):
     r"""
-    A backbone and a linear classifier with [`BatchFormer`] between them in training. RBI's own head must be one that
-    keeps features, and attends to nothing but the image itself.
+    A backbone and a linear classifier with [`BatchFormer`] between them in training. RBI's head is not trained: it
+    starts as identity, is called with `relation_scope="self"` and so returns the features unchanged.
 
     Args:
         config (`RBIConfig`):
-            With `head_initialization="identity"`.
+            Config with `head_initialization="identity"`.
     """
 
-    # What is saved, RBI's own class loads, without the encoder.
+    # Saved checkpoints are loaded by RBI's own class, without the encoder.
     _auto_class = None
 
     def __init__(self, config: RBIConfig):
@@ -70,7 +71,7 @@ class BatchFormerForImageClassification(RBIForImageClassification):
 
     @classmethod
     def from_model(cls, model: RBIForImageClassification) -> "BatchFormerForImageClassification":
-        """A model with the weights of `model`, and a new encoder."""
+        """Returns a model with the weights of `model` and a new encoder."""
         peer = cls(model.config)
         peer.load_state_dict(model.state_dict(), strict=False)
         return peer.train(model.training)
@@ -84,8 +85,8 @@ class BatchFormerForImageClassification(RBIForImageClassification):
         **kwargs,
     ) -> RBIImageClassifierOutput:
         r"""
-        As that of a linear classifier, whatever `relation_scope`. In training `logits` have the shape
-        (2B, num_labels): those of the images, and those of the encoder, whose labels are the same again.
+        Classifies as a linear classifier does; `relation_scope` is ignored. In training `logits` have the shape
+        (2B, num_labels): first from the images' features, then from the encoder's output for the same images.
         """
         features = self.rbi(pixel_values, image_features=image_features, relation_scope="self").pooler_output
         logits = self.classifier(self.dropout(self.batchformer(features)))
@@ -96,12 +97,12 @@ class BatchFormerForImageClassification(RBIForImageClassification):
 
 
 class BatchFormerTrainer(RBITrainer):
-    """As `RBITrainer`, for [`BatchFormerForImageClassification`]: the loss is the mean over images and encoder."""
+    """An `RBITrainer` whose loss is the mean over both predictions of [`BatchFormerForImageClassification`]."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One batch, forward and backward, with the labels of each image twice."""
+        """Forward and backward pass of one batch, with the labels repeated."""
         twice = {name: torch.cat([inputs[name]] * 2) for name in ("labels", "targets") if name in inputs}
         num_items = None if num_items_in_batch is None else 2 * num_items_in_batch
         return super().training_step(model, inputs | twice, num_items)

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Training and comparing heads on cached features of a frozen backbone, the same budget for each."""
+"""Heads trained on cached features of a frozen backbone, each with the same budget."""
 
 import copy
 import time
@@ -10,30 +10,31 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
+from modeling_rbi import RBIConfig, RBIForImageClassification, RBIImageClassifierOutput
 
 from ..data.samplers import BalancedSampler
 from ..evaluation.features import CachedImages
 from ..evaluation.protocols import Predict
+from ..fine_tuning.loss import count_targets, training_loss
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every head is trained with: AdamW, cosine schedule to 0."""
+    """Training options that all heads share. The optimizer is AdamW, with a cosine schedule to 0."""
 
     steps: int = 100
     batch_size: int = 40
     learning_rate: float = 1e-3  # of the classifier
-    head_learning_rate: float = 1e-4  # of the attention
+    head_learning_rate: float = 1e-4  # of RRA
     weight_decay: float = 0.01
-    images_per_class: int | None = None  # K of P x K batches, in which classes come equally often; None: random ones
-    class_weights: torch.Tensor | None = None  # (num_labels,), of the loss
+    images_per_class: int | None = None  # K of class-balanced P x K batches; None: random batches
+    class_weights: torch.Tensor | None = None  # (num_labels,), weights of the loss
     label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A trained head, the number of its parameters and the seconds that training took."""
+    """A head, its number of trained parameters and the seconds that the training took."""
 
     model: nn.Module
     predict: Predict
@@ -42,12 +43,14 @@ class TrainedHead:
 
 
 def train_plain(images: CachedImages, rows: torch.Tensor, num_labels: int, budget: Budget, seed: int) -> TrainedHead:
-    """The control `plain`: a linear classifier on the features. Relation scopes mean nothing to it."""
+    """Trains a linear classifier on the features. Its predictions ignore the relation scope."""
     torch.manual_seed(seed)
     model = nn.Linear(images.features.shape[1], num_labels)
     seconds = _train(
         [{"params": model.parameters(), "lr": budget.learning_rate}],
-        lambda batch: _loss(model(images.features[batch]), images.labels[batch], budget),
+        lambda batch: _loss(
+            RBIImageClassifierOutput(logits=model(images.features[batch])), images.labels[batch], budget
+        ),
         images,
         rows,
         budget,
@@ -76,26 +79,26 @@ def train_head(
 
     Args:
         images (`CachedImages`):
-            The data set.
+            Images of the data set.
         rows (`torch.LongTensor` of shape `(n,)`):
             Row numbers of the training images.
         config (`RBIConfig`):
-            Of the model, with its `feature_size`.
+            Config of the model, with its `feature_size`. It is not changed.
         budget (`Budget`):
-            Steps, batch size and rates.
+            Steps, batch size and learning rates.
         seed (`int`):
-            Of the start and of the order.
+            Seed of the initialization and of the batch order.
         relation_scope (`str`, *optional*, defaults to `"batch"`):
-            `"self"` is the control of the same name: the same parameters, in training and evaluation no relations.
-            `"reference"`: images attend to the bank, each to all of it but itself.
+            Scope in training. `"self"`: no relations, in evaluation neither. `"reference"`: each image attends to
+            the whole bank except itself.
         bank (`torch.LongTensor` of shape `(N,)`, *optional*):
-            Row numbers of the references, -100 being the label of those without one.
+            Row numbers of the references. Unlabeled ones have the label -100.
         trains_attention (`bool`, *optional*, defaults to `True`):
-            `False`: RRA stays as it starts, and the classifier alone is trained.
+            Whether RRA is trained. `False`: only the classifier is.
         self_loss_weight (`float`, *optional*, defaults to 0.0):
-            Share of the loss that is computed without neighbors.
+            Share of the loss that is computed without neighbors, at least 0 and less than 1.
         model_class (`Callable`, *optional*):
-            Makes the model of the config.
+            Builds the model from the config.
     """
     torch.manual_seed(seed)
     model = model_class(copy.deepcopy(config)).train()
@@ -115,26 +118,15 @@ def train_head(
     ]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
-        labels = images.labels[batch]
         outputs = model(
             pixel_values=images.pixel_values[batch],
             image_features=images.features[batch],
             relation_scope=relation_scope,
             reference_mask=batch[:, None] != bank if relation_scope == "reference" else None,
         )
-        loss = _loss(outputs.logits, labels, budget)
-        if outputs.self_logits is not None:
-            loss = torch.lerp(loss, _loss(outputs.self_logits, labels, budget), self_loss_weight)
-        return loss
+        return _loss(outputs, images.labels[batch], budget, self_loss_weight)
 
-    seconds = _train(
-        [group for group in groups if group["params"]],
-        loss_of,
-        images,
-        rows,
-        budget,
-        seed,
-    )
+    seconds = _train([group for group in groups if group["params"]], loss_of, images, rows, budget, seed)
     predict = predict_with(model, images, only_scope="self" if relation_scope == "self" else None)
     num_parameters = sum(parameter.numel() for parameter in [*classifier, *others])
     return TrainedHead(model.eval(), predict, num_parameters, seconds)
@@ -143,7 +135,7 @@ def train_head(
 def untrained_head(
     images: CachedImages, classifier: TrainedHead, config: RBIConfig, bank: torch.Tensor | None = None
 ) -> TrainedHead:
-    """Puts a head that starts as identity before a trained plain classifier, and trains nothing."""
+    """Puts an untrained head, which starts as identity, before a trained plain classifier."""
     model = RBIForImageClassification(copy.deepcopy(config)).eval()
     model.classifier.load_state_dict(getattr(classifier.model, "classifier", classifier.model).state_dict())
     _set_bank(model, images, bank)
@@ -153,7 +145,7 @@ def untrained_head(
 
 
 def predict_with(model: RBIForImageClassification, images: CachedImages, only_scope: str | None = None) -> Predict:
-    """Logits of rows of the cached images; `only_scope` overrides the scope that is asked for."""
+    """Returns a function that predicts cached images by row number. `only_scope` overrides the requested scope."""
 
     @torch.no_grad()
     def predict(batch: torch.Tensor, relation_scope: str) -> torch.Tensor:
@@ -171,20 +163,19 @@ def _set_bank(model: RBIForImageClassification, images: CachedImages, bank: torc
         model.set_reference_features(images.features[bank], images.pixel_values[bank], images.labels[bank])
 
 
-def _loss(logits: torch.Tensor, labels: torch.Tensor, budget: Budget) -> torch.Tensor:
-    """Cross entropy of a batch; the labels are repeated for heads that answer more than once."""
-    return nn.functional.cross_entropy(
-        logits,
-        labels.repeat(len(logits) // len(labels)),
-        weight=budget.class_weights,
-        label_smoothing=budget.label_smoothing,
-    )
+def _loss(
+    outputs: RBIImageClassifierOutput, labels: torch.Tensor, budget: Budget, self_loss_weight: float = 0.0
+) -> torch.Tensor:
+    # BatchFormer predicts each image twice.
+    batch = {"labels": labels.repeat(len(outputs.logits) // len(labels))}
+    num_targets = count_targets(batch, budget.class_weights)
+    return training_loss(outputs, batch, num_targets, self_loss_weight, budget.class_weights, budget.label_smoothing)
 
 
 def _train(parameter_groups, loss_of, images: CachedImages, rows: torch.Tensor, budget: Budget, seed: int) -> float:
     optimizer = torch.optim.AdamW(parameter_groups, weight_decay=budget.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
-    batches = _random_batches(rows, budget.batch_size, seed)
+    batches = random_batches(rows, budget.batch_size, seed)
     if budget.images_per_class is not None:
         batches = _balanced_batches(rows, images.labels[rows], budget.batch_size, budget.images_per_class, seed)
     start = time.perf_counter()
@@ -196,8 +187,8 @@ def _train(parameter_groups, loss_of, images: CachedImages, rows: torch.Tensor, 
     return time.perf_counter() - start
 
 
-def _random_batches(rows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Epoch after epoch, each image once, in batches of equal size, give or take one."""
+def random_batches(rows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches: each image once per epoch, in batches whose sizes differ by at most one."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = rows[torch.randperm(len(rows), generator=generator)]

@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What an ablation found: means over the seeds, paired differences with intervals, and tables."""
+"""Results of an ablation: means over the seeds, paired differences with intervals, and tables."""
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from scipy import stats
@@ -13,9 +13,14 @@ from .arms import Arm
 
 
 METRICS = ("accuracy", "macro_f1")
-# What an arm is measured by where it is asked in this relation scope. `sorted` tells of a leak, and is no accuracy.
+# Protocol of the comparison in each relation scope. `sorted` measures a leak of labels, not accuracy.
 _PROTOCOLS = {"self": "single", "batch": "shuffled", "reference": "reference"}
 _LEVEL = 0.95
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation of at least 2 values."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
 
 
 def paired_difference(values: Sequence[float], controls: Sequence[float]) -> dict[str, float]:
@@ -24,7 +29,7 @@ def paired_difference(values: Sequence[float], controls: Sequence[float]) -> dic
 
     Args:
         values (`Sequence[float]`), controls (`Sequence[float]`):
-            Of the same seeds, at least 2.
+            Metric of each arm for the same seeds, at least 2 of them.
     """
     gains = [value - control for value, control in zip(values, controls, strict=True)]
     mean = statistics.fmean(gains)
@@ -34,25 +39,19 @@ def paired_difference(values: Sequence[float], controls: Sequence[float]) -> dic
 
 def arm_results(arm: Arm, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     r"""
-    What there is to say of an arm: itself, its figures, their mean and standard deviation over the seeds, and the
-    paired differences on the test images to its control and to `plain`, by protocol.
+    Results of one arm: its setup, its figures, their mean and standard deviation over the seeds, and the paired
+    differences to its control and to `plain` on the test images, by protocol.
 
     Args:
         arm (`Arm`):
             The arm.
         runs (`dict[str, list[dict[str, Any]]]`):
-            Of each arm the figures of each seed, in the same order.
+            Figures of each seed, by arm. All arms have the same order of seeds.
     """
     own = runs[arm.name]
     summary = {
         part: {
-            protocol: {
-                metric: {
-                    "mean": statistics.fmean(values := [run[part][protocol][metric] for run in own]),
-                    "std": statistics.stdev(values),
-                }
-                for metric in METRICS
-            }
+            protocol: {metric: mean_and_std([run[part][protocol][metric] for run in own]) for metric in METRICS}
             for protocol in own[0][part]
         }
         for part in ("validation", "test")
@@ -68,7 +67,7 @@ def arm_results(arm: Arm, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
 
 
 def _gains(arm: Arm, runs: list[dict[str, Any]], controls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Paired differences. A control without a bank answers each image on its own."""
+    """Paired differences. A control without relations is evaluated on each image independently."""
     return {
         protocol: {
             metric: paired_difference(
@@ -87,7 +86,7 @@ def ablation_markdown(results: dict[str, Any]) -> str:
 
     Args:
         results (`dict[str, Any]`):
-            As [`ablate`] returns them.
+            Return value of [`ablate`].
     """
     arms = results["arms"]
     protocols = ["single", "shuffled", "sorted", "reference"]
@@ -101,14 +100,14 @@ def ablation_markdown(results: dict[str, Any]) -> str:
             rows.append(
                 [
                     f"`{name}`",
-                    *(mean_and_std(test[protocol][metric]) if protocol in test else "" for protocol in protocols),
+                    *(spread_text(test[protocol][metric]) if protocol in test else "" for protocol in protocols),
                     f"{100 * statistics.fmean(leaks):+.2f}",
-                    mean_and_std(arm["summary"]["validation"]["single"][metric]),
+                    spread_text(arm["summary"]["validation"]["single"][metric]),
                     f"{arm['runs'][0]['parameters']:,}",
                     f"{statistics.fmean(run['seconds'] for run in arm['runs']):.1f}",
                 ]
             )
-        sections.append(f"## Test {title} in %\n\n{_table(header, rows)}")
+        sections.append(f"## Test {title} in %\n\n{markdown_table(header, rows, header[1:])}")
     header = ["arm", "protocol", "control", "accuracy", "macro-F1", "accuracy over `plain`", "macro-F1 over `plain`"]
     rows = []
     for name, arm in arms.items():
@@ -119,13 +118,13 @@ def ablation_markdown(results: dict[str, Any]) -> str:
                     f"`{name}`",
                     protocol,
                     "" if arm["control"] is None else f"`{arm['control']}`",
-                    *(interval(over_control.get(metric)) for metric in METRICS),
-                    *(interval(over_plain[metric]) for metric in METRICS),
+                    *(interval_text(over_control.get(metric)) for metric in METRICS),
+                    *(interval_text(over_plain[metric]) for metric in METRICS),
                 ]
             )
     sections.append(
         "## Paired differences to the control and to `plain`, in points\n\nMean over the seeds [95 % interval by "
-        f"Student's t over the seeds].\n\n{_table(header, rows)}"
+        f"Student's t over the seeds].\n\n{markdown_table(header, rows, header[3:])}"
     )
     lines = "\n".join(f"- `{name}`: {arm['description']}." for name, arm in arms.items())
     sections.append(f"## Arms\n\n{lines}")
@@ -148,7 +147,7 @@ def _caption(results: dict[str, Any]) -> str:
     batches = f"{batches} batches of {arguments['per_device_train_batch_size']}"
     if arguments["freeze_backbone"]:
         budget = (
-            "frozen, heads trained on cached features of the whole images, without augmentation: "
+            "frozen, heads trained on cached features of the whole images without augmentation: "
             f"{arguments['frozen_steps']} steps of AdamW with a cosine schedule, {batches}, learning rate "
             f"{arguments['frozen_learning_rate']:g} (classifier) and {arguments['frozen_head_learning_rate']:g} (the "
             f"rest), weight decay {arguments['weight_decay']:g}"
@@ -160,25 +159,25 @@ def _caption(results: dict[str, Any]) -> str:
         head_rate = arguments["head_learning_rate"] or arguments["learning_rate"]
         budget = (
             f"trained end to end with augmentation: {length}, {batches}, learning rate {arguments['learning_rate']:g} "
-            f"(backbone) and {head_rate:g} (the rest), the best epoch by validation (of each image on its own, or "
-            "with the bank that it was trained through)"
+            f"(backbone) and {head_rate:g} (the rest), the best epoch by validation (each image independently, or "
+            "with the bank of the training)"
         )
     sentences = [
         f"{name}: {sizes} images of {len(data['label_names'])} classes",
         f"Backbone {backbone}{size}, {budget}",
-        f"{len(results['seeds'])} seeds, {results['seeds'][0]} to {results['seeds'][-1]}, of the data draw, the start "
-        "and the order; mean ± standard deviation over them",
-        "`single`: each image on its own. `shuffled`: mean of "
-        f"{arguments['num_shuffles']} random orders in batches of about {arguments['per_device_eval_batch_size']}. "
-        "`sorted`: batches in the order of the classes; `leak` = `sorted` - `shuffled` is what labels of the "
-        "neighbors give away, no accuracy. `reference`: each image and the bank",
+        f"{len(results['seeds'])} seeds, {results['seeds'][0]} to {results['seeds'][-1]}, for split, initialization "
+        "and batch order; mean ± standard deviation over the seeds",
+        "`single`: each image independently. `shuffled`: mean over "
+        f"{arguments['num_shuffles']} random orders, in batches of about {arguments['per_device_eval_batch_size']}. "
+        "`sorted`: class-ordered batches; `leak` = `sorted` - `shuffled` comes from the labels of the neighbors and "
+        "is not accuracy. `reference`: each image with the bank",
     ]
     if any(arm["scopes"][-1] == "reference" for arm in results["arms"].values()):
         bank = "The bank: the training images"
         if "unlabeled" in parts:
             source = data["unlabeled_from"]
-            bank += f", and {parts['unlabeled']['images']} without labels of the {source}"
-            bank += ", which are not tested on" if source == "test" else ""
+            bank += f", and {parts['unlabeled']['images']} unlabeled images taken from the {source}"
+            bank += ", not used for testing" if source == "test" else ""
         sentences.append(bank)
     hardware, versions = environment["hardware"], environment["versions"]
     sentences.append(
@@ -188,20 +187,40 @@ def _caption(results: dict[str, Any]) -> str:
     return ". ".join(sentences) + "."
 
 
-def mean_and_std(summary: dict[str, float]) -> str:
-    """In percent."""
-    return f"{100 * summary['mean']:.2f} ± {100 * summary['std']:.2f}"
+def spread_text(summary: dict[str, float], scale: float = 100) -> str:
+    r"""
+    `mean ± std`.
+
+    Args:
+        summary (`dict[str, float]`):
+            Return value of [`mean_and_std`].
+        scale (`float`, *optional*, defaults to 100):
+            Factor of all numbers. 100 turns fractions into percent.
+    """
+    return f"{scale * summary['mean']:.2f} ± {scale * summary['std']:.2f}"
 
 
-def interval(difference: dict[str, float] | None) -> str:
-    """In points; nothing for none."""
+def interval_text(difference: dict[str, float] | None, scale: float = 100, mark: bool = False) -> str:
+    r"""
+    `mean [low, high]`.
+
+    Args:
+        difference (`dict[str, float]`, *optional*):
+            Return value of [`paired_difference`]. `None`: the text is empty.
+        scale (`float`, *optional*, defaults to 100):
+            Factor of all numbers. 100 turns fractions into points.
+        mark (`bool`, *optional*, defaults to `False`):
+            Whether an interval that excludes zero is set in bold.
+    """
     if difference is None:
         return ""
-    # A rounding error below zero is no -0.00.
-    numbers = (round(100 * difference[name], 2) + 0.0 for name in ("mean", "low", "high"))
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
+    # After rounding, a rounding error is neither -0.00 nor different from zero.
+    mean, low, high = (round(scale * difference[name], 2) + 0.0 for name in ("mean", "low", "high"))
+    text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"**{text}**" if mark and (low > 0 or high < 0) else text
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---" if name in ("arm", "protocol", "control") else "---:" for name in header]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> str:
+    """A table in Markdown. The columns named in `numbers` are aligned to the right."""
+    rule = "|".join("---:" if name in numbers else "---" for name in header)
+    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])

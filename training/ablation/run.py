@@ -1,9 +1,9 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Ablation: what do relations do, beside controls that have none, under one budget and the same seeds?
+"""Ablation: measures the effect of relations against controls without them, with one budget and the same seeds.
 
-An arm is one way to train and to ask a model. The data draw, the start and the order all follow the seed, so that arms
-are compared seed by seed.
+An arm is one training and evaluation setup. The seed fixes split, initialization and batch order, so arms are compared
+seed by seed.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from ..data.samplers import BalancedSampler
 from ..data.transforms import EvalTransform
 from ..evaluation.features import CachedImages, EightBitPixels, extract
 from ..evaluation.protocols import Predict, measure
-from ..files import filled_whole, write_json
+from ..files import check_output_dir, filled_whole, write_json
 from ..fine_tuning.bank_trainer import BankTrainer
 from ..fine_tuning.models import ModelArguments, check_model, load_model
 from ..fine_tuning.run import load_data, train
@@ -51,13 +51,13 @@ from .report import METRICS, ablation_markdown, arm_results
 
 RESULTS_FILE = "ablation.json"
 TABLE_FILE = "ablation.md"
-# A rerun may have more arms and seeds: those that are there are kept.
+# A rerun may have other arms and more seeds: finished ones are kept.
 _EXTENDABLE = {"arms", "num_seeds"}
 
 
 @dataclass(frozen=True)
 class DataDraw:
-    """The images of one seed: `train`, `validation`, `test`, and with `--num_unlabeled` also `unlabeled`."""
+    """Images of one seed: `train`, `validation`, `test` and, with `--num_unlabeled`, `unlabeled`."""
 
     seed: int
     images: datasets.DatasetDict
@@ -68,16 +68,22 @@ def draw_data(args: AblationArguments, seed: int) -> DataDraw:
     r"""
     Reads the images of one seed.
 
+    Args:
+        args (`AblationArguments`):
+            Arguments of the ablation.
+        seed (`int`):
+            Seed of the split.
+
     Raises:
-        BadDataError: if they cannot be trained on.
-        UserError: if there is no validation or test, or there are fewer unlabeled images than asked for, or the
-            batches do not fit the training images.
+        BadDataError: if the images cannot be trained on.
+        UserError: if there are no validation or test images, if there are fewer unlabeled images than requested, or
+            if the batches do not fit the training images.
     """
     one = dataclasses.replace(args, training=dataclasses.replace(args.training, seed=seed))
     images, record = load_data(one)
-    for part, mend in (("validation", "raise --train_val_split"), ("test", "name one")):
+    for part, advice in (("validation", "raise --train_val_split"), ("test", "name a test set")):
         if part not in images or len(images[part]) < 2:
-            raise UserError(f"An ablation needs {part} images, at least 2: {mend}.")
+            raise UserError(f"An ablation needs at least 2 {part} images: {advice}.")
     if args.options.num_unlabeled:
         images, record["unlabeled_from"] = _with_unlabeled(one, images)
         record["fingerprint"] = fingerprint(images)
@@ -91,20 +97,20 @@ def _check_batches(args: AblationArguments, labels: torch.Tensor):
     batch_size = args.training.per_device_train_batch_size
     if batch_size > len(labels):
         raise UserError(
-            f"--batch_sampler balanced: batches of {batch_size} images are more than the {len(labels)} training "
-            "images there are: lower --per_device_train_batch_size."
+            f"--batch_sampler balanced: batches of {batch_size} images are larger than the training set of "
+            f"{len(labels)}: lower --per_device_train_batch_size."
         )
     BalancedSampler(labels.tolist(), batch_size, images_per_class=args.fine_tuning.images_per_class)
 
 
 def _with_unlabeled(args: AblationArguments, images: datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
-    """The images with those drawn that have no labels, and where these are from."""
+    """Adds the split `unlabeled`; also returns the source of its images."""
     number, seed = args.options.num_unlabeled, args.training.seed
     unused = _unused_images(args.data, images, seed)
     source = images["test"] if unused is None else unused
     if unused is None and number > len(source) - 2:
         raise UserError(
-            f"--num_unlabeled {number}: the test has {len(source)} images, two of which must stay in it. Lower it."
+            f"--num_unlabeled {number}: the test has {len(source)} images, and must keep two of them. Lower it."
         )
     if number > len(source):
         raise UserError(f"--num_unlabeled {number}: the recipe leaves {len(source)} images unused. Lower it.")
@@ -118,7 +124,7 @@ def _with_unlabeled(args: AblationArguments, images: datasets.DatasetDict) -> tu
 
 
 def _unused_images(args: DataArguments, images: datasets.DatasetDict, seed: int) -> datasets.Dataset | None:
-    """Training images of the data set that no part has, because the arguments ask for fewer; `None` without any."""
+    """Training images of the data set that the arguments leave out; `None` if there are none."""
     whole: dict[str, Any] = {"max_train_samples": None, "train_samples_per_class": None, "max_eval_samples": None}
     packaged = PACKAGED.get(str(args.dataset_format))
     if packaged is not None and "full" in packaged.config_names:
@@ -133,7 +139,7 @@ def _unused_images(args: DataArguments, images: datasets.DatasetDict, seed: int)
 
 
 def _image_keys(split: datasets.Dataset) -> list[tuple[Any, ...]]:
-    """What tells images apart: place and content."""
+    """Identifies each image by path, content and box."""
     return [
         (row["image"]["path"], hashlib.sha256(row["image"]["bytes"] or b"").hexdigest(), *(row.get("box") or ()))
         for row in iter_rows(split)
@@ -142,14 +148,14 @@ def _image_keys(split: datasets.Dataset) -> list[tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Cached:
-    """Images with their features, and the row numbers, `(n,)`, of each part."""
+    """Images with their features, and the row numbers, (n,), of each part."""
 
     images: CachedImages
     rows: dict[str, torch.Tensor]
 
     @classmethod
     def of_draw(cls, images: CachedImages, rows: dict[str, torch.Tensor]) -> "Cached":
-        """Those of a draw, without the labels of those that it has none of."""
+        """Cached images of a draw; unlabeled ones get the label -100."""
         labels = images.labels
         if "unlabeled" in rows:
             labels = labels.index_fill(0, rows["unlabeled"], NO_LABEL)
@@ -157,7 +163,7 @@ class Cached:
 
     @property
     def bank(self) -> torch.Tensor:
-        """Row numbers of the references: the training images and the unlabeled ones."""
+        """Row numbers of the references: training images, then unlabeled images."""
         return torch.cat([self.rows[part] for part in ("train", "unlabeled") if part in self.rows])
 
 
@@ -180,22 +186,22 @@ def _extract(args: AblationArguments, model: RBIForImageClassification, images: 
 
 def cache_features(args: AblationArguments, draws: Sequence[DataDraw], folder: Path) -> tuple[RBIConfig, list[Cached]]:
     r"""
-    Runs the frozen backbone once over the images of all seeds, each image once, and keeps what comes out.
+    Runs the frozen backbone once over each image of all seeds, and caches the features.
 
     Args:
         args (`AblationArguments`):
-            With the model.
+            Arguments of the ablation.
         draws (`Sequence[DataDraw]`):
-            The images of each seed.
+            Images of each seed.
         folder (`Path`):
-            Where to keep it, in a file that is named after images, backbone and image size.
+            Folder of the cache file, whose name is a hash of images, backbone and image size.
 
     Returns:
-        The config of the model, and the images of each seed.
+        The config of the model, and the cached images of each seed.
     """
-    set_seed(args.training.seed)  # of a backbone that starts at random
+    set_seed(args.training.seed)  # for a randomly initialized backbone
     model, processor = load_model(args.model, draws[0].record["label_names"])
-    sizes = {_arm_config(args, arm, model.config).psnr_image_size for arm in args.arms}
+    sizes = {arm.config(model.config, **args.model.rbi_fields).psnr_image_size for arm in args.arms}
     model.rbi.config.psnr_image_size = sizes.pop() if len(sizes) == 1 else None
     whole = datasets.concatenate_datasets([split for draw in draws for split in draw.images.values()])
     keys = _image_keys(whole)
@@ -243,13 +249,6 @@ def _read_features(path: Path, config: RBIConfig) -> CachedImages:
     return CachedImages(pixels, content["features"], content["labels"])
 
 
-def _arm_config(args: AblationArguments, arm: Arm, base: RBIConfig) -> RBIConfig:
-    """The config of an arm on the backbone of `base`."""
-    names = ("backbone_config", "feature_size", "pooling", "image_mean", "image_std", "id2label", "label2id")
-    fields = {name: getattr(base, name) for name in names}
-    return getattr(RBIConfig, arm.preset)(**fields | args.model.rbi_fields | arm.rbi_fields)
-
-
 def train_frozen(
     args: AblationArguments, arm: Arm, seed: int, cached: Cached, base: RBIConfig, heads: dict[str, TrainedHead]
 ) -> TrainedHead:
@@ -258,19 +257,20 @@ def train_frozen(
 
     Args:
         args (`AblationArguments`):
-            With the budget.
+            Arguments of the ablation.
         arm (`Arm`):
             The arm.
         seed (`int`):
-            Of the start and of the order.
+            Seed of the initialization and of the batch order.
         cached (`Cached`):
-            The images.
+            Images of this seed.
         base (`RBIConfig`):
-            Of the model whose backbone the features are of.
+            Config of the model whose backbone computed the features.
         heads (`dict[str, TrainedHead]`):
-            Of this seed, which others take their weights from; those that are missing are added.
+            Trained heads of this seed from which other arms take weights, by arm. Missing ones are trained and added.
     """
-    config, bank = _arm_config(args, arm, base), cached.bank if arm.has_bank else None
+    config = arm.config(base, **args.model.rbi_fields)
+    bank = cached.bank if arm.has_bank else None
     if arm.weights_of is not None:
         source = ARMS[arm.weights_of]
         head = heads.get(source.name) or train_frozen(args, source, seed, cached, base, heads)
@@ -322,20 +322,20 @@ def train_end_to_end(
     trained: dict[str, tuple[Cached, TrainedHead]],
 ) -> tuple[Cached, TrainedHead]:
     r"""
-    Trains one arm with all of its backbone, in a folder of its own, unless it is there already; the epoch is chosen on
-    the validation images.
+    Trains one arm end to end, in its own folder, unless that training is finished. The epoch is chosen on the
+    validation images.
 
     Args:
         args (`AblationArguments`):
-            Of the ablation.
+            Arguments of the ablation.
         arm (`Arm`):
             The arm.
         draw (`DataDraw`):
-            The images.
+            Images of one seed.
         folder (`Path`):
-            Of the ablation.
+            Folder of the ablation.
         trained (`dict[str, tuple[Cached, TrainedHead]]`):
-            Of this seed, which others take their weights from; those that are missing are added.
+            Trained models of this seed from which other arms take weights, by arm. Missing ones are trained and added.
 
     Returns:
         The images with the features of the trained backbone, and the head.
@@ -343,7 +343,7 @@ def train_end_to_end(
     if arm.weights_of is not None:
         source = ARMS[arm.weights_of]
         cached, head = trained.get(source.name) or train_end_to_end(args, source, draw, folder, trained)
-        config = _arm_config(args, arm, head.model.config)  # type: ignore[arg-type]
+        config = arm.config(head.model.config, **args.model.rbi_fields)  # type: ignore[arg-type]
         return cached, _with_untrained_head(cached, head, config, cached.bank if arm.has_bank else None)
     output_dir = folder / arm.name / f"seed-{draw.seed}"
     record = RunRecord.read(output_dir)
@@ -387,25 +387,23 @@ def _prepare_model(model: RBIForImageClassification, arm: Arm) -> RBIForImageCla
 
 
 def measure_arm(args: AblationArguments, arm: Arm, head: TrainedHead, cached: Cached, seed: int) -> dict[str, Any]:
-    """Metrics of the validation and of the test images by protocol, as fractions."""
+    """Metrics of the validation and the test images under each protocol, as fractions in [0, 1]."""
     protocols = [*("single", "shuffled", "sorted"), *(["reference"] if arm.has_bank else [])]
-    figures: dict[str, Any] = {}
-    for part in ("validation", "test"):
+    figures: dict[str, Any] = {"validation": {}, "test": {}}
+    for part in figures:
         rows = cached.rows[part]
         predict: Predict = partial(_predict_rows, head.predict, rows)
         batch_size = min(args.training.per_device_eval_batch_size, len(rows))
         labels, num_shuffles = cached.images.labels[rows], args.options.num_shuffles
-        answers = measure(predict, labels, protocols, [batch_size], num_shuffles, seed)
-        figures[part] = {
-            condition.protocol: {
-                metric: statistics.fmean(order[metric] for order in answer.metrics) for metric in METRICS
-            }
-            for condition, answer in answers.items()
-        }
-        shuffles = next(answer for condition, answer in answers.items() if condition.protocol == "shuffled")
-        for metric in METRICS:
-            std = statistics.stdev(order[metric] for order in shuffles.metrics)
-            figures[part]["shuffled"][f"{metric}_std"] = std
+        measured = measure(predict, labels, protocols, [batch_size], num_shuffles, seed)
+        for condition, predictions in measured.items():
+            metrics: dict[str, float] = {}
+            for name in METRICS:
+                by_order = [order[name] for order in predictions.metrics]
+                metrics[name] = statistics.fmean(by_order)
+                if condition.protocol == "shuffled":
+                    metrics[f"{name}_std"] = statistics.stdev(by_order)
+            figures[part][condition.protocol] = metrics
     return figures
 
 
@@ -415,22 +413,23 @@ def _predict_rows(predict: Predict, rows: torch.Tensor, batch: torch.Tensor, rel
 
 def ablate(args: AblationArguments) -> dict[str, Any]:
     r"""
-    Trains and measures all arms that are asked for, with all seeds, but for those that are in the output folder.
+    Trains and measures all requested arms with all seeds. Arms and seeds that are finished in the output folder are
+    kept.
 
     Args:
         args (`AblationArguments`):
-            What to do.
+            Arguments of the ablation.
 
     Returns:
-        What is written to `ablation.json`: the arguments, environment and data, and of each arm the figures of each
-        seed, their mean and standard deviation, and the paired differences to its control and to `plain`.
+        The content of `ablation.json`: arguments, environment and data; and for each arm the figures of each seed,
+        their mean and standard deviation, and the paired differences to its control and to `plain`.
 
     Raises:
-        UserError: for arguments or data that cannot be ablated, or an output folder that holds something else.
+        UserError: for arguments or data that an ablation does not support, or for an output folder with other content.
     """
     args.check()
     folder, arms = Path(args.training.output_dir), args.arms
-    before = _check_output_dir(args, folder)
+    before = _former_record(args, folder)
     _check_model(args.model)
     seeds = tqdm(args.seeds, desc="Reading the images of each seed", leave=False, disable=args.training.disable_tqdm)
     draws = [draw_data(args, seed) for seed in seeds]
@@ -438,8 +437,8 @@ def ablate(args: AblationArguments) -> dict[str, Any]:
     for seed, known in (before or {}).get("fingerprints", {}).items():
         if fingerprints.get(seed, known) != known:
             raise UserError(
-                f"The data of seed {seed} are not those that the ablation in {folder} was begun with: give those "
-                "back, or name another --output_dir."
+                f"The data of seed {seed} differ from the data that the ablation in {folder} was started with: "
+                "restore them, or name another --output_dir."
             )
     run = RunRecord(folder)
     run.update(
@@ -476,13 +475,13 @@ def ablate(args: AblationArguments) -> dict[str, Any]:
 def _train_and_measure(
     args: AblationArguments, arms: list[Arm], draws: list[DataDraw], folder: Path
 ) -> Iterator[tuple[Arm, DataDraw]]:
-    """Arm by arm of one seed after the other; each comes when its file is there."""
+    """Goes through the arms, seed by seed, and yields each when its figures are written."""
     units = [(arm, draw) for draw in draws for arm in arms]
     base: RBIConfig | None = None
     cached_draws: list[Cached] = []
     if args.is_frozen and not all(_figures_file(folder, arm, draw.seed).exists() for arm, draw in units):
         base, cached_draws = cache_features(args, draws, folder)
-    heads: dict[int, dict[str, Any]] = {}  # of the last seed, for arms that take weights of others
+    heads: dict[int, dict[str, Any]] = {}  # of the current seed, for arms that take the weights of others
     with tqdm(units, unit="arm x seed", disable=args.training.disable_tqdm) as bar:
         for number, (arm, draw) in enumerate(bar, start=1):
             path = _figures_file(folder, arm, draw.seed)
@@ -514,23 +513,20 @@ def _figures_file(folder: Path, arm: Arm, seed: int) -> Path:
 
 
 def _check_model(args: ModelArguments):
-    """Sees whether the backbone is there, and is one: the heads are the arms' own."""
+    """Checks that the backbone exists, and that it is not an RBI model: each arm has its own head."""
     check_model(args)
     name = args.model_name_or_path
     if name is not None and not name.startswith("packaged/"):
         hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
         if AutoConfig.from_pretrained(name, **hub).model_type == RBIConfig.model_type:
-            raise UserError(f"--model_name_or_path {name} is an RBI model, with a head of its own: name a backbone.")
+            raise UserError(f"--model_name_or_path {name} is an RBI model, with its own head: name a backbone.")
 
 
-def _check_output_dir(args: AblationArguments, folder: Path) -> dict[str, Any] | None:
-    """The record of the ablation in the folder, if there is one that can be gone on with."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a folder.")
-    record = RunRecord.read(folder)
+def _former_record(args: AblationArguments, folder: Path) -> dict[str, Any] | None:
+    """The record of the ablation in the folder, if there is one; it must have the same arguments."""
+    record = RunRecord.read(folder) if folder.is_dir() else None
     if record is None:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--output_dir {folder} is not empty, and holds no ablation: name another folder.")
+        check_output_dir(folder)
         return None
     was, now = (
         {name: value for name, value in arguments.items() if name not in _EXTENDABLE}
@@ -538,8 +534,8 @@ def _check_output_dir(args: AblationArguments, folder: Path) -> dict[str, Any] |
     )
     if changed := differences(was, now):
         raise UserError(
-            f"The ablation in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or "
-            "name another --output_dir."
+            f"The ablation in {folder} has other arguments: {'; '.join(changed)}. Give the same ones, or name another "
+            "--output_dir."
         )
     return record
 

@@ -1,4 +1,4 @@
-"""BatchFormer against its formula, written anew; at test it is a plain classifier."""
+"""BatchFormer against an independent implementation; in evaluation it is a plain classifier."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from training.fine_tuning.run import load_data, train
 
 
 def by_the_formula(encoder, features):
-    """The layer in evaluation, (B, C) -> (B, C), from its weights alone."""
+    """The layer without dropout, (B, C) -> (B, C), computed from its weights."""
     attention, size = encoder.self_attn, features.shape[1]
     query, key, value = (features @ attention.in_proj_weight.T + attention.in_proj_bias).split(size, dim=1)
     messages = []
@@ -103,7 +103,7 @@ def test_heads_must_divide_the_features():
 
 
 def test_the_trainer_takes_the_mean_over_images_and_encoder(arguments, tmp_path):
-    """The gradients of its first step are those of the mean loss of 2B answers."""
+    """The gradients of its first step are the gradients of the mean loss of 2B predictions."""
     steps = []
 
     class Spy(BatchFormerTrainer):
