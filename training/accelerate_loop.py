@@ -1,10 +1,9 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes RBI with a bare Accelerate loop: the training of `training.train` without `Trainer`, to read and to take
-away.
+"""Fine-tunes RBI with a plain Accelerate loop: `training.train` without `Trainer`, to read and to copy.
 
-    python -m training.accelerate_loop --train_dir images --model_name_or_path facebook/dinov2-small
-    accelerate launch -m training.accelerate_loop --train_dir images --model_name_or_path facebook/dinov2-small
+python -m training.accelerate_loop --train_dir images --model_name_or_path facebook/dinov2-small
+accelerate launch -m training.accelerate_loop --train_dir images --model_name_or_path facebook/dinov2-small
 """
 
 import json
@@ -20,13 +19,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import set_seed
+from rich.console import Console
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import EvalPrediction, get_scheduler
 
 from modeling_rbi import UserError
 
-from .cli import parse_arguments
+from .cli import parse_arguments, run_command
 from .data.arguments import DataArguments
 from .data.checks import load_checked_images
 from .data.image_dataset import Collator, ImageDataset
@@ -34,7 +34,7 @@ from .data.mixing import Mixing
 from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from .evaluation.metrics import compute_metrics
-from .files import filled_whole, write_json
+from .files import check_output_dir, filled_whole, write_json
 from .fine_tuning.loss import count_targets, training_loss
 from .fine_tuning.models import ModelArguments, load_model
 from .fine_tuning.optimization import parameter_groups
@@ -46,45 +46,53 @@ PROGRESS_FILE = "progress.json"
 
 @dataclass
 class LoopArguments:
-    """Options of the loop, named as those of `TrainingArguments`."""
+    """Options of the loop, named as in `TrainingArguments` and `FineTuningArguments`."""
 
     output_dir: str = field(metadata={"help": "Folder for the best model and the checkpoints."})
-    num_train_epochs: int = field(default=3, metadata={"help": "Epochs."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training images of a process at a time."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation images, the same."})
+    num_train_epochs: int = field(default=3, metadata={"help": "Number of epochs."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training images per batch and process."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation images per batch and process."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of AdamW after the warm-up."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; vectors have none."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
-    gather_across_processes: bool = field(default=False, metadata={"help": "Attend to the images of all processes."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "The gradient is clipped to this norm."})
+    gather_across_processes: bool = field(
+        default=False, metadata={"help": "Images attend to the batches of all processes (GPUs), not only of one."}
+    )
     self_loss_weight: float = field(
-        default=0.0, metadata={"help": "Share of the loss that is computed without neighbors, in [0, 1)."}
+        default=0.0, metadata={"help": "Share of the loss, in [0, 1), that is computed without neighbors."}
     )
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, bf16 or fp16; by default as it was launched.", "choices": ["no", "bf16", "fp16"]},
+        metadata={"help": "no, bf16 or fp16; by default as launched.", "choices": ["no", "bf16", "fp16"]},
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Number of processes that read images."})
     checkpointing_steps: int | None = field(
-        default=None, metadata={"help": "Steps between checkpoints; else an epoch."}
+        default=None, metadata={"help": "Also save a checkpoint every so many steps, not only after each epoch."}
     )
-    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
+    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Continue from the newest checkpoint."})
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU."})
     seed: int = field(default=42, metadata={"help": "Random seed."})
 
+    def __post_init__(self):
+        if not 0 <= self.self_loss_weight < 1:
+            raise UserError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
 
-def main(argv: Sequence[str] | None = None):
-    """Trains, keeps the model that is best on the validation images, and prints its metrics."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(command, argv, on_stop="Add --resume_from_checkpoint to continue from the newest checkpoint.")
+
+
+def command(argv: Sequence[str], console: Console):
+    """Trains, keeps the model with the best validation accuracy, and prints the metrics of each epoch."""
     model_args, data_args, augmentation, args, _ = parse_arguments(
-        sys.argv[1:] if argv is None else argv,
-        (ModelArguments, DataArguments, AugmentationArguments, LoopArguments),
-        defaults={},
-        description=__doc__,
+        argv, (ModelArguments, DataArguments, AugmentationArguments, LoopArguments), defaults={}, description=__doc__
     )
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()) and not args.resume_from_checkpoint:
-        raise UserError(f"--output_dir {output_dir} is not empty: name another, or add --resume_from_checkpoint.")
+    if not args.resume_from_checkpoint:
+        check_output_dir(output_dir)
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,
@@ -92,11 +100,11 @@ def main(argv: Sequence[str] | None = None):
     )
     set_seed(args.seed)
 
-    # Data: pixels and labels. The sampler spreads each batch over the processes, so the loader is not prepared.
+    # Data: pixels and labels. The sampler spreads each batch over the processes, so this loader is not prepared.
     with accelerator.main_process_first():
         images, _ = load_checked_images(data_args, args.seed)
     if "validation" not in images:
-        raise UserError("The best model is chosen by validation images: leave --train_val_split above 0.")
+        raise UserError("The best model is chosen on validation images: leave --train_val_split above 0.")
     model, image_processor = load_model(model_args, images["train"].features["label"].names)
     options = {"crop_to_boxes": data_args.crop_to_boxes, "max_pixels": data_args.max_pixels}
     train_set = ImageDataset(images["train"], TrainTransform(image_processor, augmentation), augment=True, **options)
@@ -107,7 +115,7 @@ def main(argv: Sequence[str] | None = None):
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    # A generator of their own: a loader that is started again after a resume must not take of the model's numbers.
+    # With a generator of its own, a loader that starts again after a resume draws none of the model's random numbers.
     common = {"num_workers": args.dataloader_num_workers, "generator": torch.Generator()}
     collator = Collator(Mixing(augmentation, model.num_labels) if augmentation.mixes else None)
     train_loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=collator, **common)
@@ -116,7 +124,7 @@ def main(argv: Sequence[str] | None = None):
         DataLoader(validation_set, batch_size=args.per_device_eval_batch_size, collate_fn=Collator(), **common)
     )
 
-    # Model and optimizer. The batch is the neighborhood: that of this process, or of all.
+    # Model and optimizer. The neighborhood is the batch of this process, or of all processes.
     model.rbi.gather_across_processes = args.gather_across_processes
     model.rbi.self_loss_weight = args.self_loss_weight
     optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate, args.weight_decay))
@@ -131,7 +139,7 @@ def main(argv: Sequence[str] | None = None):
         checkpoint = found[-1]
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
         if changed := differences(progress["arguments"], arguments):
-            raise UserError(f"The run cannot go on with other arguments: {'; '.join(changed)}.")
+            raise UserError(f"The run cannot continue with other arguments: {'; '.join(changed)}.")
         accelerator.load_state(str(checkpoint))
     step, losses, history = progress["step"], progress["losses"], progress["history"]
 
@@ -147,7 +155,7 @@ def main(argv: Sequence[str] | None = None):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             num_targets = accelerator.reduce(count_targets(batch))
             outputs = model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"])
-            # The loss is a mean over all processes' images, and DDP takes the mean of their gradients.
+            # The loss is a mean over the images of all processes, and DDP averages the gradients of the processes.
             loss = training_loss(outputs, batch, num_targets, args.self_loss_weight) * accelerator.num_processes
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -180,12 +188,16 @@ def main(argv: Sequence[str] | None = None):
         save()
     if accelerator.is_main_process:
         write_json(output_dir / "all_results.json", history)
-    accelerator.print(f"The model that is best on the validation images: {output_dir.resolve()}")
+        console.print(f"Best model on the validation images: {output_dir.resolve()}", soft_wrap=True, highlight=False)
     accelerator.end_training()
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict):
-    """All that it takes to go on as if nothing had happened, whole or not at all. The newest two are kept."""
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict[str, Any]):
+    """
+    Saves all that is needed to continue exactly where the run was, whole or not at all, and keeps the newest two.
+
+    (`ProjectConfiguration` writes checkpoints in place, after deleting older ones: a kill would leave a cut one.)
+    """
     draft = output_dir / f".checkpoint-{progress['step']}.tmp"
     accelerator.save_state(str(draft))
     accelerator.wait_for_everyone()
@@ -198,12 +210,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict):
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """In the order of their steps."""
+    """The checkpoints in a folder, in the order of their steps."""
     return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

@@ -239,5 +239,5 @@ def _nearest(name: str, names: set[str], prefix: str = "") -> str:
 
 
 def default_output_dir(recipes: Sequence[str]) -> str:
-    """`outputs/` followed by the name of the last recipe."""
-    return os.path.join("outputs", Path(recipes[-1]).stem if recipes else "train")
+    """`outputs/` and the names of the recipes, joined by hyphens."""
+    return os.path.join("outputs", "-".join(Path(recipe).stem for recipe in recipes) or "train")

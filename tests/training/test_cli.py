@@ -77,7 +77,7 @@ def test_several_recipes_however_they_are_given(recipe, spell):
     options, recipes = parse_arguments(argv, [Options], {})
     assert (options.rate, options.decay) == (4.0, 0.5)
     assert recipes == [first, second]
-    assert default_output_dir(recipes) == "outputs/b"
+    assert default_output_dir(recipes) == "outputs/a-b"
 
 
 def test_the_output_folder_without_a_recipe():

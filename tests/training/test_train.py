@@ -129,7 +129,7 @@ HARD = {
     "self_loss_weight": 0.3,
     "unlabeled_per_batch": 4,
     "references_per_class": 2,
-    "unlabeled_references": 5,
+    "num_references": 5,
     "rbi_config": '{"attention_dropout": 0.2, "classifier_dropout": 0.2}',
 }
 
@@ -225,7 +225,7 @@ def test_stopped_by_the_user_it_says_how_to_go_on(arguments, tmp_path, stop_at, 
     go_on()
     before = everything_in(tmp_path / "out")
     assert train.main(line) == 1
-    assert "holds a run that is not finished" in capsys.readouterr().err
+    assert "holds an unfinished run" in capsys.readouterr().err
     assert everything_in(tmp_path / "out") == before
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -248,7 +248,7 @@ def test_it_does_not_go_on_with_other_arguments(arguments, tmp_path, stop_at, ca
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record["data"]["fingerprint"].update(sha256="another"), "The data are not those"),
+        (lambda record: record["data"]["fingerprint"].update(sha256="another"), "The data have changed"),
         (lambda record: record["environment"]["hardware"].update(processes=2), "started with processes 2, not 1"),
     ],
 )
@@ -274,7 +274,7 @@ def test_it_does_not_go_on_with_other_unlabeled_images(arguments, tmp_path, unla
     before = everything_in(tmp_path / "out")
     make_image(tmp_path / "others" / "another.png")
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 1
-    assert "The data are not those" in capsys.readouterr().err
+    assert "The data have changed" in capsys.readouterr().err
     assert everything_in(tmp_path / "out") == before
     (tmp_path / "others" / "another.png").unlink()
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
@@ -282,7 +282,7 @@ def test_it_does_not_go_on_with_other_unlabeled_images(arguments, tmp_path, unla
 
 def test_stopped_after_its_last_step_it_has_the_same_bank(arguments, tmp_path, unlabeled_dir, monkeypatch):
     options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 4, "num_train_epochs": 1}
-    options |= {"references_per_class": 2, "unlabeled_references": 5}
+    options |= {"references_per_class": 2, "num_references": 5}
     assert train.main(arguments(tmp_path / "whole", **options)) == 0
 
     def fail(*args):
@@ -306,7 +306,7 @@ def test_no_token_is_written_down(arguments, tmp_path):
 
 def test_there_must_be_a_run_to_go_on_with(arguments, tmp_path, capsys):
     assert train.main(arguments(tmp_path / "typo", resume_from_checkpoint="last")) == 1
-    assert "holds no run to go on with" in capsys.readouterr().err
+    assert "holds no run to resume" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
 
 
@@ -432,12 +432,12 @@ def test_bad_unlabeled_images_are_refused_or_skipped(arguments, tmp_path, unlabe
         ({"unlabeled_dir": "nothing"}, "nothing is not a folder"),
         (
             {"unlabeled_per_batch": 16},
-            "has 15 images, fewer than the 16 that --unlabeled_per_batch asks for: lower",
+            "has 15 images, but --unlabeled_per_batch needs 16: lower it",
         ),
-        ({"unlabeled_references": 16, "unlabeled_per_batch": 2}, "the 16 that --unlabeled_references asks for"),
+        ({"num_references": 16, "unlabeled_per_batch": 2}, "--num_references needs 16"),
         (
-            {"references_per_class": 5, "unlabeled_references": 1},
-            "would have 21 images, more than a model carries (20)",
+            {"references_per_class": 5, "num_references": 1},
+            "would have 21 images, but a model holds at most 20",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -457,7 +457,7 @@ def test_a_bank_without_training_images_of_a_class_is_refused(arguments, tmp_pat
     images, data_record = load_data(args)
     rows = [row for row, label in enumerate(images["train"]["label"]) if label != 2]
     images["train"] = images["train"].select(rows)
-    with pytest.raises(ValueError, match=f"{data_record['label_names'][2]} has none to train on: add some, or leave"):
+    with pytest.raises(ValueError, match=f"there are none of {data_record['label_names'][2]}: add some, or leave"):
         fine_tuning.train(args, images, data_record)
     assert not (tmp_path / "out").exists()
 
@@ -484,9 +484,9 @@ def test_what_is_trained_is_not_lost_where_it_cannot_be_published(arguments, tmp
     [
         ({"early_stopping_patience": 1, "train_val_split": 0}, "needs validation images"),
         ({"early_stopping_patience": 1, "eval_strategy": "no", "load_best_model_at_end": False}, "needs evaluations"),
-        ({"push_to_hub": True, "hub_strategy": "every_save"}, "leave it at end"),
-        ({"push_to_hub": True, "num_folds": 2}, "publish the one that you want"),
-        ({"auto_find_batch_size": True}, "choose the batch size"),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, "leave it at `end`"),
+        ({"push_to_hub": True, "num_folds": 2}, "publish one of them"),
+        ({"auto_find_batch_size": True}, "set the batch size"),
         ({"backbone_config": "{}", "model_name_or_path": "./nothing"}, "there is no such folder"),
     ],
 )
@@ -586,7 +586,7 @@ def with_bank(published, unlabeled_dir, tmp_path_factory):
     """The folder of a run whose model has a bank: 2 training images of each class, and 5 without labels."""
     output_dir = tmp_path_factory.mktemp("bank") / "out"
     line = [*_arguments(published, output_dir), "--preset", "kernel", "--references_per_class", "2"]
-    line += ["--unlabeled_dir", str(unlabeled_dir), "--unlabeled_per_batch", "4", "--unlabeled_references", "5"]
+    line += ["--unlabeled_dir", str(unlabeled_dir), "--unlabeled_per_batch", "4", "--num_references", "5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         assert train.main(line) == 0
@@ -670,7 +670,7 @@ class TestBank:
 
 
 def test_a_bank_of_unlabeled_images_alone(arguments, tmp_path, unlabeled_dir):
-    options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 1, "unlabeled_references": 6}
+    options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 1, "num_references": 6}
     assert train.main(arguments(tmp_path / "out", num_train_epochs=1, **options)) == 0
     references = json.loads((tmp_path / "out" / "run.json").read_text())["model"]["references"]
     assert (references["num_references"], references["num_labeled"]) == (6, 0)
@@ -763,7 +763,7 @@ def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
 def test_dry_run_goes_through_unlabeled_images_and_the_bank(arguments, tmp_path, monkeypatch):
     """With made-up ones: the folder need not be there."""
     monkeypatch.chdir(tmp_path)
-    options = {"unlabeled_dir": "nothing", "unlabeled_references": 50, "references_per_class": 40}
+    options = {"unlabeled_dir": "nothing", "num_references": 50, "references_per_class": 40}
     record = dry_run(Arguments.parse([*arguments(tmp_path / "out", **options), "--dry_run"]))
     assert record["data"]["fingerprint"]["splits"]["unlabeled"]["images"] > 0
     assert record["model"]["references"]["num_references"] == record["model"]["references"]["num_labeled"] + 1

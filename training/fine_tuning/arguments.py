@@ -13,7 +13,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from modeling_rbi import UserError
 
-from ..cli import default_output_dir, find_recipes, parse_arguments
+from ..cli import ArgumentError, default_output_dir, find_recipes, parse_arguments
 from ..data.arguments import DataArguments
 from ..data.transforms import AugmentationArguments
 from ..record import resolved_arguments, without_secrets
@@ -21,7 +21,7 @@ from .models import ModelArguments
 from .optimization import OPTIMIZERS
 
 
-# Where these differ from what `TrainingArguments` has: validation and a checkpoint after each epoch, the best is kept.
+# Validate and save a checkpoint after each epoch, and keep the best model. `TrainingArguments` has other defaults.
 DEFAULTS = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -39,19 +39,20 @@ DEFAULTS = {
 
 @dataclass
 class RunArguments:
-    """What to do beside one training."""
+    """What to do besides a single training."""
 
     num_folds: int | None = field(
         default=None,
         metadata={
-            "help": "Cross-validate: train so many models, each validated on another part of the training data."
+            "help": "Cross-validate: split the training data into this many folds, and train one model per fold, "
+            "validated on that fold and trained on the others."
         },
     )
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Build everything and train one step on a few made-up images, in the data set's published "
-            "layout; downloads and keeps nothing."
+            "help": "Build everything and train one step on a few made-up images in the published layout of the data "
+            "set. Downloads and keeps nothing."
         },
     )
 
@@ -62,13 +63,13 @@ class RunArguments:
 
 @dataclass
 class FineTuningArguments:
-    """Options of the training beside those of `TrainingArguments`."""
+    """Options of the training that `TrainingArguments` does not have."""
 
     train_relation_scope: str = field(
         default="batch",
         metadata={
-            "help": "Whom images attend to in training: batch; reference, a bank of the training images and those "
-            "of --unlabeled_dir, taken anew each epoch; or self, the control without relations.",
+            "help": "What an image attends to in training: batch; reference, a bank of the training images and the "
+            "images of --unlabeled_dir, computed again each epoch; or self, the control without relations.",
             "choices": ["batch", "reference", "self"],
         },
     )
@@ -82,68 +83,72 @@ class FineTuningArguments:
     unlabeled_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of images without labels, searched through, which come into training batches as "
-            "neighbors of the others and have no loss."
+            "help": "Folder of unlabeled images, searched recursively. They are neighbors in training batches and "
+            "have no loss."
         },
     )
     unlabeled_per_batch: int = field(
-        default=32, metadata={"help": "Images of --unlabeled_dir in a batch of a device, beside the others."}
+        default=32,
+        metadata={"help": "Images of --unlabeled_dir per batch and device, besides the labeled ones."},
     )
     references_per_class: int | None = field(
         default=None,
         metadata={
-            "help": "Give the trained model a reference bank of this many training images of each class. Small "
-            "copies of them are saved with it."
+            "help": "Give the trained model a reference bank of this many training images per class. Their "
+            "thumbnails are saved with the model."
         },
     )
-    unlabeled_references: int | None = field(
+    num_references: int | None = field(
         default=None,
         metadata={"help": "Put this many images of --unlabeled_dir, drawn at random, into the reference bank."},
     )
     relation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Images that attend to each other. By default those of a device's batch, or with "
-            "--gather_across_processes of all devices'. Smaller: the batch is split. Larger: a multiple of the batch, "
-            "within the accumulated one; the step then takes two passes, and no more memory than the batch."
+            "help": "Number of images that attend to each other. Default: the batch of a device, or of all devices "
+            "with --gather_across_processes. A smaller number splits the batch. A larger one must be a multiple of "
+            "the batch and fit into the accumulated batch; each step then takes two passes, without more memory."
         },
     )
     gather_across_processes: bool = field(
-        default=False, metadata={"help": "Whether images attend to those of all processes (GPUs)."}
+        default=False, metadata={"help": "Images attend to the batches of all processes (GPUs), not only of one."}
     )
     batch_sampler: str = field(
         default="shuffled",
         metadata={
-            "help": "shuffled: every image once an epoch; balanced: every class equally often.",
+            "help": "shuffled: each image once per epoch; balanced: each class equally often.",
             "choices": ["shuffled", "balanced"],
         },
     )
     images_per_class: int = field(
         default=1,
-        metadata={"help": "With --batch_sampler balanced: images of a class in a batch, K of P x K batches."},
+        metadata={"help": "With --batch_sampler balanced: images per class in a batch, the K of P x K sampling."},
     )
     class_weights: str | None = field(
         default=None,
         metadata={
-            "help": "balanced: the loss weighs classes by one over their number of training images.",
+            "help": "balanced: weight each class in the loss by the inverse of its number of training images.",
             "choices": ["balanced"],
         },
     )
     optimizer: str | None = field(
         default=None,
         metadata={
-            "help": "radam (the authors') or sgd_nesterov (momentum 0.9), in place of what --optim says.",
+            "help": "radam (used by the authors) or sgd_nesterov (momentum 0.9); takes precedence over --optim.",
             "choices": sorted(OPTIMIZERS),
         },
     )
     head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of RRA and the classifier; --learning_rate is the backbone's."}
+        default=None,
+        metadata={"help": "Learning rate of RRA and the classifier. --learning_rate is then the backbone's only."},
     )
     layer_decay: float | None = field(
         default=None,
-        metadata={"help": "Each block of the backbone learns at this many times the rate of the one after it."},
+        metadata={
+            "help": "Multiply the learning rate by this factor with each block from the backbone's last to first."
+        },
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train RRA and the classifier alone."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train only RRA and the classifier."})
     freeze_batch_norm: bool = field(
         default=False,
         metadata={"help": "Keep the statistics of batch normalization: for few images or small batches."},
@@ -151,8 +156,9 @@ class FineTuningArguments:
     batch_norm_momentum: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the newest batch in the running statistics of batch normalization, such as 0.1. "
-            "MobileNet and EfficientNet of transformers have TensorFlow's 0.99, which here keeps the last batch alone."
+            "help": "Weight of the newest batch in the running statistics of batch normalization, such as 0.1. "
+            "MobileNet and EfficientNet of transformers have TensorFlow's 0.99, which in PyTorch keeps little but "
+            "the last batch."
         },
     )
     lora_rank: int | None = field(
@@ -164,10 +170,10 @@ class FineTuningArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Evaluate and keep a moving average of the weights with this decay, such as 0.999."},
+        metadata={"help": "Evaluate and save a moving average of the weights with this decay, such as 0.999."},
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better one."}
+        default=None, metadata={"help": "Stop after this many evaluations in a row without improvement."}
     )
 
     def __post_init__(self):
@@ -178,7 +184,7 @@ class FineTuningArguments:
             "early_stopping_patience",
             "unlabeled_per_batch",
             "references_per_class",
-            "unlabeled_references",
+            "num_references",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -193,20 +199,18 @@ class FineTuningArguments:
         if self.train_relation_scope == "self" and (
             chosen := [f"--{name}" for name in for_relations if getattr(self, name)]
         ):
-            raise UserError(
-                f"--train_relation_scope self is training without relations: leave {' and '.join(chosen)} out."
-            )
+            raise UserError(f"--train_relation_scope self trains without relations: leave {' and '.join(chosen)} out.")
         if self.train_relation_scope == "reference" and (self.relation_batch_size or self.gather_across_processes):
             raise UserError(
-                "--train_relation_scope reference attends to the bank in place of the batch: leave "
+                "With --train_relation_scope reference, images attend to the bank instead of the batch: leave "
                 "--relation_batch_size and --gather_across_processes out."
             )
-        if self.unlabeled_references is not None and self.unlabeled_dir is None:
-            raise UserError("--unlabeled_references are images of --unlabeled_dir: name it.")
+        if self.num_references is not None and self.unlabeled_dir is None:
+            raise UserError("--num_references needs --unlabeled_dir: it counts images of that folder.")
         if self.unlabeled_dir is not None and self.relation_batch_size is not None:
             raise UserError(
-                "--relation_batch_size would part the unlabeled images from the others: leave it out beside "
-                "--unlabeled_dir."
+                "--relation_batch_size would separate the unlabeled images from the others: leave it out, or leave "
+                "--unlabeled_dir out."
             )
         if self.lora_rank is not None and self.freeze_backbone:
             raise UserError("--lora_rank trains the backbone and --freeze_backbone does not: use one of them.")
@@ -235,7 +239,7 @@ class Arguments:
 
     @classmethod
     def parse(cls, argv: Sequence[str], description: str | None = None) -> "Arguments":
-        """See [`parse_arguments`]."""
+        """Parses a command line; see [`parse_arguments`]."""
         types = (
             ModelArguments,
             DataArguments,
@@ -252,27 +256,27 @@ class Arguments:
 
     def __post_init__(self):
         if self.fine_tuning.early_stopping_patience is not None and self.training.eval_strategy == IntervalStrategy.NO:
-            raise UserError("--early_stopping_patience needs evaluations: set --eval_strategy epoch.")
+            raise ArgumentError("--early_stopping_patience needs evaluations: set --eval_strategy epoch.")
         if self.training.push_to_hub and self.training.hub_strategy != HubStrategy.END:
-            raise UserError(
-                f"--hub_strategy {self.training.hub_strategy.value} would publish checkpoints, which do not load "
-                "without this package: leave it at end."
+            raise ArgumentError(
+                f"--hub_strategy {self.training.hub_strategy.value} would publish checkpoints, which cannot be loaded "
+                "without this package: leave it at `end`."
             )
         if self.training.push_to_hub and self.run.num_folds is not None:
-            raise UserError("--num_folds trains several models: publish the one that you want, with training.publish.")
+            raise ArgumentError("--num_folds trains several models: publish one of them with training.publish.")
 
     @property
     def command(self) -> str:
-        """The command line, to run it again, without tokens."""
+        """The command line that runs this training again, without tokens."""
         launcher = ["accelerate", "launch"] if self.training.world_size > 1 else ["python"]
         return shlex.join([*launcher, "-m", "training.train", *without_secrets(self.argv)])
 
     @property
     def resume_command(self) -> str:
-        """The command line that goes on with this run."""
+        """The command line that continues this run."""
         is_there = any(argument.startswith("--resume_from_checkpoint") for argument in self.argv)
         return self.command if is_there else f"{self.command} --resume_from_checkpoint last"
 
     def resolved(self) -> dict[str, Any]:
-        """For the record."""
+        """All arguments as the record keeps them."""
         return resolved_arguments(self.model, self.data, self.augmentation, self.fine_tuning, self.run, self.training)

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""`RBITrainer` through a reference bank."""
+"""`RBITrainer` with a reference bank in place of the batch."""
 
 from functools import partial
 from typing import Any
@@ -22,15 +22,17 @@ from .trainer import RBITrainer
 
 class BankTrainer(RBITrainer):
     r"""
-    As `RBITrainer`, through a reference bank of the training images, none of which attends to itself, and others.
-    The bank's features are those of the images as they are, without augmentation; they are taken anew before each
-    epoch and each evaluation.
+    `RBITrainer` in which images attend to a reference bank of all training images, except themselves, and of unlabeled
+    images. The features of the bank are computed without augmentation, before each epoch and each evaluation.
 
     Args:
         unlabeled (`datasets.Dataset`, *optional*):
-            References beside the training images. Their labels are not used.
+            Additional references. Their labels are not used.
         train_dataset (`ImageDataset`), processing_class (`BaseImageProcessor`), kwargs:
             As for `RBITrainer`.
+
+    Raises:
+        UserError: if the bank would be too large, or an option cannot be used with a bank.
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class BankTrainer(RBITrainer):
         size = len(train_dataset) + (0 if unlabeled is None else len(unlabeled))
         if size > MAX_REFERENCES:
             raise UserError(
-                f"A bank of all {size} training and unlabeled images is more than a model carries "
-                f"({MAX_REFERENCES}): train in batches, and give --references_per_class."
+                f"A bank of all {size} training and unlabeled images is larger than a model's bank can be "
+                f"({MAX_REFERENCES}): leave --train_relation_scope reference out, and add --references_per_class."
             )
         fine_tuning = kwargs.get("fine_tuning") or FineTuningArguments()
         refused = {
@@ -57,10 +59,13 @@ class BankTrainer(RBITrainer):
             "--mixup_alpha or --cutmix_alpha": data_collator is not None and data_collator.mixing is not None,
             "--ema_decay": fine_tuning.ema_decay is not None,
             "--lora_rank": fine_tuning.lora_rank is not None,
-            "--crop_to_boxes beside images without boxes": train_dataset.crop_to_boxes and unlabeled is not None,
+            "--crop_to_boxes with unlabeled images, which have no boxes": train_dataset.crop_to_boxes
+            and unlabeled is not None,
         }
         if names := [name for name, is_given in refused.items() if is_given]:
-            raise UserError(f"Training through a bank does not go with {' and '.join(names)}.")
+            raise UserError(
+                f"--train_relation_scope reference cannot be used with {' and '.join(names)}: leave it out."
+            )
         super().__init__(
             model,
             args,
@@ -87,7 +92,7 @@ class BankTrainer(RBITrainer):
         self.take_references()
 
     def take_references(self, is_stale: bool = False):
-        """Takes the bank from the backbone as it is now, if it has learned since, or `is_stale` says so."""
+        """Computes the bank again if the backbone has been trained since, or if `is_stale`."""
         if self._step_of_bank == self.state.global_step and not is_stale:
             return
         model, scope = self.model, self.model.config.relation_scope
@@ -95,7 +100,7 @@ class BankTrainer(RBITrainer):
         taken = extract(model, self.references, self.args.per_device_eval_batch_size, self.args.device, progress=False)
         labels = taken.labels.index_fill(0, torch.arange(self.num_labeled, len(taken.labels)), NO_LABEL)
         model.set_reference_features(taken.features, taken.pixel_values[:], labels)
-        if had_references:  # whoever evaluates may ask in another scope
+        if had_references:  # an evaluation may have set another scope
             model.config.relation_scope = scope
         model.train(is_training)
         self._step_of_bank = self.state.global_step
@@ -103,8 +108,8 @@ class BankTrainer(RBITrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One batch, forward and backward; images attend to the bank in place of the batch."""
-        # The training images are the first references.
+        """Forward and backward of one batch, whose images attend to the bank."""
+        # The training images are the first references; no image attends to itself.
         mask = inputs["rows"][:, None] != torch.arange(len(self.references))
         more = {"relation_scope": "reference", "reference_mask": mask.to(self.args.device)}
         handle = model.register_forward_pre_hook(partial(_with_arguments, more=more), with_kwargs=True)
@@ -128,7 +133,7 @@ class _BankCallback(TrainerCallback):
 
 
 class _RowCollator:
-    """Adds `rows`, (B,), the row numbers of training images, to a batch."""
+    """Adds `rows`, (B,), the row numbers of the training images, to a batch."""
 
     def __init__(self, collator: Collator):
         self.collator = collator

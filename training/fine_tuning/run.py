@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning RBI on labeled images: from arguments to a model and the record of how it came to be."""
+"""Fine-tuning RBI on labeled images: from arguments to a model and the record of its training."""
 
 import contextlib
 import dataclasses
@@ -21,6 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
+from modeling_rbi.errors_rbi import listed
 
 from ..data import layouts
 from ..data.arguments import DataArguments
@@ -32,13 +33,13 @@ from ..data.splits import stratified_folds
 from ..data.tiny import make_published
 from ..data.transforms import EvalTransform, TrainTransform
 from ..evaluation.metrics import compute_metrics
-from ..files import filled_whole, write_json
+from ..files import check_output_dir, filled_whole, write_json
 from ..record import RecordCallback, RunRecord, best_so_far, describe_environment, differences, metrics_by_epoch
 from .arguments import Arguments, FineTuningArguments
 from .bank_trainer import BankTrainer
 from .models import load_model
 from .optimization import add_lora, freeze_backbone, freeze_batch_norm, merge_lora, rbi_model, set_batch_norm_momentum
-from .trainer import RBITrainer, last_complete_checkpoint, plan_neighborhoods
+from .trainer import RBITrainer, is_complete_checkpoint, last_complete_checkpoint, plan_neighborhoods
 
 
 logger = logging.getLogger(__name__)
@@ -48,57 +49,58 @@ RESULTS_FILE = "all_results.json"
 
 def prepare_output_dir(args: Arguments) -> Path | None:
     r"""
-    Sees to it that nothing in the output folder is overwritten, before any work is done.
+    Checks the output folder before any work is done, so that nothing in it is overwritten.
 
     Returns:
-        The checkpoint to resume from, or `None` to start anew.
+        The checkpoint to resume from, or `None` to start from the beginning.
 
     Raises:
-        UserError: if the folder holds another run, or what to resume is not there or was run otherwise.
+        UserError: if the folder holds another run, or the run to resume does not exist or had other arguments.
     """
     folder, resume = Path(args.training.output_dir), args.training.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a folder.")
-    record = RunRecord.read(folder)
-    is_empty = not folder.exists() or not any(folder.iterdir())
+    record = RunRecord.read(folder) if folder.is_dir() else None
     if resume is None or str(resume).lower() == "false":
-        if is_empty:
-            return None
         if record is None:
-            raise UserError(f"--output_dir {folder} is not empty: name another folder.")
+            check_output_dir(folder)
+            return None
         if record.get("status") == "finished":
             raise UserError(f"--output_dir {folder} holds a finished run: name another folder.")
         raise UserError(
-            f"--output_dir {folder} holds a run that is not finished: go on with it with --resume_from_checkpoint "
-            "last, or name another folder."
+            f"--output_dir {folder} holds an unfinished run: continue it with --resume_from_checkpoint last, or name "
+            "another folder."
         )
     if record is not None and record.get("status") == "finished":
-        raise UserError(f"The run in {folder} is finished: there is nothing to go on with.")
+        raise UserError(f"The run in {folder} is finished: there is nothing to resume.")
     if record is not None and (changed := differences(record.get("arguments", {}), args.resolved())):
         raise UserError(
-            f"The run in {folder} cannot go on with other arguments: {'; '.join(changed)}. Give those it had, or name "
-            "another --output_dir."
+            f"The run in {folder} cannot continue with other arguments: {'; '.join(changed)}. Give the same ones, or "
+            "name another --output_dir."
         )
     if str(resume).lower() in ("true", "last"):
         if record is None:
-            raise UserError(f"--output_dir {folder} holds no run to go on with.")
+            raise UserError(f"--output_dir {folder} holds no run to resume.")
         checkpoint = last_complete_checkpoint(folder)
         if checkpoint is None and args.run.num_folds is None:
             logger.warning(f"The run in {folder} was stopped before its first checkpoint: it starts again.")
         return checkpoint
     checkpoint = Path(resume)
-    if not checkpoint.is_dir():
-        raise UserError(f"--resume_from_checkpoint {checkpoint} is no folder: name a checkpoint, or `last`.")
+    if not is_complete_checkpoint(checkpoint):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: name another one, or `last`."
+        )
     return checkpoint
 
 
 def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
     r"""
-    The images, checked, those of `--unlabeled_dir` as the split `unlabeled`, and what the record says of them.
+    Reads and checks the images.
+
+    Returns:
+        The splits, with the images of `--unlabeled_dir` as the split `unlabeled`; and a description for the record.
 
     Raises:
-        BadDataError: if they cannot be trained on, or hold files that cannot be; names them.
-        UserError: if there are fewer unlabeled images than are asked for.
+        BadDataError: if a training on them is not possible; names the files at fault.
+        UserError: if there are fewer unlabeled images than asked for.
     """
     images, report = load_checked_images(args.data, args.training.seed)
     skipped = [
@@ -118,17 +120,17 @@ def load_data(args: Arguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
 
 
 def _load_unlabeled(args: Arguments) -> datasets.Dataset:
-    """As many images as all processes ask for, at least."""
+    """Reads the images of `--unlabeled_dir` and checks that there are enough for all processes."""
     options = args.fine_tuning
     images = load_unlabeled_images(str(options.unlabeled_dir), args.data.max_pixels, args.data.skip_bad_images)
     is_in_batches = options.train_relation_scope == "batch"
     per_batch = options.unlabeled_per_batch * args.training.world_size if is_in_batches else 0
-    references = options.unlabeled_references or 0
-    for name, number in (("unlabeled_per_batch", per_batch), ("unlabeled_references", references)):
+    references = options.num_references or 0
+    for name, number in (("unlabeled_per_batch", per_batch), ("num_references", references)):
         if number > len(images):
             raise UserError(
-                f"--unlabeled_dir {options.unlabeled_dir} has {len(images)} images, fewer than the {number} "
-                f"that --{name} asks for{' on all processes' if number > getattr(options, name) else ''}: lower it."
+                f"--unlabeled_dir {options.unlabeled_dir} has {len(images)} images, but --{name} needs {number}"
+                f"{' on all processes' if number > getattr(options, name) else ''}: lower it."
             )
     return images
 
@@ -143,27 +145,30 @@ def train(
     trainer_class: Callable[..., RBITrainer] = RBITrainer,
 ) -> dict[str, Any]:
     r"""
-    Trains one model, keeps the best by validation, tests it, and writes all there is to know of it.
+    Trains one model, keeps the best epoch by validation, tests it, and saves the model and the record of the run.
 
     Args:
         args (`Arguments`):
-            What the user asked for.
+            All arguments of the training.
         images (`datasets.DatasetDict`):
-            In the canonical form, with `train`, and `validation` unless nothing is to be chosen by it. Those of
-            `unlabeled`, if it is there, are neighbors in training alone.
+            The splits from [`load_data`]: `train`; `validation`, to choose the best epoch; `test`; and `unlabeled`,
+            which are neighbors in training only. All but `train` are optional.
         data_record (`dict[str, Any]`):
-            What the record says of the data.
+            Description of the data for the record.
         checkpoint (`Path`, *optional*):
-            What to go on from.
+            Checkpoint to resume from.
         console (`Console`, *optional*):
-            Where to print to.
+            Console to print to.
         prepare_model (`Callable`, *optional*):
-            Changes the model before it is trained, or gives another one.
+            Changes the model before it is trained, or returns another one.
         trainer_class (`Callable`, *optional*):
-            Makes the trainer, as [`RBITrainer`] does.
+            Builds the trainer from the arguments of [`RBITrainer`].
 
     Returns:
-        The record of the run.
+        `dict[str, Any]`: the record of the run.
+
+    Raises:
+        UserError: if the arguments do not fit the data or each other.
     """
     console = console or Console(quiet=not args.training.should_log)
     set_seed(args.training.seed)
@@ -173,7 +178,7 @@ def train(
     unlabeled = images.get("unlabeled")
     _check_references(args.fine_tuning, images["train"], data_record["label_names"])
     record = RunRecord(output_dir, args.training.should_save)
-    arguments = args.resolved()  # before the trainer changes them
+    arguments = args.resolved()  # the trainer changes them later
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
     if prepare_model is not None:
         model = prepare_model(model)
@@ -189,7 +194,7 @@ def train(
             model, args.fine_tuning.lora_rank, args.fine_tuning.lora_alpha, args.fine_tuning.lora_dropout
         )
     if "validation" not in images and args.fine_tuning.early_stopping_patience is not None:
-        raise UserError("--early_stopping_patience needs validation images: raise --train_val_split.")
+        raise UserError("--early_stopping_patience needs validation images: raise --train_val_split above 0.")
     if "validation" not in images:
         args.training.eval_strategy = IntervalStrategy.NO
         args.training.load_best_model_at_end = False
@@ -208,17 +213,21 @@ def train(
     callbacks: list[transformers.TrainerCallback] = [RecordCallback(record)]
     if args.fine_tuning.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.fine_tuning.early_stopping_patience))
-    trainer = trainer_class(
-        trained,
-        args.training,
-        fine_tuning=args.fine_tuning,
-        train_dataset=train_set,
-        eval_dataset=parts.get("validation"),
-        data_collator=Collator(Mixing(args.augmentation, model.num_labels) if args.augmentation.mixes else None),
-        processing_class=image_processor,
-        compute_metrics=compute_metrics,
-        callbacks=callbacks,
-    )
+    try:
+        trainer = trainer_class(
+            trained,
+            args.training,
+            fine_tuning=args.fine_tuning,
+            train_dataset=train_set,
+            eval_dataset=parts.get("validation"),
+            data_collator=Collator(Mixing(args.augmentation, model.num_labels) if args.augmentation.mixes else None),
+            processing_class=image_processor,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
+    # `Trainer` refuses arguments that do not fit each other, and trackers that are not installed.
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
     record.update(
         status="running",
         command=args.command,
@@ -248,16 +257,16 @@ def train(
         if trained is not model:
             merge_lora(trained)
             trainer.model = trainer.model_wrapped = model
-        trainer.average_batch_statistics()  # the bank's features are those of the backbone that is saved
+        trainer.average_batch_statistics()  # the bank must be computed by the backbone that is saved
         if isinstance(trainer, BankTrainer):
-            trainer.take_references(is_stale=True)  # the best epoch's backbone may be another
+            trainer.take_references(is_stale=True)  # the best epoch had another backbone
         _set_references(model, parts["train"], unlabeled, image_processor, args)
-        # Its mean loss is of the steps since a resume; that of each epoch is in the record.
+        # After a resume, this loss covers only the steps since then. The record has the loss of each epoch.
         speed = {name: value for name, value in _plain(result.metrics).items() if name != "loss"}
         results = {"train": speed} | _evaluate(trainer, parts, args)
         _save(trainer, output_dir, results)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # on a full disk the record stays as it was
+        with contextlib.suppress(OSError):  # on a full disk, keep the record of the last epoch
             record.update(
                 status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
                 error=f"{type(error).__name__}: {error}",
@@ -281,22 +290,24 @@ def train(
 
 def _check_references(options: FineTuningArguments, train_set: datasets.Dataset, label_names: list[str]):
     r"""
+    Checks that the trained model can be given the reference bank that the arguments ask for.
+
     Raises:
-        UserError: if the trained model could not be given the bank that is asked for.
+        UserError: if a class has no training images, or the bank would be too large.
     """
-    size = options.unlabeled_references or 0
+    size = options.num_references or 0
     if options.references_per_class is not None:
         counts = labels_of(train_set).bincount(minlength=len(label_names))
         if absent := [label_names[label] for label in (counts == 0).nonzero().flatten().tolist()]:
             raise UserError(
-                f"--references_per_class takes images of each class, and {', '.join(absent[:10])} has none to train "
-                "on: add some, or leave the option out."
+                f"--references_per_class needs training images of each class, but there are none of "
+                f"{listed(absent)}: add some, or leave the option out."
             )
         size += int(counts.clamp(max=options.references_per_class).sum())
     if size > MAX_REFERENCES:
         raise UserError(
-            f"The reference bank would have {size} images, more than a model carries ({MAX_REFERENCES}): lower "
-            "--references_per_class or --unlabeled_references."
+            f"The reference bank would have {size} images, but a model holds at most {MAX_REFERENCES}: lower "
+            "--references_per_class or --num_references."
         )
 
 
@@ -307,33 +318,33 @@ def _set_references(
     image_processor: BaseImageProcessor,
     args: Arguments,
 ):
-    """Gives the trained model its bank, if one is asked for: of training images, of unlabeled ones, or of both."""
+    """Gives the trained model its reference bank, of training images, unlabeled images, or both, if asked to."""
     options, seed = args.fine_tuning, args.training.seed
     model.eval()
     if options.references_per_class is not None:
         model.set_references(train_set, per_class=options.references_per_class, seed=seed)
-    if options.unlabeled_references is not None and unlabeled is not None:
+    if options.num_references is not None and unlabeled is not None:
         put = model.set_references if options.references_per_class is None else model.add_references
         images = ImageDataset(unlabeled, EvalTransform(image_processor), max_pixels=args.data.max_pixels)
-        put(images, num_references=options.unlabeled_references, strategy="random", seed=seed)
+        put(images, num_references=options.num_references, strategy="random", seed=seed)
 
 
 def _save(trainer: RBITrainer, output_dir: Path, results: dict[str, Any]):
-    """Writes the model, its image processor and code, and the results; and publishes them if asked to."""
+    """Saves the model, its image processor and code, and the results."""
     is_writer = trainer.args.should_save
     place = filled_whole(output_dir, last="config.json") if is_writer else contextlib.nullcontext(output_dir)
     with place as draft:
-        trainer.save_model(str(draft), _internal_call=True)  # all processes take part where weights are sharded
+        trainer.save_model(str(draft), _internal_call=True)  # a collective call if weights are sharded
         if is_writer:
             write_json(draft / RESULTS_FILE, results)
 
 
 def _push(trainer: RBITrainer, args: Arguments):
-    """
-    Sends model and record to the Hub, as `Trainer.push_to_hub` does.
+    r"""
+    Uploads the model and its record to the Hub with `Trainer.push_to_hub`.
 
     Raises:
-        ConnectionError: if that fails; the model is saved all the same.
+        ConnectionError: if the upload fails. The model is already saved.
     """
     about = {
         "tasks": "image-classification",
@@ -345,7 +356,7 @@ def _push(trainer: RBITrainer, args: Arguments):
         about["finetuned_from"] = backbone
     try:
         trainer.push_to_hub(**{name: value for name, value in about.items() if value})
-    # Whatever the client raises, of which there is much: the training is done, and none of it ends that.
+    # No error of the Hub client may lose a finished training run.
     except Exception as error:
         raise ConnectionError(
             f"the model is trained and saved, but publishing it failed ({error}). Publish it with `python -m "
@@ -354,31 +365,31 @@ def _push(trainer: RBITrainer, args: Arguments):
 
 
 def _place_or_name(name: str | None) -> str | None:
-    """An absolute path for a model in a folder, which nobody takes for a name on the Hub; else its name."""
+    """The absolute path of a model in a folder, which cannot be mistaken for a name on the Hub; otherwise its name."""
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 def _check_same_run(before: dict[str, Any] | None, data_record: dict[str, Any], training: TrainingArguments):
-    """A resumed run must draw the batches that it would have drawn."""
+    """Checks that a resumed run draws the same batches as without the interruption."""
     if before is None:
         return
     if before["data"]["fingerprint"] != data_record["fingerprint"]:
         raise UserError(
-            "The data are not those that the run was started with (other images, labels or file sizes): give those "
-            "back, or start another run."
+            "The data have changed since the run was started (other images, labels or file sizes): restore them, or "
+            "start another run."
         )
     was, now = before["environment"]["hardware"], describe_environment(training)["hardware"]
     for name in ("processes", "distributed", "mixed_precision"):
         if was[name] != now[name]:
             raise UserError(
-                f"The run was started with {name.replace('_', ' ')} {was[name]}, not {now[name]}: go on as it was."
+                f"The run was started with {name.replace('_', ' ')} {was[name]}, not {now[name]}: use the same."
             )
 
 
 def _evaluate(trainer: RBITrainer, parts: dict[str, ImageDataset], args: Arguments) -> dict[str, dict[str, float]]:
     """
-    Metrics of the validation and test images, each alone, and with the model's references if it has any; of the test
-    images in shuffled batches, too.
+    Metrics of the validation and test images: without neighbors; with the model's references, if it has any; and, for
+    the test images, in shuffled batches.
     """
     results = {}
     config = rbi_model(trainer.model).config
@@ -404,8 +415,19 @@ def cross_validate(
     args: Arguments, num_folds: int, images: datasets.DatasetDict, data_record: dict[str, Any]
 ) -> dict[str, Any]:
     r"""
-    Trains a model for each fold, each in its own folder, and gives mean and spread of their validation metrics. Folds
-    that are finished are not trained again.
+    Trains one model per fold, each in its own folder. Finished folds are not trained again.
+
+    Args:
+        args, images, data_record:
+            As in [`train`]. The folds are made of the training and validation images together.
+        num_folds (`int`):
+            Number of folds, at least 2.
+
+    Returns:
+        `dict[str, Any]`: the record, with mean and standard deviation of each metric over the folds.
+
+    Raises:
+        UserError: if the run is resumed with other data or processes.
     """
     console = Console(quiet=not args.training.should_log)
     whole = datasets.concatenate_datasets([images[name] for name in ("train", "validation") if name in images])
@@ -456,9 +478,9 @@ def cross_validate(
 
 
 def dry_run(args: Arguments) -> dict[str, Any]:
-    """Trains one step on made-up images, in the data set's published layout if it has one; keeps nothing."""
+    """Trains one step on made-up images, in the published layout of the data set if it has one. Keeps nothing."""
     plan_neighborhoods(args.training, args.fine_tuning)
-    # It would say that the made-up data set is smaller than the published one.
+    # It would warn that the made-up data set is smaller than the published one.
     logging.getLogger(layouts.__name__).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="rbi-dry-run-") as name:
         layout = args.data.dataset_format if args.data.dataset_format in layouts.LAYOUTS else "tiny_imagenet"
@@ -491,7 +513,7 @@ def dry_run(args: Arguments) -> dict[str, Any]:
         )
         if args.fine_tuning.unlabeled_dir is not None:
             fine_tuning.unlabeled_dir = str(make_published("tiny_imagenet", Path(name) / "unlabeled"))
-        for option in ("references_per_class", "unlabeled_references"):
+        for option in ("references_per_class", "num_references"):
             if getattr(fine_tuning, option) is not None:
                 setattr(fine_tuning, option, 1)
         small = dataclasses.replace(args, data=data, training=training, fine_tuning=fine_tuning)
@@ -504,7 +526,7 @@ def _sizes(images: datasets.DatasetDict) -> str:
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics without the prefix that `Trainer` gives them."""
+    """Removes the prefix that `Trainer` gives the names of metrics."""
     prefixes = ("test_single_", "test_reference_", "test_shuffled_", "validation_reference_", "validation_", "train_")
     plain = {}
     for name, value in metrics.items():

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Trainer` of transformers for RBI.
 
-A plain `Trainer` trains an RBI model as well. What [`RBITrainer`] adds: batches as neighborhoods (equal sizes, the
-same on any number of processes), neighborhoods larger or smaller than the device's batch, mixed images, learning
-rates by depth, class weights, and a moving average of the weights.
+A plain `Trainer` can train an RBI model, too. [`RBITrainer`] adds batches as neighborhoods (equal sizes, the same on
+any number of processes), neighborhoods larger or smaller than the batch of a device, mixed images, learning rates by
+depth, class weights, and a moving average of the weights.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -43,10 +45,14 @@ RUNNING_LOSS_FILE = "running_loss.json"
 
 def plan_neighborhoods(args: TrainingArguments, fine_tuning: FineTuningArguments) -> tuple[int, int | None]:
     r"""
-    Batches of a device that one neighborhood takes, and the size that a device's batch is split to, if it is.
+    How neighborhoods are made of batches.
+
+    Returns:
+        The number of batches of a device in one neighborhood; and the size of the neighborhoods that the batch of a
+        device is split into (`None`: it is not split).
 
     Raises:
-        UserError: if the neighborhood, the batch and its accumulation do not fit each other.
+        UserError: if neighborhood, batch and gradient accumulation do not fit each other.
     """
     size, gather = fine_tuning.relation_batch_size, fine_tuning.gather_across_processes
     batch_size = args.per_device_train_batch_size
@@ -57,40 +63,40 @@ def plan_neighborhoods(args: TrainingArguments, fine_tuning: FineTuningArguments
     if size < unit:
         if gather:
             raise UserError(
-                f"--relation_batch_size {size} is smaller than the batches of {whose} together ({unit}): turn "
-                "--gather_across_processes off."
+                f"--relation_batch_size {size} is smaller than the batches of {whose} together ({unit}): leave "
+                "--gather_across_processes out."
             )
         return 1, size
     if size % unit or args.gradient_accumulation_steps % (size // unit):
         raise UserError(
             f"--relation_batch_size {size} must be a multiple of the batch of {whose} ({unit}), and that multiple "
-            f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighborhood is "
-            "made of whole batches of one optimizer step."
+            f"a divisor of --gradient_accumulation_steps ({args.gradient_accumulation_steps}): a neighborhood "
+            "consists of whole batches of one optimizer step."
         )
     return size // unit, None
 
 
 class RBITrainer(Trainer):
     r"""
-    `Trainer` that makes the batch a neighborhood.
+    `Trainer` in which each batch is a neighborhood.
 
     Args:
         model (`RBIForImageClassification` or a `PeftModel` of one):
             The model.
         args (`TrainingArguments`):
-            As for `Trainer`. Without `dataloader_drop_last` the images of an epoch are spread over batches of equal
-            size, give or take one, so that no neighborhood is smaller than the others.
+            As for `Trainer`. Without `dataloader_drop_last`, the images of an epoch are spread over batches whose
+            sizes differ by at most one, so that no neighborhood is much smaller than the others.
         fine_tuning (`FineTuningArguments`, *optional*):
-            What RBI adds.
+            Options that `TrainingArguments` does not have.
         train_dataset (`ImageDataset` or `WithUnlabeled`):
             Training images.
         data_collator (`Collator`, *optional*):
-            With its `mixing` for mixup and cutmix.
+            Collator, with its `mixing` for mixup and cutmix.
         kwargs:
             As for `Trainer`.
 
     Raises:
-        UserError: if the batch sizes do not fit each other, or an option does not go with FSDP or DeepSpeed.
+        UserError: if the batch sizes do not fit each other, or an option cannot be used with FSDP or DeepSpeed.
     """
 
     def __init__(
@@ -111,15 +117,15 @@ class RBITrainer(Trainer):
         base.self_loss_weight = self.self_loss_weight
         self.num_micro_batches, self.split_size = plan_neighborhoods(args, self.fine_tuning)
         args = copy.copy(args)
-        # One batch of the loader is a neighborhood, so that much of the accumulation happens within it.
+        # One batch of the loader is a neighborhood, which already accumulates this many batches.
         args.gradient_accumulation_steps //= self.num_micro_batches
-        # Of the training's images alone: `Trainer` itself would leave out those of the validation and the test, too.
+        # For training only: `Trainer` would also drop the last images of validation and test.
         self._drops_last, args.dataloader_drop_last = args.dataloader_drop_last, False
         if args.auto_find_batch_size:
-            raise UserError("--auto_find_batch_size would change the neighborhood: choose the batch size.")
+            raise UserError("--auto_find_batch_size would change the neighborhood: set the batch size.")
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would split the neighborhood
-            logger.warning("Training on one GPU of several: `accelerate launch -m training.train` takes all of them.")
+            logger.warning("Training on one of several GPUs: `accelerate launch -m training.train` uses all of them.")
         self.class_weights = None
         if self.fine_tuning.class_weights == "balanced" and train_dataset is not None:
             self.class_weights = balanced_class_weights(train_dataset.labels, rbi_model(model).num_labels)
@@ -135,7 +141,7 @@ class RBITrainer(Trainer):
             callbacks=[*(callbacks or []), _RBICallback(self)],
             **kwargs,
         )
-        # The loss of the training smooths by itself; that of the validation stays plain.
+        # The training loss applies label smoothing; the validation loss has none.
         self.label_smoother = None
         self._refuse_what_cannot_be_sharded()
 
@@ -146,7 +152,7 @@ class RBITrainer(Trainer):
             "--relation_batch_size larger than a batch": self.num_micro_batches > 1,
             "--ema_decay": self.fine_tuning.ema_decay is not None,
             "--references_per_class": self.fine_tuning.references_per_class is not None,
-            "--unlabeled_references": self.fine_tuning.unlabeled_references is not None,
+            "--num_references": self.fine_tuning.num_references is not None,
         }
         if chosen := [name for name, is_on in options.items() if is_on]:
             raise UserError(
@@ -155,7 +161,7 @@ class RBITrainer(Trainer):
             )
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Batches of this process, each its share of a neighborhood. They are sharded here, not by Accelerate."""
+        """The batches of this process, each its share of a neighborhood. The sampler shards them, not Accelerate."""
         if self.train_dataset is None:
             raise UserError("Training needs a `train_dataset`.")
         args = self.args
@@ -189,7 +195,7 @@ class RBITrainer(Trainer):
         return self.fine_tuning.unlabeled_per_batch * self.args.world_size if has_unlabeled else 0
 
     def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
-        """As `Trainer.num_examples`, of the images with labels: of the others, an epoch draws some."""
+        """As `Trainer.num_examples`, counting labeled images only: an epoch draws only some of the unlabeled ones."""
         sampler = dataloader.batch_sampler
         return sampler.num_rows if isinstance(sampler, NeighborhoodSampler) else super().num_examples(dataloader)
 
@@ -201,7 +207,7 @@ class RBITrainer(Trainer):
         }
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`, with the learning rates of the head and of each depth."""
+        """As `Trainer.create_optimizer`, with separate learning rates for the head and each depth of the backbone."""
         if self.optimizer is None:
             args, options = self.args, self.fine_tuning
             groups = parameter_groups(
@@ -216,12 +222,15 @@ class RBITrainer(Trainer):
                 if options.optimizer == "radam":
                     kwargs = kwargs | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
             else:
-                optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+                try:
+                    optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+                except (ImportError, ValueError) as error:  # --optim needs a package that is not installed
+                    raise UserError(str(error)) from error
             self.optimizer = optimizer_class(groups, **{"lr": args.learning_rate} | kwargs)
         return self.optimizer
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor]:
-        """As `Trainer.get_batch_samples`; the number of items is that of all processes, weighted by class."""
+        """As `Trainer.get_batch_samples`, with the number of targets of all processes, weighted by class."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         counts = [count_targets(batch, self.class_weights) for batch in batches]
         count = torch.stack(counts).sum() if counts else torch.zeros(())
@@ -230,7 +239,7 @@ class RBITrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One neighborhood, forward and backward; in two passes where it is larger than a device's batch."""
+        """Forward and backward of one neighborhood, in two passes if it is larger than the batch of a device."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -239,7 +248,7 @@ class RBITrainer(Trainer):
 
         def loss_of(outputs: RBIImageClassifierOutput) -> torch.Tensor:
             options = (self.self_loss_weight, self.class_weights, self.args.label_smoothing_factor)
-            # DDP and FSDP average the gradients over the processes, and num_items counts the targets of all.
+            # DDP and FSDP average the gradients over the processes, and num_items counts the targets of all processes.
             return training_loss(outputs, inputs, num_items, *options) * self.accelerator.num_processes
 
         if self.num_micro_batches > 1:
@@ -254,7 +263,7 @@ class RBITrainer(Trainer):
             loss = loss_of(outputs)
         kwargs = {}
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            kwargs["scale_wrt_gas"] = False  # num_items counts those of all accumulated batches
+            kwargs["scale_wrt_gas"] = False  # num_items covers all accumulated batches
         self.accelerator.backward(loss, **kwargs)
         return loss.detach()
 
@@ -269,7 +278,7 @@ class RBITrainer(Trainer):
                 loss_of,
                 self.accelerator.backward,
             )
-        # The wrapper of DDP, which averages gradients in its one backward, is passed by: so they are averaged here.
+        # The two passes bypass the wrapper of DDP, which would average the gradients.
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -294,8 +303,8 @@ class RBITrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """
-        As `Trainer.evaluation_loop`, of the moving average if there is one. The loss is that of the images alone:
-        `Trainer` counts those twice that fill the last batch up on several processes.
+        As `Trainer.evaluation_loop`, with the moving average of the weights if there is one. The loss counts each
+        image once, whereas `Trainer` counts the images twice that fill up the last batch on several processes.
         """
         self.average_batch_statistics()
         average: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -313,14 +322,14 @@ class RBITrainer(Trainer):
 
     def evaluate_shuffled(self, images: ImageDataset, metric_key_prefix: str = "eval") -> dict[str, float]:
         r"""
-        Metrics of images that attend to each other in random neighborhoods of the training's size, its unlabeled
-        images counted, the last included, on any number of processes; whatever `config.relation_scope` is.
+        Metrics of all images in random batches of the training's neighborhood size, including its unlabeled images,
+        for any number of processes and any configured scope.
 
         Args:
             images (`ImageDataset`):
                 The images.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                What the metrics' names begin with.
+                Prefix of the names of the metrics.
         """
         size = self._global_batch_size() + self._num_unlabeled_per_batch()
         if self.split_size is not None:
@@ -343,7 +352,7 @@ class RBITrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def average_batch_statistics(self):
-        """Each process has seen other batches: what is validated and saved is the mean of their running statistics."""
+        """Averages the running statistics of batch normalization over the processes, which have seen other batches."""
         if self.accelerator.num_processes == 1:
             return
         for module in self.model.modules():
@@ -359,9 +368,9 @@ class RBITrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        # A pickle of the arguments, which nothing needs: the run's record has them, and pickles are not passed on.
+        # A pickle of the arguments, which the record has, too. Pickles can run code, so none is passed on.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if self._moving_average is not None:  # in training, so this is a checkpoint
+        if self._moving_average is not None:  # only in training, so this is a checkpoint
             save_file(self._moving_average.state_dict(), folder / MOVING_AVERAGE_FILE)
         if running_loss is not None:
             loss = {"sum": running_loss, "last_logged": self._globalstep_last_logged}
@@ -369,7 +378,7 @@ class RBITrainer(Trainer):
 
 
 class _RBICallback(TrainerCallback):
-    """Tells the sampler the epoch, and takes up what a checkpoint keeps beside what `Trainer` does."""
+    """Tells the sampler the epoch, and restores what a checkpoint holds besides the state of `Trainer`."""
 
     def __init__(self, trainer: RBITrainer):
         self.trainer = trainer
@@ -382,7 +391,7 @@ class _RBICallback(TrainerCallback):
                 kept = load_file(checkpoint / MOVING_AVERAGE_FILE, device=str(args.device))
                 trainer._moving_average.load_state_dict(kept)
         if checkpoint is not None and (checkpoint / RUNNING_LOSS_FILE).exists():
-            # `Trainer` itself starts the mean that it logs next anew.
+            # `Trainer` would start the mean that it logs next from 0.
             loss = json.loads((checkpoint / RUNNING_LOSS_FILE).read_text(encoding="utf-8"))
             trainer._tr_loss += loss["sum"]
             trainer._globalstep_last_logged = loss["last_logged"]
@@ -409,29 +418,34 @@ class _RBICallback(TrainerCallback):
 
 def balanced_class_weights(labels: list[int], num_labels: int) -> torch.Tensor:
     r"""
-    Weight of each class for the loss, one over its number of images, scaled so that the mean over images is 1.
+    Weight of each class in the loss: the inverse of its number of images, scaled to a mean of 1 over all images.
 
     Args:
         labels (`list[int]`):
             Class of each training image.
         num_labels (`int`):
-            Number of classes.
+            Number of classes. A class without images has the weight 1.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_labels,)`.
     """
-    counts = torch.bincount(torch.tensor(labels), minlength=num_labels).float()
-    return len(labels) / (num_labels * counts.clamp(min=1))
+    present, weights = np.unique(labels), torch.ones(num_labels)
+    weights[present] = torch.from_numpy(compute_class_weight("balanced", classes=present, y=labels)).float()
+    return weights
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; one that a kill or a full disk cut off is not."""
+    """The newest complete checkpoint of a run. A kill or a full disk can leave incomplete ones."""
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    return next((path for path in reversed(checkpoints) if _is_complete(path)), None)
+    return next((path for path in reversed(checkpoints) if is_complete_checkpoint(path)), None)
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    try:  # the state is what `Trainer` writes last
+def is_complete_checkpoint(checkpoint: Path) -> bool:
+    """Whether `Trainer` has written a checkpoint to its end."""
+    try:  # `Trainer` writes its state last
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    # One of these is the optimizer's: of DDP, FSDP, DeepSpeed.
+    # The optimizer's state with DDP, FSDP or DeepSpeed.
     return any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.*", "optimizer_*", "global_step*"))

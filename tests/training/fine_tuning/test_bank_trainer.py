@@ -65,4 +65,4 @@ def test_what_does_not_go_with_a_bank_is_refused(options, more, message, capsys)
 def test_too_large_a_bank_is_refused(options, monkeypatch, capsys):
     monkeypatch.setattr(bank_trainer, "MAX_REFERENCES", 3)
     assert main(options) == 1
-    assert "more than a model carries (3)" in capsys.readouterr().err
+    assert "larger than a model's bank can be (3)" in capsys.readouterr().err

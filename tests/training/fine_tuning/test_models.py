@@ -131,7 +131,7 @@ def test_an_rbi_model_goes_on_with_its_head_and_classifier(rbi_checkpoint):
 
 def test_an_rbi_model_for_other_classes(rbi_checkpoint):
     args = ModelArguments(str(rbi_checkpoint))
-    with pytest.raises(ValueError, match=r"is of 3 classes, not of 5: add --ignore_mismatched_sizes"):
+    with pytest.raises(ValueError, match=r"has 3 classes, but the data have 5: add --ignore_mismatched_sizes"):
         load_model(args, list("abcde"))
     before = RBIForImageClassification.from_pretrained(rbi_checkpoint).state_dict()
     args.ignore_mismatched_sizes = True
@@ -174,15 +174,15 @@ BACKBONE = json.dumps(CONVNEXT)
     [
         ({}, "Name the backbone: --model_name_or_path, or --backbone_config"),
         ({"backbone_config": BACKBONE, "image_size": 0}, "--image_size must be at least 1, got 0"),
-        ({"backbone_config": BACKBONE, "image_mean": MEAN}, "--image_mean and --image_std go with --image_size"),
+        ({"backbone_config": BACKBONE, "image_mean": MEAN}, "--image_mean and --image_std need --image_size"),
         ({"backbone_config": "{"}, r"--backbone_config must be JSON, got \{"),
         ({"backbone_config": "[1]"}, r"--backbone_config must be a JSON object, got \[1\]"),
         ({"backbone_config": BACKBONE, "rbi_config": "x"}, "--rbi_config must be JSON, got x"),
         ({"backbone_config": BACKBONE, "rbi_config": '{"psnr_mex": 1}'}, "unknown field `psnr_mex`.*`psnr_max`"),
         ({"backbone_config": BACKBONE, "rbi_config": '{"num_labels": 2}'}, "unknown field `num_labels`"),
         ({"backbone_config": BACKBONE, "rbi_config": '{"backbone_config": {}}'}, "unknown field `backbone_config`"),
-        ({"backbone_config": "{}"}, "model_type None, which transformers does not know"),
-        ({"backbone_config": '{"model_type": "convnet"}'}, "model_type 'convnet', which transformers does not know"),
+        ({"backbone_config": "{}"}, "model_type None, which transformers does not have"),
+        ({"backbone_config": '{"model_type": "convnet"}'}, "model_type 'convnet', which transformers does not have"),
         ({"backbone_config": '{"model_type": "bert"}'}, "not that of a vision model"),
         ({"backbone_config": BACKBONE.replace("[1, 1, 1, 1]", '"x"')}, "config of the model is wrong: Field 'depths'"),
     ],

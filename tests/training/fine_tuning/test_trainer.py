@@ -223,20 +223,20 @@ def test_a_split_batch_is_accumulation(make_trainer):
     [
         ({"relation_batch_size": 9}, r"9 must be a multiple of the batch of a device \(6\)"),
         ({"relation_batch_size": 12}, r"divisor of --gradient_accumulation_steps \(1\)"),
-        ({"relation_batch_size": 3, "gather_across_processes": True}, "turn --gather_across_processes off"),
+        ({"relation_batch_size": 3, "gather_across_processes": True}, "leave --gather_across_processes out"),
         ({"relation_batch_size": 0}, "--relation_batch_size must be at least 1"),
         ({"lora_rank": 2, "freeze_backbone": True}, "use one of them"),
         ({"images_per_class": 2}, "--batch_sampler balanced"),
-        ({"train_relation_scope": "self", "relation_batch_size": 3}, "training without relations"),
+        ({"train_relation_scope": "self", "relation_batch_size": 3}, "trains without relations"),
         ({"train_relation_scope": "self", "self_loss_weight": 0.5}, "leave --self_loss_weight out"),
         ({"train_relation_scope": "self", "unlabeled_dir": "a"}, "leave --unlabeled_dir out"),
         ({"self_loss_weight": 1.0}, "--self_loss_weight must be at least 0 and less than 1, got 1.0"),
         ({"self_loss_weight": -0.1}, "--self_loss_weight must be at least 0"),
         ({"self_loss_weight": float("nan")}, "--self_loss_weight must be at least 0"),
-        ({"unlabeled_references": 3}, "are images of --unlabeled_dir: name it"),
-        ({"unlabeled_dir": "a", "relation_batch_size": 3}, "leave it out beside --unlabeled_dir"),
+        ({"num_references": 3}, "--num_references needs --unlabeled_dir"),
+        ({"unlabeled_dir": "a", "relation_batch_size": 3}, "would separate the unlabeled images"),
         ({"unlabeled_dir": "a", "unlabeled_per_batch": 0}, "--unlabeled_per_batch must be at least 1"),
-        ({"unlabeled_dir": "a", "unlabeled_references": 0}, "--unlabeled_references must be at least 1"),
+        ({"unlabeled_dir": "a", "num_references": 0}, "--num_references must be at least 1"),
         ({"references_per_class": 0}, "--references_per_class must be at least 1"),
         ({"layer_decay": 1.5}, "--layer_decay must be between 0 and 1"),
         ({"class_weights": "balanced", "batch_sampler": "balanced"}, "twice"),
@@ -247,7 +247,7 @@ def test_options_that_do_not_fit_are_refused(make_trainer, options, message):
         make_trainer(**options)
 
 
-@pytest.mark.parametrize("option", ["references_per_class", "unlabeled_references", "ema_decay"])
+@pytest.mark.parametrize("option", ["references_per_class", "num_references", "ema_decay"])
 def test_what_cannot_be_sharded_is_refused(make_trainer, monkeypatch, option):
     trainer = make_trainer(**{option: 0.9 if option == "ema_decay" else 2, "unlabeled_dir": "a"})
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
@@ -453,7 +453,7 @@ def test_two_passes_on_two_processes_are_one_large_batch(arguments, tmp_path):
 def test_unlabeled_images_and_references_are_those_of_one_process(arguments, tmp_path, unlabeled_dir):
     """7 images with labels and 6 without in each batch: 2 + 2 + 2 of the latter on three processes."""
     common = {"preset": "kernel", "gather_across_processes": True, "unlabeled_dir": unlabeled_dir} | SGD
-    common |= {"references_per_class": 2, "unlabeled_references": 5, "max_train_samples": 21}
+    common |= {"references_per_class": 2, "num_references": 5, "max_train_samples": 21}
     one = run_distributed(tmp_path / "1", arguments, 1, per_device_train_batch_size=9, unlabeled_per_batch=6, **common)
     assert len(one[0]) == 5 + 6
     assert one[2]["rbi.references.labels"].sort().values.tolist() == [-100] * 5 + [0, 0, 1, 1, 2, 2, 3, 3]
