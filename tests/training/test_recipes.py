@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import CONFIG_MAPPING, AutoModel
 
 from training import train
 from training.data import tiny
@@ -111,7 +113,29 @@ def test_each_combination_trains_a_step(words, made_once, capsys):
     assert dry_run([*words, "--backbone_config", json.dumps(TINY)]) == 0, capsys.readouterr().err
 
 
-def dry_run_of_the_whole_backbone(model, monkeypatch, capsys):
+def backbone_config_of(model):
+    return yaml.safe_load((RECIPES / "models" / f"{model}.yaml").read_text())["backbone_config"]
+
+
+def build(fields):
+    with torch.device("meta"):
+        return AutoModel.from_config(CONFIG_MAPPING[fields["model_type"]].from_dict(fields))
+
+
+# Millions of parameters with a classifier of 1000 classes, as timm's table of results has them.
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [("convnext_base", 88.59), ("convnext_large", 197.77), ("swinv2_base", 87.92), ("swinv2_small", 49.73)],
+)
+def test_backbones_are_those_of_the_paper(model, millions):
+    backbone = build(backbone_config_of(model))
+    assert type(backbone).__name__ == MODELS[model]
+    num_features = backbone.layernorm.weight.numel()
+    number = sum(parameter.numel() for parameter in backbone.parameters()) + 1000 * (num_features + 1)
+    assert round(number / 1e6, 2) == millions
+
+
+def dry_run_of_backbone(model, monkeypatch, capsys, *more):
     built = []
     original = run.load_model
 
@@ -120,26 +144,33 @@ def dry_run_of_the_whole_backbone(model, monkeypatch, capsys):
         return built[-1]
 
     monkeypatch.setattr(run, "load_model", load_model)
-    assert dry_run(composed("tiny_imagenet", model, "authors")) == 0, capsys.readouterr().err
-    assert type(built[0][0].rbi.backbone).__name__ == MODELS[model]
+    assert dry_run([*composed("tiny_imagenet", model, "authors"), *more]) == 0, capsys.readouterr().err
+    return type(built[0][0].rbi.backbone).__name__
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", [name for name, kind in MODELS.items() if kind != "TimmWrapperModel"])
 def test_each_backbone_trains_a_step(model, made_once, monkeypatch, capsys):
-    dry_run_of_the_whole_backbone(model, monkeypatch, capsys)
+    """With all of its fields, at its image size, but with one block per stage and fewer features."""
+    fields = backbone_config_of(model) | {"depths": [1] * 4}
+    if "hidden_sizes" in fields:
+        fields["hidden_sizes"] = [size // 16 for size in fields["hidden_sizes"]]
+    else:
+        fields["embed_dim"] = 4 * fields["num_heads"][0]
+    kind = dry_run_of_backbone(model, monkeypatch, capsys, "--backbone_config", json.dumps(fields))
+    assert kind == MODELS[model]
 
 
 @pytest.mark.timm
 @pytest.mark.parametrize("model", [name for name, kind in MODELS.items() if kind == "TimmWrapperModel"])
 def test_each_backbone_of_timm_trains_a_step(model, made_once, monkeypatch, capsys):
-    dry_run_of_the_whole_backbone(model, monkeypatch, capsys)
+    assert dry_run_of_backbone(model, monkeypatch, capsys) == MODELS[model]
 
 
 @pytest.mark.slow
 def test_a_recipe_of_real_photographs(tmp_path):
-    """Eight epochs on the ORL faces, with images and pretrained weights that install by package name."""
+    """Small ORL faces, with images and pretrained weights from package registries."""
     line = ["--config", str(RECIPES / "orl_faces.yaml"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
-    assert train.main([*line, "--num_train_epochs", "8", "--disable_tqdm", "True"]) == 0
+    line += ["--image_size", "64", "--num_train_epochs", "8", "--max_test_samples", "140", "--disable_tqdm", "True"]
+    assert train.main(line) == 0
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert results["test_single"]["accuracy"] > 0.4  # 1 / 40 by chance
