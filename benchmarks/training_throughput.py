@@ -1,7 +1,7 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What RBI costs in training on top of its backbone: images a second of RBI, both presets, and of the plain
-classifier, in turns in one run.
+"""Measures what RBI costs in training: images per second of both presets and of a plain classifier on the same
+backbone, which take turns in one run.
 
     python -m benchmarks.training_throughput --bf16 --batch_size 128 --csv benchmarks/training_throughput_h200.csv
 """
@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageClassification, HfArgumentParser
+from transformers import CONFIG_MAPPING, AutoModelForImageClassification
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
+from training.cli import parse_arguments, run_command
 from training.record import processor_name
 
 
@@ -33,13 +35,13 @@ class BenchmarkArguments:
     """Options of the benchmark."""
 
     backbone_config: str = field(default=CONVNEXT_BASE, metadata={"help": "Config of the backbone, as JSON."})
-    batch_size: int = field(default=128, metadata={"help": "Images of a batch."})
+    batch_size: int = field(default=128, metadata={"help": "Images per batch."})
     image_size: int = field(default=224, metadata={"help": "Height and width of the images, in pixels."})
-    num_labels: int = field(default=200, metadata={"help": "Classes."})
-    num_rounds: int = field(default=5, metadata={"help": "Turns of each model, at least 2."})
-    steps_per_round: int = field(default=10, metadata={"help": "Training steps of a turn."})
+    num_labels: int = field(default=200, metadata={"help": "Number of classes."})
+    num_rounds: int = field(default=5, metadata={"help": "Number of turns of each model, at least 2."})
+    steps_per_round: int = field(default=10, metadata={"help": "Training steps per turn."})
     bf16: bool = field(default=False, metadata={"help": "Train in mixed precision."})
-    csv: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+    csv: str | None = field(default=None, metadata={"help": "CSV file to write the results to."})
 
     def __post_init__(self):
         if self.num_rounds < 2:
@@ -47,7 +49,7 @@ class BenchmarkArguments:
 
 
 def build_models(args: BenchmarkArguments) -> dict[str, nn.Module]:
-    """The plain classifier and RBI on the same backbone, with random weights."""
+    """Builds the plain classifier and RBI on the same backbone, with random weights."""
     fields = json.loads(args.backbone_config)
 
     def backbone_config():
@@ -61,7 +63,7 @@ def build_models(args: BenchmarkArguments) -> dict[str, nn.Module]:
 
 
 def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, args: BenchmarkArguments, number: int) -> float:
-    """Seconds that so many training steps take."""
+    """Runs training steps on random images and returns the seconds that they take."""
     device = next(model.parameters()).device
     pixel_values = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
     labels = torch.randint(args.num_labels, (args.batch_size,), device=device)
@@ -83,7 +85,7 @@ def _synchronize(device: torch.device):
 
 
 def measure(args: BenchmarkArguments, device: torch.device) -> dict[str, list[float]]:
-    """Images a second of each model, turn by turn; one turn before that warms it up."""
+    """Images per second of each model in each turn, after a warm-up."""
     trained = {}
     for name, model in build_models(args).items():
         model.to(device).train()
@@ -97,8 +99,14 @@ def measure(args: BenchmarkArguments, device: torch.device) -> dict[str, list[fl
     return speeds
 
 
-def main(args: BenchmarkArguments):
-    """Measures, prints and writes."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(command, argv)
+
+
+def command(argv: Sequence[str], console: Console):
+    """Parses the arguments, measures, prints the table, and writes the CSV file."""
+    args, _ = parse_arguments(argv, (BenchmarkArguments,), defaults={}, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
     speeds = measure(args, device)
@@ -123,22 +131,19 @@ def main(args: BenchmarkArguments):
             }
         )
     table = Table(title=f"Training on {machine}")
-    for column in ("model", "images a second", "ratio to plain"):
+    for column in ("model", "images per second", "ratio to plain"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
         ratio = f"{row['ratio_to_plain']:.3f} ± {row['ratio_std']:.3f}"
         table.add_row(str(row["model"]), f"{row['images_per_second']:.1f}", ratio)
-    Console().print(table)
+    console.print(table)
     if args.csv is not None:
         with Path(args.csv).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        print(f"Written to {Path(args.csv).resolve()}")
+        console.print(f"Written to {Path(args.csv).resolve()}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
-    try:
-        main(*HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())
