@@ -1,6 +1,10 @@
 """A small data set in a published layout and the arguments of a training that takes seconds."""
 
 import json
+import multiprocessing
+import runpy
+import socket
+import textwrap
 
 import numpy as np
 import pytest
@@ -16,6 +20,28 @@ TINY_CONVNEXT = {
     "depths": [1, 1, 1, 1],
     "image_size": 32,
 }
+
+
+# With one thread, as the other tests. gloo's threads can outlive their group and abort an orderly exit.
+SCRIPT = """
+import os, sys, traceback
+
+os.environ |= environment
+import torch
+
+torch.set_num_threads(1)
+code = 1
+try:
+{}
+    code = 0
+except BaseException:
+    traceback.print_exc()
+if code == 0 and torch.distributed.is_initialized():
+    torch.distributed.barrier()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +61,9 @@ def unlabeled_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def arguments(published, tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="session")
+def command_line(published):
     """Gives the command line of a training on the small data set; keywords are further arguments."""
-    monkeypatch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
     def make(output_dir, **more):
         values = {
@@ -56,6 +81,49 @@ def arguments(published, tmp_path_factory, monkeypatch):
         return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
     return make
+
+
+@pytest.fixture
+def arguments(command_line, tmp_path_factory, monkeypatch):
+    """As `command_line`, with a cache of its own for the downloads of this process."""
+    monkeypatch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    return command_line
+
+
+@pytest.fixture(scope="session")
+def run_processes(tmp_path_factory):
+    """
+    Runs a script in several processes, connected as `accelerate launch` connects them, with the given names defined.
+    They are forked from a process that has imported the project once, since that takes longer than what they do.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.train", "training.accelerate_loop"])
+    scripts = tmp_path_factory.mktemp("scripts")
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+
+    def run(script, number, environment=None, **names):
+        path = scripts / f"{len(list(scripts.iterdir()))}.py"
+        path.write_text(SCRIPT.format(textwrap.indent(script, "    ")))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        processes = []
+        for rank in range(number):
+            variables = {"RBI_CACHE": cache} | (environment or {})
+            if number > 1:
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+                variables |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                variables |= {"ACCELERATE_USE_CPU": "true"}
+            names_of_rank = names | {"environment": variables}
+            processes.append(context.Process(target=runpy.run_path, args=(str(path), names_of_rank, "__main__")))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0] * number
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -153,9 +153,18 @@ def test_a_backbone_without_blocks():
     assert layer_numbers(nn.Identity()) == {}
 
 
-@pytest.mark.parametrize("layer_decay", [None, 0.5])
-@pytest.mark.parametrize("head_learning_rate", [None, 0.03])
-@pytest.mark.parametrize("family", ["vit", "convnext", "swinv2", "resnet", "mobilenet_v2", "dinov2"])
+@pytest.mark.parametrize(
+    ("family", "head_learning_rate", "layer_decay"),
+    [
+        ("vit", None, None),
+        ("vit", 0.03, 0.5),
+        ("convnext", 0.03, None),
+        ("swinv2", None, 0.5),
+        ("resnet", None, 0.5),
+        ("mobilenet_v2", 0.03, 0.5),
+        ("dinov2", 0.03, None),
+    ],
+)
 def test_each_parameter_has_the_rate_of_its_depth(family, head_learning_rate, layer_decay):
     model = make_model(family)
     frozen = next(model.rbi.backbone.parameters()).requires_grad_(False)
@@ -224,15 +233,15 @@ def test_a_frozen_backbone_stays_as_it_is(family):
     pixel_values = torch.randn(3, 3, 32, 32)
     model.train()
     first, second = (model.rbi.extract_features(pixel_values)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    assert torch.equal(first, model.eval().rbi.extract_features(pixel_values)[0])
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first, model.eval().rbi.extract_features(pixel_values)[0])
 
 
 def test_without_freezing_the_same_backbone_is_noisy_in_training():
     model = make_model("vit", hidden_dropout_prob=0.5).train()
     pixel_values = torch.randn(3, 3, 32, 32)
     first, second = (model.rbi.extract_features(pixel_values)[0] for _ in range(2))
-    assert not torch.equal(first, second)
+    assert (first - second).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2"])
@@ -300,8 +309,9 @@ def test_lora_trains_adapters_and_the_head_alone_and_merges(family):
     assert any(".backbone." in name and name.endswith("weight") for name in names)
 
 
-@pytest.mark.parametrize("family", ["vit", "convnext", "swinv2", "resnet", "mobilenet_v2"])
-@pytest.mark.parametrize("rank", [1, 32])
+@pytest.mark.parametrize(
+    ("family", "rank"), [("vit", 1), ("vit", 32), ("convnext", 32), ("swinv2", 1), ("resnet", 32), ("mobilenet_v2", 1)]
+)
 def test_adapters_have_the_rate_of_their_layer(family, rank):
     numbers = layer_numbers(make_model(family).rbi.backbone)
     model = add_lora(make_model(family), rank)
@@ -397,7 +407,7 @@ def test_the_moving_average_goes_on_from_a_checkpoint():
             parts.load_state_dict(state)
         whole.update(model)
         parts.update(model)
-    assert all(torch.equal(one, other) for one, other in zip(whole.average, parts.average, strict=True))
+    torch.testing.assert_close(parts.average, whole.average)
 
 
 @pytest.mark.parametrize("decay", [0, 1, -0.5, 1.5, float("nan")])
