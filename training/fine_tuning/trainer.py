@@ -91,7 +91,7 @@ class RBITrainer(Trainer):
         train_dataset (`ImageDataset` or `WithUnlabeled`):
             Training images.
         data_collator (`Collator`, *optional*):
-            Collator, with its `mixing` for mixup and cutmix.
+            Collator of training batches, with its `mixing` for mixup and cutmix. Evaluation has a plain one.
         kwargs:
             As for `Trainer`.
 
@@ -133,11 +133,12 @@ class RBITrainer(Trainer):
         self._moving_average: MovingAverage | None = None
         self._resumed_from: Path | None = None
         self._train_sampler: NeighborhoodSampler | None = None
+        self._train_collator = data_collator or Collator()
         super().__init__(
             model,
             args,
             train_dataset=train_dataset,
-            data_collator=data_collator or Collator(),
+            data_collator=Collator(),  # for the evaluation, whose images are not mixed
             callbacks=[*(callbacks or []), _RBICallback(self)],
             **kwargs,
         )
@@ -180,7 +181,7 @@ class RBITrainer(Trainer):
         return torch.utils.data.DataLoader(
             self.train_dataset,
             batch_sampler=self._train_sampler,
-            collate_fn=self.data_collator,
+            collate_fn=self._train_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,

@@ -124,6 +124,19 @@ def test_batches_are_equal_neighborhoods(make_trainer):
     assert [len(batch["labels"]) for batch in dropped] == [6, 6, 6]
 
 
+def test_images_are_mixed_in_training_only(make_trainer):
+    options = AugmentationArguments(mixup_alpha=0.5, cutmix_alpha=1.0)
+    trainer = make_trainer(data_collator=Collator(Mixing(options, 4)))
+    assert all("targets" in batch for batch in trainer.get_train_dataloader())
+    plain = make_trainer()
+    for loader, expected in (
+        (trainer.get_eval_dataloader(), plain.get_eval_dataloader()),
+        (trainer.get_test_dataloader(trainer.eval_dataset), plain.get_test_dataloader(plain.eval_dataset)),
+    ):
+        for batch, other in zip(loader, expected, strict=True):
+            torch.testing.assert_close(dict(batch), dict(other))
+
+
 def test_drop_last_is_of_the_training_alone(make_trainer):
     trainer = make_trainer(dataloader_drop_last=True, per_device_eval_batch_size=7)
     assert len(trainer.predict(trainer.eval_dataset).predictions) == len(trainer.eval_dataset) == 40
