@@ -183,7 +183,7 @@ BACKBONE = json.dumps(CONVNEXT)
         ({"backbone_config": BACKBONE, "rbi_config": '{"backbone_config": {}}'}, "unknown field `backbone_config`"),
         ({"backbone_config": "{}"}, "model_type None, which transformers does not have"),
         ({"backbone_config": '{"model_type": "convnet"}'}, "model_type 'convnet', which transformers does not have"),
-        ({"backbone_config": '{"model_type": "bert"}'}, "not that of a vision model"),
+        ({"backbone_config": '{"model_type": "bert"}'}, "does not belong to a vision model"),
         ({"backbone_config": BACKBONE.replace("[1, 1, 1, 1]", '"x"')}, "config of the model is wrong: Field 'depths'"),
     ],
 )
