@@ -76,7 +76,7 @@ def kinds_of_images():
     return _KINDS
 
 
-@pytest.fixture(scope="session", params=_KINDS)
+@pytest.fixture(params=_KINDS)
 def kind_of_image(request):
     """Each image file in turn."""
     return _KINDS[request.param]

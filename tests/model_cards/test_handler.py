@@ -132,8 +132,9 @@ def test_list_of_images(handler, classifier, image_files, files):
     assert_same(handler({"inputs": files[:1]})[0], handler({"inputs": files[0]}))
 
 
-@pytest.mark.parametrize("function", [None, "softmax", "sigmoid", "none"])
-@pytest.mark.parametrize("top_k", [None, 1, 2, 1000])
+@pytest.mark.parametrize(
+    ("top_k", "function"), [(None, None), (1, "softmax"), (2, "sigmoid"), (1000, "none"), (None, "sigmoid"), (2, None)]
+)
 def test_parameters(handler, classifier, image_files, files, top_k, function):
     given = {"top_k": top_k, "function_to_apply": function}
     answer = handler({"inputs": files[5], "parameters": given})
