@@ -1,9 +1,9 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-grained data sets as their publishers lay them out on disk.
+"""Readers of fine-grained data sets in the layout of their publishers.
 
-Nothing is downloaded here: get the files from the publisher, agree to the terms, and hand over the archive, the folder
-that it unpacks to, the folder above that, or a folder with all archives of the set.
+Nothing is downloaded here: get the files from the publisher, agree to the terms, and name the archive, the folder that
+it unpacks to, the folder above that, or a folder with all archives of the data set.
 
 - `cub_200_2011`: Caltech-UCSD Birds-200-2011. Caltech vision lab, data set page: `CUB_200_2011.tgz`.
 - `stanford_dogs`: Stanford Dogs. Stanford vision lab, ImageNetDogs page: `images.tar`, `lists.tar`, and for boxes
@@ -16,8 +16,8 @@ that it unpacks to, the folder above that, or a folder with all archives of the 
 - `stanford_cars`: Stanford Cars. Stanford AI lab, car data set page (offline at times): `cars_train.tgz`,
   `cars_test.tgz`, `car_devkit.tgz`, `cars_test_annos_withlabels.mat`.
 
-Each reader gives a `DatasetDict` with `image` (not decoded, absolute paths), `label`, and `box` where boxes are
-published: left, top, right, bottom in pixels, counted from 0, right and bottom just outside.
+Each reader returns a `DatasetDict` with `image` (not decoded, absolute paths), `label` and, if boxes are published,
+`box`: left, top, right and bottom in pixels counted from 0; right and bottom are exclusive.
 """
 
 import logging
@@ -36,8 +36,10 @@ import datasets
 import numpy as np
 
 from modeling_rbi import MissingPackageError, UserError
+from modeling_rbi.errors_rbi import listed
 
 from .archives import is_archive, unpack
+from .form import BOX, IMAGE
 
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Published:
-    """What a publisher says of a set: its classes, images of each split, archives, and the folder in the archive
-    that holds everything (`None` where the set comes in several parts)."""
+    """The publisher's figures of a data set: number of classes, images of each split, archives, and the folder that
+    the archive unpacks to (`None` if the data set comes in several parts)."""
 
     num_classes: int
     split_sizes: Mapping[str, int]
@@ -80,12 +82,12 @@ def read_cub_200_2011(path: Path) -> datasets.DatasetDict:
     r"""
     CUB-200-2011: 200 birds, `train` and `test`, boxes.
 
-    Names are those of `classes.txt` (`001.Black_footed_Albatross`). The README gives boxes as x, y, width, height in
-    pixels and does not say whether the first pixel is 0 or 1; 0 is assumed.
+    Class names are from `classes.txt` (`001.Black_footed_Albatross`). The README gives boxes as x, y, width and height
+    in pixels and does not say whether the first pixel is 0 or 1; 0 is assumed.
 
     Raises:
-        FileNotFoundError: if a file or a listed image is absent.
-        UserError: if the files disagree, or one of them, or the archive, is not in its format.
+        FileNotFoundError: if a file or a listed image is missing.
+        UserError: if the files contradict each other, or a file or the archive is not in its format.
     """
     return _read_birds("cub_200_2011", path, only_used_classes=False)
 
@@ -94,31 +96,31 @@ def read_nabirds(path: Path) -> datasets.DatasetDict:
     r"""
     NABirds: 555 birds, `train` and `test`, boxes.
 
-    `classes.txt` lists the nodes of a tree, of which only some have images: those are the classes, in the order of
-    their ids. Boxes are read as those of CUB-200-2011.
+    `classes.txt` lists the nodes of a tree. Only some have images: these are the classes, in the order of their ids.
+    Boxes are read as in CUB-200-2011.
 
     Raises:
-        FileNotFoundError, ValueError: see [`read_cub_200_2011`].
+        FileNotFoundError, UserError: see [`read_cub_200_2011`].
     """
     return _read_birds("nabirds", path, only_used_classes=True)
 
 
 def read_stanford_dogs(path: Path) -> datasets.DatasetDict:
     r"""
-    Stanford Dogs: 120 dogs, `train` and `test`; boxes if `Annotation/` is there.
+    Stanford Dogs: 120 dogs, `train` and `test`; boxes if `Annotation/` exists.
 
-    A name is that of the folder without its WordNet id (`n02085620-Chihuahua` is `Chihuahua`). Of an image with
-    several dogs, the largest is the box. The publisher does not say how pixels are counted; the coordinates are taken
-    as edges counted from 0.
+    The name of a class is the name of its folder without the WordNet id (`n02085620-Chihuahua` gives `Chihuahua`). The
+    box of an image with several dogs is that of the largest. The publisher does not say how pixels are counted; the
+    coordinates are taken as edges counted from 0.
 
     Raises:
-        FileNotFoundError, ValueError: see [`read_cub_200_2011`].
+        FileNotFoundError, UserError: see [`read_cub_200_2011`].
         MissingPackageError: without scipy.
     """
     source = _Source("stanford_dogs", path)
     images, boxes = source.find("Images"), source.find_optional("Annotation")
     if boxes is None:
-        logger.info("%s has no Annotation folder (annotation.tar): there will be no boxes.", path)
+        logger.info("%s has no folder Annotation (annotation.tar), so there are no boxes.", path)
     names: dict[int, str] = {}
     splits = {}
     for split in ("train", "test"):
@@ -129,7 +131,7 @@ def read_stanford_dogs(path: Path) -> datasets.DatasetDict:
         if len({len(column) for column in columns}) > 1:
             raise UserError(
                 f"{file} lists {' / '.join(str(len(column)) for column in columns)} files, annotations "
-                "and labels: they should be as many."
+                "and labels: the numbers must be equal."
             )
         rows = splits[split] = _Rows()
         for file_name, annotation, label in zip(*columns, strict=True):
@@ -145,13 +147,13 @@ def read_tiny_imagenet(path: Path) -> datasets.DatasetDict:
     r"""
     Tiny-ImageNet: 200 classes, `train` and `test`, boxes.
 
-    The published test has no labels. It is left out, and the published validation images are `test`, which is what
-    is reported in papers; draw validation images from `train`. Classes are in the order of their WordNet ids, as
-    class folders are read everywhere; names are those of `words.txt`. How boxes are counted is not said; coordinates
-    of 0 and of 63 occur in images of 64, so that they are taken as counted from 0 with the last pixel inside.
+    The published test images have no labels and are left out. The published validation images become `test`, the
+    split that papers report; draw validation images from `train`. Classes are in the order of their WordNet ids, as in
+    all folders of classes; their names are from `words.txt`. The publisher does not say how boxes are counted. Because
+    the coordinates 0 and 63 occur in images of 64 pixels, they are taken as counted from 0 with the last pixel inside.
 
     Raises:
-        FileNotFoundError, ValueError: see [`read_cub_200_2011`].
+        FileNotFoundError, UserError: see [`read_cub_200_2011`].
     """
     root = _Source("tiny_imagenet", path).find("wnids.txt").parent
     ids = sorted(line for _, line in _lines(root / "wnids.txt"))
@@ -174,10 +176,10 @@ def read_oxford_flowers(path: Path) -> datasets.DatasetDict:
     r"""
     Oxford Flowers 102: 102 flowers, `train`, `validation` and `test`, no boxes.
 
-    The publisher names no classes in these files: they are `class_001` to `class_102`, after their numbers.
+    The files do not name the classes, so they are called `class_001` to `class_102`, after their numbers.
 
     Raises:
-        FileNotFoundError, ValueError: see [`read_cub_200_2011`].
+        FileNotFoundError, UserError: see [`read_cub_200_2011`].
         MissingPackageError: without scipy.
     """
     source = _Source("oxford_flowers", path)
@@ -202,12 +204,12 @@ def read_fgvc_aircraft(path: Path) -> datasets.DatasetDict:
     r"""
     FGVC-Aircraft: the 100 variants, `train`, `validation` and `test`, boxes.
 
-    Classes are in the order of `variants.txt`. Boxes are published with the last pixel inside, counted from 1. The
-    lowest 20 rows of an image are a banner with the photographer's name, which the publisher asks to cut off; a crop
-    to the box leaves it out.
+    Classes are in the order of `variants.txt`. Published boxes are counted from 1 and include the last pixel. The
+    lowest 20 rows of an image are a banner with the photographer's name, which the publisher asks to cut off; cropping
+    to the box does.
 
     Raises:
-        FileNotFoundError, ValueError: see [`read_cub_200_2011`].
+        FileNotFoundError, UserError: see [`read_cub_200_2011`].
     """
     root = _Source("fgvc_aircraft", path).find("data/variants.txt", "variants.txt").parent
     names = [line for _, line in _lines(root / "variants.txt")]
@@ -231,11 +233,12 @@ def read_stanford_cars(path: Path) -> datasets.DatasetDict:
     r"""
     Stanford Cars: 196 cars, `train` and `test`, boxes.
 
-    Labels of the test are in `cars_test_annos_withlabels.mat`, a download of its own. Boxes are published as smallest
-    and largest pixel; how they are counted is not said, and the devkit being MATLAB's, the first is assumed to be 1.
+    The labels of the test images are in `cars_test_annos_withlabels.mat`, a separate download. Boxes are published as
+    smallest and largest pixel. The publisher does not say how pixels are counted; as the devkit is for MATLAB, the
+    first is assumed to be 1.
 
     Raises:
-        FileNotFoundError, ValueError: see [`read_cub_200_2011`].
+        FileNotFoundError, UserError: see [`read_cub_200_2011`].
         MissingPackageError: without scipy.
     """
     source = _Source("stanford_cars", path)
@@ -271,7 +274,7 @@ LAYOUTS: dict[str, Callable[[Path], datasets.DatasetDict]] = {
 
 
 class _Source:
-    """Finds the files of a set in or below what was handed over."""
+    """Finds the files of a data set in or below a folder or archive."""
 
     def __init__(self, name: str, path: Path):
         self.published = PUBLISHED[name]
@@ -281,7 +284,7 @@ class _Source:
 
     @cached_property
     def _unpacked(self) -> list[Path]:
-        """Folders of the set's archives that lie in the folder, or beside the archive, that was handed over."""
+        """Unpacked archives of the data set that lie in the given folder, or beside the given archive."""
         folder = self.path if self.path.is_dir() else self.path.parent
         if self.published.folder is not None and folder != self.path:
             return []
@@ -293,7 +296,7 @@ class _Source:
         ]
 
     def _levels(self) -> Iterator[list[Path]]:
-        """Folders to look into, the nearest first; those of one level are equally near."""
+        """Folders to search, the nearest first; all folders of one level are equally near."""
         yield [self.start]
         below = _folders(self.start)
         yield [self.start / self.published.folder] if self.published.folder else []
@@ -316,13 +319,13 @@ class _Source:
         return None
 
     def find(self, *names: str) -> Path:
-        """The same, which must be there."""
+        """Path of the file or folder with one of these names, which must exist."""
         path = self.find_optional(*names)
         if path is None:
             archives = ", ".join(self.published.archives)
             raise FileNotFoundError(
-                f"{names[0]} of {self.name} is not in {self.path}: expected is there what the publisher's archives "
-                f"({archives}) hold, or all of the archives."
+                f"{names[0]} of {self.name} is not in {self.path}, which must hold the content of the publisher's "
+                f"archives ({archives}), or all of the archives."
             )
         return path
 
@@ -337,7 +340,7 @@ def _folders(folder: Path) -> list[Path]:
 
 @dataclass
 class _Rows:
-    """Images of a split: files, labels as published, and boxes or nothing."""
+    """Images of a split: files, labels as published, and boxes if there are any."""
 
     images: list[Path] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
@@ -359,7 +362,7 @@ def _read_birds(name: str, path: Path, only_used_classes: bool) -> datasets.Data
         _known(table, images, root / "images.txt", "an image")
     wrong = [image for image, value in is_train.items() if value not in ("0", "1")]
     if wrong:
-        raise UserError(f"{root / files[2]} has {is_train[wrong[0]]!r} for {wrong[0]}: expected is 0 or 1.")
+        raise UserError(f"{root / files[2]} has {is_train[wrong[0]]!r} for {wrong[0]}: it must be 0 or 1.")
     used = set(labels.values())
     _known(used, names, root / "classes.txt", "a name")
     ids = [number for number in names if number in used or not only_used_classes]
@@ -377,13 +380,13 @@ def _read_birds(name: str, path: Path, only_used_classes: bool) -> datasets.Data
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbers (from 1) and contents of the lines that are not empty, without the white space around them."""
+    """Numbers (from 1) and contents of the lines that are not empty, without surrounding white space."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there: the publisher's archive holds it.")
+        raise FileNotFoundError(f"{file} does not exist: the publisher's archive holds it.")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a text in UTF-8: {error}.") from error
+        raise UserError(f"{file} is not text in UTF-8: {error}.") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
@@ -395,15 +398,15 @@ def _read_table(file: Path) -> dict[str, str]:
     for number, line in _lines(file):
         key, *rest = line.split(maxsplit=1)
         if not rest:
-            raise UserError(f"{file}, line {number}: expected are at least two words, got {line!r}.")
+            raise UserError(f"{file}, line {number}: there must be at least two words, got {line!r}.")
         if key in table:
-            raise UserError(f"{file}, line {number}: {key} stands there twice.")
+            raise UserError(f"{file}, line {number}: {key} is listed twice.")
         table[key] = rest[0]
     return table
 
 
 def _load_mat(file: Path, *variables: str) -> dict[str, Any]:
-    """Variables of a MATLAB file, of which lists with one element are not lists."""
+    """Variables of a MATLAB file; a list of one element is read as the element."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -413,8 +416,8 @@ def _load_mat(file: Path, *variables: str) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:
-        # A broken file makes scipy raise errors of many kinds.
-        raise UserError(f"{file} can't be read as a MATLAB file ({error}): download it again.") from error
+        # scipy raises errors of many kinds for broken files.
+        raise UserError(f"{file} cannot be read as a MATLAB file ({error}): download it again.") from error
     absent = [name for name in variables if name not in content]
     if absent:
         raise UserError(f"{file} has no variable {absent[0]!r}.")
@@ -429,7 +432,7 @@ def _integers(file: Path, values: Any) -> list[int]:
 
 
 def _below(file: Path, name: Any) -> PurePosixPath:
-    """A path that `file` lists, which must not lead out of the folder that it is in."""
+    """A path that `file` lists; it must not lead out of its folder."""
     if not isinstance(name, str):
         raise UserError(f"{file} lists {name!r} where the name of a file is expected.")
     path = PurePosixPath(name)
@@ -439,19 +442,19 @@ def _below(file: Path, name: Any) -> PurePosixPath:
 
 
 def _known(keys: Iterable[Any], table: Mapping[Any, Any], file: Path, what: str) -> list[Any]:
-    """The keys, all of which must be in the table that was read from `file`."""
+    """The keys as a list; all must be in the table that was read from `file`."""
     keys = list(keys)
     absent = [key for key in keys if key not in table]
     if absent:
-        raise UserError(f"{file} lacks {what} for {len(absent)} of {len(keys)}, the first of them {absent[0]}.")
+        raise UserError(f"{file} lacks {what} for {len(absent)} of {len(keys)}: {listed(absent, 3)}.")
     return keys
 
 
 def _check_once(taken: Counter, file: Path):
-    """No image may be in two splits, or twice in one."""
+    """Refuses images that are in two splits, or in one split twice."""
     twice = [key for key, count in taken.items() if count > 1]
     if twice:
-        raise UserError(f"{file}: no image may be listed twice, but {len(twice)} are, the first of them {twice[0]}.")
+        raise UserError(f"{file} must list each image once, but lists {len(twice)} more often: {listed(twice, 3)}.")
 
 
 def _numbers(file: Path, name: str, values: Sequence[Any]) -> Box:
@@ -467,18 +470,18 @@ def _numbers(file: Path, name: str, values: Sequence[Any]) -> Box:
 
 
 def _inclusive(file: Path, name: str, values: Sequence[Any], first: int) -> Box:
-    """A box that is published as its first and last column and row, of which the first possible is `first`."""
+    """A box that is published as its first and last column and row, counted from `first`."""
     left, top, right, bottom = _numbers(file, name, values)
     return left - first, top - first, right - first + 1, bottom - first + 1
 
 
 def _largest_object(file: Path) -> Box:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there, but a list names it.")
+        raise FileNotFoundError(f"{file} does not exist, but a list names it.")
     try:
         tree = xml.etree.ElementTree.parse(file)
     except xml.etree.ElementTree.ParseError as error:
-        raise UserError(f"{file} is no XML: {error}.") from error
+        raise UserError(f"{file} is not XML: {error}.") from error
     edges = ("xmin", "ymin", "xmax", "ymax")
     boxes = [
         _numbers(file, "an object", [box.findtext(edge, "nothing") for edge in edges]) for box in tree.iter("bndbox")
@@ -491,10 +494,10 @@ def _largest_object(file: Path) -> Box:
 def _build(
     name: str, path: Path, ids: Sequence[Any], names: Mapping[Any, str], splits: Mapping[str, _Rows]
 ) -> datasets.DatasetDict:
-    """The canonical form; class `k` is `ids[k]`. A name that two classes share is made clear with the id."""
+    """The data set; class `k` is `ids[k]`. If two classes share a name, their ids are appended."""
     nameless = [number for number in ids if not isinstance(names[number], str)]
     if nameless:
-        raise UserError(f"{path} has no text as the name of class {nameless[0]}.")
+        raise UserError(f"{path} must have text as the name of class {nameless[0]}.")
     counts = Counter(names[number] for number in ids)
     class_names = [names[number] if counts[names[number]] == 1 else f"{names[number]} ({number})" for number in ids]
     if len(set(class_names)) < len(ids):
@@ -510,16 +513,16 @@ def _build(
         absent = [image for image in rows.images if not image.is_file()]
         if absent:
             raise FileNotFoundError(
-                f"{len(absent)} of {len(rows.images)} images of the split {split!r} of {name} are listed but not "
-                f"there, the first of them {absent[0]}: the publisher's archive holds them."
+                f"{len(absent)} of {len(rows.images)} images of the split {split!r} of {name} are listed but do not "
+                f"exist: {listed(absent, 3)}. The publisher's archive holds them."
             )
-        features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=class_names)}
+        features = {"image": IMAGE, "label": datasets.ClassLabel(names=class_names)}
         columns: dict[str, list] = {
             "image": [{"path": str(image), "bytes": None} for image in rows.images],
             "label": [numbers[label] for label in rows.labels],
         }
         if rows.boxes:
-            features["box"] = datasets.Sequence(datasets.Value("float32"), length=4)
+            features["box"] = BOX
             columns["box"] = rows.boxes
         result[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     _compare(name, path, len(ids), {split: len(rows.images) for split, rows in splits.items()})

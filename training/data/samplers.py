@@ -1,9 +1,9 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Which images make up a training batch: for RBI, the batch is the neighborhood.
+"""Samplers of training batches: for RBI, the batch is the neighborhood.
 
-All samplers give the same global batches on any number of processes, each process its share of every one, and the same
-again after a resume: what is drawn depends on the seed and the epoch alone.
+All samplers draw the same global batches on any number of processes, each of which gets its share of every batch. The
+draws depend only on the seed and the epoch, so a resumed training gets the same batches.
 """
 
 import math
@@ -18,7 +18,7 @@ from modeling_rbi import UserError
 
 
 class Draw(NamedTuple):
-    """An image of a batch: its row in the data set, and the seed of its augmentation. Padding repeats an image."""
+    """An image of a batch: its row in the data set and the seed of its augmentation. Padding repeats an image."""
 
     row: int
     seed: int
@@ -27,23 +27,29 @@ class Draw(NamedTuple):
 
 class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
     r"""
-    Batches for `DataLoader(batch_sampler=...)`. Each global batch is spread evenly over the processes, in order; where
-    it does not divide, the last processes get a padding row, which is no neighbor of anyone and has no loss.
+    Base class of samplers for `DataLoader(batch_sampler=...)`. Each global batch is spread evenly over the processes,
+    in order. If it does not divide evenly, the last processes get a padding row, which is no neighbor of any image and
+    has no loss.
 
     Args:
         batch_size (`int`):
-            Images of a global batch, of all processes together.
+            Number of labeled images in a global batch, over all processes.
         seed (`int`, *optional*, defaults to 0):
-            Of the order and of the augmentation.
+            Random seed of the order and the augmentation.
         num_unlabeled (`int`, *optional*, defaults to 0):
-            Images without labels, whose rows in the data set follow those of the others.
+            Number of unlabeled images. Their rows in the data set follow the labeled ones.
         unlabeled_per_batch (`int`, *optional*, defaults to 0):
-            How many of them, drawn at random, come to each global batch besides.
-        num_processes (`int`, *optional*, defaults to 1), process_index (`int`, *optional*, defaults to 0):
-            The process that the batches are for.
+            Number of unlabeled images, drawn at random, that are added to each global batch.
+        num_processes (`int`, *optional*, defaults to 1):
+            Number of processes.
+        process_index (`int`, *optional*, defaults to 0):
+            Index of the process that the batches are for.
+
+    Raises:
+        UserError: if a batch has fewer images than there are processes, or more unlabeled images than exist.
     """
 
-    num_rows: int  # of images with labels
+    num_rows: int  # labeled images
 
     def __init__(
         self,
@@ -70,12 +76,12 @@ class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int):
-        """Chooses the epoch that the next iteration draws, from 0."""
+        """Sets the epoch of the next iteration, counted from 0."""
         self.epoch = epoch
 
     @abstractmethod
     def draw_batches(self, generator: np.random.Generator) -> Sequence[np.ndarray]:
-        """Row numbers of each global batch of an epoch."""
+        """Row numbers of the labeled images in each global batch of an epoch."""
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = np.random.default_rng([self.seed, self.epoch])
@@ -97,15 +103,18 @@ class NeighborhoodSampler(torch.utils.data.Sampler[list[Draw]]):
 
 class ShuffledSampler(NeighborhoodSampler):
     r"""
-    Every image once an epoch, in random order.
+    Draws every image once per epoch, in random order.
 
     Args:
         num_rows (`int`):
-            Images of the data set.
+            Number of labeled images.
         drop_last (`bool`, *optional*, defaults to `False`):
-            `False`: the epoch is spread over ceil(num_rows / batch_size) batches of equal size, give or take one, so
-            that no neighborhood is left with a few images. `True`: all batches are full and the rest of the epoch
-            is left out.
+            `False`: the epoch is divided into ceil(num_rows / batch_size) batches whose sizes differ by at most one,
+            so that no neighborhood has only a few images. `True`: all batches are full, and the rest of the epoch is
+            left out.
+
+    Raises:
+        UserError: if the images do not fill a batch, or a batch has fewer images than there are processes.
     """
 
     def __init__(self, num_rows: int, batch_size: int, *, drop_last: bool = False, **kwargs):
@@ -134,15 +143,18 @@ class ShuffledSampler(NeighborhoodSampler):
 
 class BalancedSampler(NeighborhoodSampler):
     r"""
-    Every class equally often: classes are drawn in random order round after round, and of each class its images in
-    random order, again from the start when they have all been drawn. An epoch has as many batches as the data fill.
+    Draws every class equally often. Classes come in random order, round after round. The images of a class come in
+    random order, too, and start again when all have been drawn. An epoch has ceil(num_images / batch_size) batches.
 
     Args:
         labels (`Sequence[int]`):
             Class of each image.
         images_per_class (`int`, *optional*, defaults to 1):
-            Images of a class that come into a batch together: K of P x K batches, with P = batch_size / K classes. A
-            neighbor is then often of the same class, which it seldom is at test.
+            Number of images of a class that come into a batch together: K of P x K batches, with P = batch_size / K
+            classes. Neighbors then often share the class of an image, which is rare at test time.
+
+    Raises:
+        UserError: if `images_per_class` does not divide the batch size, or there are too few classes.
     """
 
     def __init__(self, labels: Sequence[int], batch_size: int, *, images_per_class: int = 1, **kwargs):
@@ -178,8 +190,8 @@ class BalancedSampler(NeighborhoodSampler):
 
 
 def _rounds(number: int, lengths: Sequence[int], generator: np.random.Generator) -> np.ndarray:
-    """Permutations of 0..number-1, one after the other, cut into runs of these lengths. In a run, no number comes
-    again before all have come: a permutation that begins in its middle begins with those that the run has not had."""
+    """Consecutive permutations of 0..number-1, cut into runs of these lengths. Within a run, no number repeats before
+    all have come: a permutation that begins inside a run starts with the numbers that the run does not have yet."""
     order: list[int] = []
     waiting: list[int] = []  # the rest of the permutation
     for length in lengths:

@@ -13,7 +13,7 @@ from modeling_rbi import UserError
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of each part, `(n,)` each; no image is in two of them."""
+    """Row numbers of each part, `(n,)`; the parts do not overlap."""
 
     train: torch.Tensor
     validation: torch.Tensor
@@ -22,20 +22,20 @@ class Split:
 
 def draw_few_shots(labels: torch.Tensor, num_train: int, num_validation: int, seed: int) -> Split:
     r"""
-    Draws the same number of images of each class for training and for validation; the rest are the test.
+    Draws the same number of images of each class for training and for validation; the rest is for the test.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
             Class of each image.
         num_train (`int`):
-            Training images of each class.
+            Number of training images of each class.
         num_validation (`int`):
-            Validation images of each class.
+            Number of validation images of each class.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Raises:
-        UserError: if a class has too few images to leave one for the test.
+        UserError: if a class has too few images to keep one for the test.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[torch.Tensor], ...] = ([], [], [])
@@ -55,27 +55,27 @@ def draw_few_shots(labels: torch.Tensor, num_train: int, num_validation: int, se
 
 def stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Holds out the same share of each class, drawn at random.
+    Holds out the same fraction of each class, drawn at random.
 
-    Of a class with `n` images, `fraction * n` are held out, rounded to the nearest whole number (halves up), but at
-    least 1 and at most `n - 1`. The image of a class that has only one is not held out.
+    From a class with `n` images, `fraction * n` are held out, rounded to the nearest whole number (halves up), but at
+    least 1 and at most `n - 1`. The only image of a class is not held out.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
             Class of each image.
         fraction (`float`):
-            Share to hold out, between 0 and 1, both excluded.
+            Fraction to hold out, between 0 and 1, both excluded.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Returns:
-        Row numbers to train on and row numbers held out, each in ascending order.
+        Row numbers to train on, and row numbers held out, each in ascending order.
 
     Raises:
         UserError: if `fraction` is out of range.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"The share to hold out must be between 0 and 1, both excluded, got {fraction}.")
+        raise UserError(f"The fraction to hold out must be between 0 and 1, both excluded, got {fraction}.")
     generator = torch.Generator().manual_seed(seed)
     train, held_out = [], []
     for rows in rows_by_class(labels):
@@ -88,8 +88,8 @@ def stratified_split(labels: torch.Tensor, fraction: float, seed: int) -> tuple[
 
 def stratified_folds(labels: torch.Tensor, num_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     r"""
-    Folds for cross-validation, drawn at random by scikit-learn's `StratifiedKFold`: each image is held out once,
-    and each class is spread evenly over the folds.
+    Draws folds for cross-validation with scikit-learn's `StratifiedKFold`: each image is held out once, and each class
+    is spread evenly over the folds.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
@@ -97,7 +97,7 @@ def stratified_folds(labels: torch.Tensor, num_folds: int, seed: int) -> list[tu
         num_folds (`int`):
             Number of folds, at least 2.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Returns:
         For each fold the row numbers to train on and those to validate on, each in ascending order.
@@ -129,9 +129,9 @@ def draw_per_class(labels: torch.Tensor, num_per_class: int, seed: int) -> torch
         labels (`torch.LongTensor` of shape `(n,)`):
             Class of each image.
         num_per_class (`int`):
-            Images of each class.
+            Number of images of each class.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Returns:
         Row numbers in ascending order.
@@ -144,8 +144,8 @@ def draw_per_class(labels: torch.Tensor, num_per_class: int, seed: int) -> torch
     for rows in rows_by_class(labels):
         if len(rows) < num_per_class:
             raise UserError(
-                f"Class {labels[rows[0]]} has {len(rows)} images, fewer than the {num_per_class} of each class that "
-                "are asked for."
+                f"Class {labels[rows[0]]} has {len(rows)} images, fewer than the {num_per_class} per class that were "
+                "requested."
             )
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:num_per_class]])
     return _in_order(drawn)
@@ -153,18 +153,18 @@ def draw_per_class(labels: torch.Tensor, num_per_class: int, seed: int) -> torch
 
 def draw_subset(labels: torch.Tensor, size: int, seed: int) -> torch.Tensor:
     r"""
-    Draws images at random: first one of each class, then any.
+    Draws images at random: first one of each class, then any others.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
             Class of each image.
         size (`int`):
-            Number of images. With fewer than there are classes, classes drawn at random go without.
+            Number of images. If it is less than the number of classes, classes drawn at random get no image.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Returns:
-        Row numbers in ascending order; all of them if there are no more than `size`.
+        Row numbers in ascending order; all rows if there are at most `size`.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     # The first of each class in a random order, before the others.
@@ -175,7 +175,7 @@ def draw_subset(labels: torch.Tensor, size: int, seed: int) -> torch.Tensor:
 
 
 def rows_by_class(labels: torch.Tensor) -> list[torch.Tensor]:
-    """Row numbers of each class that has any, in ascending order, from the lowest class to the highest."""
+    """Row numbers of each class with images, in ascending order; the lowest class first."""
     counts = labels.unique(return_counts=True)[1]
     return list(labels.argsort(stable=True).split(counts.tolist())) if len(labels) else []
 

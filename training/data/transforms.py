@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""From a decoded image to `pixel_values`, in training with random changes, in evaluation without.
+"""Turns decoded images into `pixel_values`, with augmentation for training and without for evaluation.
 
-The size, the resampling and the normalization are those of the model's image processor, so that training and
-evaluation differ in nothing but the augmentation. A random change depends on a seed alone: an image looks the same in
-the same epoch on any number of processes and workers, and after a resume.
+Size, resampling and normalization come from the model's image processor, so training and evaluation differ only in the
+augmentation. Random changes depend only on a seed: an image looks the same in the same epoch on any number of
+processes and workers, and after a resume.
 """
 
 import math
@@ -23,13 +23,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from modeling_rbi import UserError, pixel_statistics
 
 
-# Width to height of a random crop, relative to that of the output.
+# Aspect ratios (width / height) of random crops, relative to the aspect ratio of the output.
 CROP_RATIOS = (3 / 4, 4 / 3)
 _CROP_TRIALS = 10
-# In units of 180 degrees, as kornia has it. The published shear (https://huggingface.co/papers/1805.09501) is a factor
-# of up to 0.3, which is an angle of 17 degrees; kornia's own default, 0.3 of 180 degrees, is one of 54.
+# In units of 180 degrees, as in kornia. The published shear (https://huggingface.co/papers/1805.09501) is a factor of
+# up to 0.3, an angle of 17 degrees; kornia's default of 0.3 of 180 degrees is an angle of 54 degrees.
 _SHEAR = math.atan(0.3) / math.pi
-# The operations of RandAugment, as kornia names them, with the ends of their ranges.
+# The operations of RandAugment under kornia's names, with the ends of their ranges.
 _RAND_AUGMENT_POLICY: list[list[tuple[str, float, float | None]]] = [
     [(name, low, high)]
     for name, low, high in (
@@ -55,7 +55,7 @@ _RAND_AUGMENT_POLICY: list[list[tuple[str, float, float | None]]] = [
 @dataclass
 class AugmentationArguments:
     r"""
-    How training images are changed at random. Evaluation images never are.
+    Random changes of training images. Evaluation images are never changed.
 
     Raises:
         UserError: if a value is out of its range.
@@ -64,45 +64,47 @@ class AugmentationArguments:
     train_crop: Literal["random_resized", "resize"] = field(
         default="random_resized",
         metadata={
-            "help": "`random_resized`: a random part of the image, of random form, resized to the model's size. "
-            "`resize`: the whole image, resized directly."
+            "help": "`random_resized`: a random crop of random aspect ratio, resized to the model's size. "
+            "`resize`: the whole image, resized to that size."
         },
     )
-    # Above 1/3 with ratios from 3/4 to 4/3, each side of the crop is more than half of a square image's, so that
-    # every crop holds its middle. ImageNet's usual 0.08 may leave nothing of what tells two species apart.
+    # Above 1/3, with aspect ratios from 3/4 to 4/3, each side of a crop is longer than half the side of a square
+    # image, so every crop contains the center. ImageNet's usual 0.08 may lose what distinguishes two species.
     crop_scale_min: float = field(
-        default=0.35, metadata={"help": "Least share of the image's area in a random crop, above 0, at most 1."}
+        default=0.35, metadata={"help": "Smallest fraction of the image's area in a random crop, above 0 up to 1."}
     )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the images."})
+    horizontal_flip: bool = field(
+        default=True, metadata={"help": "Flip each image horizontally with probability 1/2."}
+    )
     rotation_degrees: float = field(
         default=0.0,
-        metadata={"help": "Rotate by up to so many degrees to either side; 0 is off. The paper's code has 15."},
+        metadata={"help": "Rotate by up to this many degrees to either side; 0: off. The paper's code uses 15."},
     )
     rand_augment_num_ops: int = field(
-        default=0, metadata={"help": "Operations of RandAugment for an image; 0 is off, 2 is usual."}
+        default=0, metadata={"help": "Number of operations of RandAugment per image; 0: off, 2 is usual."}
     )
     rand_augment_magnitude: int = field(
         default=9, metadata={"help": "Magnitude of RandAugment's operations, 1 to 29 (of 30)."}
     )
     color_jitter: float = field(
         default=0.0,
-        metadata={"help": "Change brightness, contrast and saturation by factors in 1 ± this, at most 1; 0 is off."},
+        metadata={"help": "Change brightness, contrast and saturation by factors in 1 ± this, at most 1; 0: off."},
     )
     random_erasing: float = field(
         default=0.0,
-        metadata={"help": "Probability of erasing a rectangle, a 50th to a third of the image, to the mean color."},
+        metadata={"help": "Probability of filling a rectangle, 1/50 to 1/3 of the image, with the mean color."},
     )
     mixup_alpha: float = field(
-        default=0.0, metadata={"help": "Mix images of a batch, with shares from Beta(alpha, alpha); 0 is off."}
+        default=0.0, metadata={"help": "Mixup: blend images of a batch, with weights from Beta(alpha, alpha); 0: off."}
     )
     cutmix_alpha: float = field(
         default=0.0,
-        metadata={"help": "Paste parts of images of a batch, with shares from Beta(alpha, alpha); 0 is off."},
+        metadata={"help": "CutMix: paste parts of images of a batch, with areas from Beta(alpha, alpha); 0: off."},
     )
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed with others of their batch."""
+        """Whether images are mixed with others in their batch."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     def __post_init__(self):
@@ -127,7 +129,7 @@ class AugmentationArguments:
 
 def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     r"""
-    Height and width of what an image processor gives, measured on a wide and a high image.
+    Height and width of the output of an image processor, measured on a wide and a tall image.
 
     Raises:
         UserError: if they depend on the image.
@@ -139,8 +141,9 @@ def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     }
     if len(sizes) > 1:
         raise UserError(
-            f"{type(image_processor).__name__} keeps the form of an image ({' and '.join(map(str, sorted(sizes)))}), "
-            "but images of a batch must have one size: set its `size` to a height and a width, or `do_center_crop`."
+            f"{type(image_processor).__name__} keeps the aspect ratio of an image "
+            f"({' and '.join(map(str, sorted(sizes)))}), but all images of a batch must have the same size: set its "
+            "`size` to a height and a width, or `do_center_crop`."
         )
     (height, width) = sizes.pop()
     return height, width
@@ -148,20 +151,20 @@ def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
 
 class TrainTransform:
     r"""
-    Gives training images as the image processor does, changed at random: crop and resize, mirror, rotation,
-    RandAugment, color jitter, normalization, erasing, in this order, those that are on. What a rotation leaves empty
-    is black.
+    Processes training images like the image processor, with random changes. Those that are on apply in this order:
+    crop and resize, horizontal flip, rotation, RandAugment, color jitter, normalization, erasing. Corners that a
+    rotation leaves empty are black.
 
-    [RandAugment](https://huggingface.co/papers/1909.13719) is kornia's, with the published shear: of 15 operations it
-    draws so many different ones and applies them all, each at `magnitude / 30` of its range, in a random direction
-    where it has two. As published, solarize is milder at greater magnitudes, and contrast, color, brightness and
-    sharpness change nothing at 15.
+    [RandAugment](https://huggingface.co/papers/1909.13719) is kornia's, with the published shear. It draws different
+    operations out of 15 and applies each at `magnitude / 30` of its range, in a random direction if it has two. As
+    published, solarize is milder at greater magnitudes, and contrast, color, brightness and sharpness change nothing
+    at magnitude 15.
 
     Args:
         image_processor (`BaseImageProcessor`):
-            The model's, for 3 channels, or for 1 (which shows in an `image_mean` of one value).
+            Image processor of the model, for 3 channels, or for 1 (if `image_mean` has one value).
         args (`AugmentationArguments`):
-            What to do.
+            The random changes.
 
     Raises:
         UserError: see [`processed_size`].
@@ -183,26 +186,26 @@ class TrainTransform:
             image (`PIL.Image.Image`):
                 A decoded image.
             seed (`int` or sequence of `int`):
-                All that the draws depend on, not negative; for example the run's seed, the epoch and the row. No
-                global generator is changed.
+                Random seed, not negative; for example the run's seed, the epoch and the row. No global generator is
+                changed.
 
         Returns:
-            `torch.FloatTensor` of shape `(num_channels, height, width)`: its `pixel_values`.
+            `torch.FloatTensor` of shape `(num_channels, height, width)`: the normalized image.
         """
-        # kornia draws from torch's generator for the CPU, which is put back. torch.manual_seed would reseed those of
-        # the accelerators too. That generator takes 32 bits of a seed and no more, so they are mixed from all of it.
+        # kornia draws from torch's CPU generator, whose state is restored. torch.manual_seed would also reseed the
+        # accelerators. The generator uses only 32 bits of a seed, so these are hashed from the whole seed.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             box = self._draw_box(*image.size) if self.args.train_crop == "random_resized" else None
             image = image.convert(self.mode).resize((self.width, self.height), self.resample, box=box)
             pixels = torch.from_numpy(np.array(image)).view(self.height, self.width, -1).permute(2, 0, 1) / 255
             num_channels = len(pixels)
-            # Gray is three equal channels to them, and remains so.
+            # kornia gets a gray image as three equal channels, which remain equal.
             pixels = self.change_pixels(pixels.expand(1, 3, -1, -1))[:, :num_channels].clamp(0, 1)
             return self.erase((pixels - self.mean) / self.std)[0].contiguous()
 
     def _draw_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of a part of the image, of random area and form, anywhere; in pixels."""
+        """Left, top, right and bottom, in pixels, of a crop of random area, aspect ratio and position."""
         low, high = (math.log(ratio * self.width / self.height) for ratio in CROP_RATIOS)
         for _ in range(_CROP_TRIALS):
             draw_area, draw_ratio, draw_left, draw_top = torch.rand(4, dtype=torch.float64).tolist()
@@ -212,7 +215,7 @@ class TrainTransform:
             if 1 <= crop_width <= width and 1 <= crop_height <= height:
                 left, top = draw_left * (width - crop_width), draw_top * (height - crop_height)
                 return left, top, min(left + crop_width, width), min(top + crop_height, height)
-        # The image is so wide or so high that hardly any crop of that area fits: the greatest of a permitted form.
+        # Hardly any crop of that area fits into a very narrow image: take the largest of a permitted aspect ratio.
         ratio = min(max(width / height, math.exp(low)), math.exp(high))
         crop_width, crop_height = min(width, height * ratio), min(height, width / ratio)
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
@@ -220,7 +223,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Gives evaluation images as the image processor does, `(num_channels, height, width)`."""
+    """Processes evaluation images with the image processor, to `(num_channels, height, width)`."""
 
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
@@ -231,13 +234,13 @@ class EvalTransform:
 
 
 def _mode(image_processor: BaseImageProcessor) -> Literal["L", "RGB"]:
-    """PIL's mode of the images that the processor takes."""
+    """Mode of PIL images that the image processor takes."""
     mean = getattr(image_processor, "image_mean", None)
     return "L" if isinstance(mean, Sequence) and len(mean) == 1 else "RGB"
 
 
 def _pixel_augmentations(args: AugmentationArguments) -> list[nn.Module]:
-    """Those on pixels in [0, 1], before the normalization."""
+    """Augmentations of pixels in [0, 1], before the normalization."""
     augmentations: list[nn.Module] = []
     if args.horizontal_flip:
         augmentations.append(K.RandomHorizontalFlip(p=0.5))

@@ -211,7 +211,8 @@ def test_the_seed_alone_decides(alphas):
     torch.manual_seed(5)
     for other, is_same in ((12, True), ([12], True), ([12, 3], False), (13, False)):
         again = mix(pixel_values, labels, other, **alphas)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) == is_same
+        # Pixels go up to 10,800, where float32 has steps of 1e-3: the same draw, computed twice.
+        assert all(torch.allclose(a, b, rtol=0, atol=0.01) for a, b in zip(first, again, strict=True)) == is_same
 
 
 @pytest.mark.parametrize("alphas", METHODS)

