@@ -8,16 +8,18 @@ Models and measurements that exist in the output folder are reused: after a chan
 folder. The cards are always rewritten.
 """
 
-import argparse
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from rich.console import Console
 
 from model_cards.card import TEMPLATE
 from training import assess, publish, references, train
+from training.cli import parse_arguments, run_command
 from training.data.arguments import DataArguments
 from training.data.decode import decode_image
 from training.data.reading import load_images
@@ -26,6 +28,14 @@ from training.data.reading import load_images
 ROOT = Path(__file__).parents[1]
 SEED = 42
 _NUM_EXAMPLES = 3
+
+
+@dataclass
+class CardsArguments:
+    """Options of the command."""
+
+    output_dir: str = field(default="outputs/cards", metadata={"help": "Folder for models and records."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
 
 
 @dataclass(frozen=True)
@@ -93,25 +103,27 @@ def write_examples(name: str, folder: Path):
         decode_image(test[row]["image"]).save(folder / f"{label}.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/cards"), help="Folder of models and records.")
-    parser.add_argument("--use_cpu", action="store_true", help="Use the CPU even if there is a GPU.")
-    args = parser.parse_args(argv)
-    for model in MODELS:
-        folder = args.output_dir / model.name
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(command, argv, on_stop="The same command continues with the models that are not finished.")
+
+
+def command(argv: Sequence[str], console: Console) -> int:
+    """Trains and measures the models, and writes their cards. Returns the exit code of a command that fails."""
+    args, _ = parse_arguments(argv, (CardsArguments,), defaults={}, description=__doc__)
+    folders = {model: Path(args.output_dir) / model.name for model in MODELS}
+    for model, folder in folders.items():
         write_examples(model.name, folder / "examples")
         shutil.rmtree(folder / "published", ignore_errors=True)
         for program, words, result in model.commands(folder, ("--use_cpu",) if args.use_cpu else ()):
-            if not Path(result).exists() and program.main(words) != 0:
-                print(f"{program.__name__} {' '.join(words)} failed.", file=sys.stderr)
-                return 1
+            if not Path(result).exists() and (code := program.main(words)) != 0:
+                console.print(f"{program.__name__} {' '.join(words)} failed.", soft_wrap=True, highlight=False)
+                return code
     # After all trainings, because their records say whether the checkout has changes.
-    for model in MODELS:
+    for model, folder in folders.items():
         card = TEMPLATE.with_name(f"{model.name}.md")
-        shutil.copyfile(args.output_dir / model.name / "published" / "README.md", card)
-        print(f"Written: {card}")
+        shutil.copyfile(folder / "published" / "README.md", card)
+        console.print(f"Written: {card}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The commands that make the committed cards, and the cards' text, which is the template's."""
+"""The commands that make the committed cards, and the text of these cards."""
 
 import re
 from dataclasses import fields
@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import MobileNetV2Config
 
+from benchmarks import cards
 from benchmarks.cards import MODELS, write_examples
 from model_cards.card import FIGURES, TEMPLATE, CardArguments, CardSources, make_card
 from modeling_rbi import RBIConfig
@@ -49,13 +50,13 @@ def test_examples_are_of_different_classes(tmp_path):
 
 
 def prose(text: str) -> list[str]:
-    """The lines of a card without its tables, and without numbers."""
+    """The lines of a card without tables, with numbers masked."""
     return [re.sub(r"\d[\d,.]*", "#", line) for line in text.splitlines() if not line.startswith("|")]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_the_committed_cards_have_the_text_of_the_template(model):
-    """Their figures are measured and cannot be made here, but every sentence around them can."""
+    """Compares everything except the measured figures."""
     committed = ModelCard.load(TEMPLATE.with_name(f"{model.name}.md"))
     facts = yaml.safe_load(TEMPLATE.with_name(f"{model.name}.yaml").read_text(encoding="utf-8"))
     given = CardArguments(**{each.name: facts[each.name] for each in fields(CardArguments) if each.name in facts})
@@ -119,3 +120,36 @@ def test_the_committed_cards_have_the_text_of_the_template(model):
     )
     assert not missing
     assert prose(card.text) == prose(committed.text)
+
+
+def test_the_command_reuses_what_is_finished(tmp_path, monkeypatch):
+    """It skips commands whose results exist, and writes the cards only if all commands succeed."""
+    ran, codes = [], {}
+
+    def fake_main(name):
+        def main(words):
+            ran.append(name)
+            if name == "publish":
+                folder = Path(words[words.index("--output_dir") + 1])
+                folder.mkdir(parents=True)
+                (folder / "README.md").write_text(f"Card of {words[words.index('--repo_id') + 1]}")
+            return codes.get(name, 0)
+
+        return main
+
+    for name in ("train", "references", "assess", "publish"):
+        monkeypatch.setattr(getattr(cards, name), "main", fake_main(name))
+    monkeypatch.setattr(cards, "write_examples", lambda name, folder: None)
+    monkeypatch.setattr(cards, "TEMPLATE", tmp_path / "template.md")
+    done = tmp_path / "out" / "emoji" / "trained" / "config.json"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    codes["assess"] = 1
+    assert cards.main(["--output_dir", str(tmp_path / "out")]) == 1
+    assert ran == ["train", "references", "assess"] and not list(tmp_path.glob("*.md"))
+    del codes["assess"], ran[:]
+    assert cards.main(["--output_dir", str(tmp_path / "out")]) == 0
+    assert ran == ["train", "references", "assess", "publish", "assess", "publish"]
+    assert (tmp_path / "emoji.md").read_text() == "Card of user/rbi-mobilenet-v2-emoji"
+    assert (tmp_path / "orl_faces.md").exists()
+    assert cards.main(["--no_such_flag"]) == 2

@@ -103,7 +103,7 @@ def _deserialize(request: Request, body: bytes) -> dict:
 def serve(app: Starlette) -> Iterator[str]:
     """Serves an application on a free port; yields its address."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
-    # Listening here, so that clients can connect from now on.
+    # Listens before the thread starts, so that clients can connect at once.
     listener = server.config.bind_socket()
     listener.listen(server.config.backlog)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

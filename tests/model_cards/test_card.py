@@ -1,4 +1,4 @@
-"""The card says what its sources say, and what they don't is missing in it."""
+"""The card contains the facts of its sources, and names those that are missing."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def estimate():
 
 @pytest.fixture
 def sources(estimate):
-    """All that a card is made from, complete but for a record of the training."""
+    """Complete sources of a card, except for a record of the training."""
     metrics = dict.fromkeys(("accuracy", "top5_accuracy", "macro_f1", "calibration_error"), estimate)
     assessment = {
         "model": {"classes": 3},

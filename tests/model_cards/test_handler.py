@@ -44,7 +44,7 @@ LOGITS = {"function_to_apply": "none", "top_k": 3}
 def load_module(path: Path):
     spec = importlib.util.spec_from_file_location(f"tested_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    # Where dataclasses look for the module that they are of.
+    # dataclasses look up their module there.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
@@ -67,7 +67,7 @@ def handler(loaded_handler):
 
 @pytest.fixture(scope="module")
 def classifier(model_folder):
-    """What the answers are compared with: transformers' own pipeline."""
+    """The reference for the answers: the pipeline of transformers."""
     return pipeline("image-classification", str(model_folder))
 
 
@@ -77,7 +77,7 @@ def files(image_files):
 
 
 def assert_same(answer, expected, tolerance=1e-5):
-    """Batches of other sizes, and other machines, round sums of floats differently in the last bits."""
+    """The tolerance is for other batch sizes and other machines, which round sums of floats differently."""
     assert [each["label"] for each in answer] == [each["label"] for each in expected]
     scores, expected_scores = ([each["score"] for each in side] for side in (answer, expected))
     np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=tolerance)
@@ -90,7 +90,7 @@ def file_of(image: Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG file of that size, up to where its pixels would come."""
+    """A PNG file of this size that ends before its pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     ending = b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + ending
@@ -172,7 +172,7 @@ def test_default_function(handler, classifier, image_files, files, monkeypatch, 
     ],
 )
 def test_relation_scope(model_folder, files, tmp_path, has_bank, scope, expected_scope):
-    """Whatever the config says, no image's answer depends on the others of its batch."""
+    """For every scope in the config, an image's answer does not depend on its batch."""
     model = RBIForImageClassification.from_pretrained(model_folder)
     if not has_bank:
         model.remove_references()
@@ -212,7 +212,7 @@ def pixels_given_to(handler, image) -> tuple:
     return given[0]
 
 
-# Pillow's, of broken EXIF.
+# Pillow warns of broken EXIF.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_kinds_of_images(handler, kind_of_image):
     expected = decode_image(kind_of_image)
@@ -221,7 +221,7 @@ def test_kinds_of_images(handler, kind_of_image):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_kinds_of_images_differ(kinds_of_images):
-    """Else the test above would show less than it seems to."""
+    """Otherwise the test above would prove less than it seems to."""
     pixels = {name: decode_image(file).tobytes() for name, file in kinds_of_images.items()}
     for name, other in (
         ("32 bits", "16 bits"),
@@ -284,7 +284,7 @@ BAD_IMAGES = {
         "`inputs` is broken or cut off: .* Send the whole file.",
     ),
     "header only": (file_of(GRAY)[:30], "`inputs` (is broken or cut off|is not an image|can't be opened)"),
-    # A header of a few bytes, and nothing after it that could be decoded.
+    # Headers without pixels: the size is checked before decoding.
     "500 megapixels": (
         png_header(25_000, 20_000),
         "`inputs` is too large: .*500000000 pixels.* Send a smaller image.",
@@ -374,7 +374,7 @@ def test_max_pixels(handler, files):
 
 @pytest.mark.parametrize("size", [(5, 500), (500, 5)])
 def test_narrow_images(handler, size):
-    """One of 1 x 100000 pixels, a few hundred bytes as PNG, is 32 x 3200000 when its shorter side fits the model."""
+    """Resizing 1 x 100000 pixels, a PNG of a few hundred bytes, to a shorter side of 32 gives 32 x 3200000."""
     handler({"inputs": Image.new("RGB", size)})
     for wrong in ((size[0] + size[0] // 500, size[1] + size[1] // 500), (1, 100_000), (100_000, 1)):
         with pytest.raises(ValueError, match="one side more than 100 times the other: crop it"):
@@ -408,12 +408,12 @@ def test_bad_settings(model_folder, monkeypatch, name, value):
         handler_module.EndpointHandler(str(model_folder))
 
 
-# Addresses
+# URLs
 
 
 @pytest.fixture(scope="module")
 def image_server(files):
-    """The address of a server of images, and the paths that it was asked for."""
+    """The address of an image server, and the list of the paths that were requested."""
     asked = []
 
     async def answer(request):
@@ -465,7 +465,7 @@ def test_addresses_are_refused_by_default(handler, web):
     ],
 )
 def test_other_hosts_are_refused(fetching_handler, web, change):
-    """The last three digits of a port, another name of the host, a host that is listed as user name."""
+    """Other ports, other names of the host, and a listed host as user name."""
     if "example.org" in change(web[0]):
         fetching_handler.url_hosts = {"example.org"}
     with pytest.raises(ValueError, match="which this endpoint does not download from"):
@@ -534,7 +534,7 @@ def test_a_list_longer_than_a_batch(handler, batch_sizes, files):
 
 
 def test_images_of_several_sizes(handler, batch_sizes, files):
-    """If the image processor keeps their shape, a batch can't hold them all."""
+    """Images whose sizes differ after preprocessing do not fit into one batch."""
     handler.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
     wide = Image.open(io.BytesIO(files[0])).resize((80, 40))
     inputs = [files[1], wide, files[2], wide.rotate(90, expand=True), wide.rotate(180)]
@@ -552,7 +552,7 @@ def test_too_many_images(handler, files):
 
 
 def test_answers_that_are_no_numbers(handler, files):
-    """JSON has none of them."""
+    """JSON has no NaN."""
     handler.model = copy.deepcopy(handler.model)
     with torch.no_grad():
         handler.model.classifier.bias[0] = torch.nan
@@ -565,13 +565,13 @@ def test_answers_that_are_no_numbers(handler, files):
 
 @pytest.fixture
 def most_at_once(handler):
-    """A list whose last number is the most threads that have been in the model at once."""
+    """A list whose last item is the largest number of threads that were in the model at the same time."""
     inside, most = [], [0]
 
     def enter(module, args):
         inside.append(threading.get_ident())
         most.append(max(most[-1], len(inside)))
-        time.sleep(0.002)  # in which other threads would come in
+        time.sleep(0.002)  # time for other threads to enter
 
     def leave(module, args, outputs):
         inside.pop()
@@ -584,7 +584,7 @@ def most_at_once(handler):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_many_threads(handler, most_at_once, files):
-    """Each gets the answer that it gets without the others, and the model runs in one at a time."""
+    """Each thread gets the same answer as without the others, and the model runs in one thread at a time."""
     expected = [handler({"inputs": file, "parameters": LOGITS}) for file in files]
     bad = [file for file, _ in BAD_IMAGES.values()]
 
@@ -729,7 +729,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def address_without_package(model_folder, tmp_path_factory):
-    """An endpoint in a process that can't import this project, of a folder as it is published."""
+    """An endpoint that serves a published folder, in a process that cannot import this project."""
     work = tmp_path_factory.mktemp("endpoint")
     folder = shutil.copytree(model_folder, work / "pets")
     shutil.copy(ROOT / "model_cards" / "handler.py", folder)
@@ -741,7 +741,7 @@ def address_without_package(model_folder, tmp_path_factory):
         address = server.stdout.readline().strip()
         assert address.startswith("http://127.0.0.1:")
         yield address
-        # Closing its input ends it.
+        # Closes the process's input, which ends it.
         server.communicate(timeout=60)
     assert server.returncode == 0
 
@@ -755,7 +755,7 @@ def test_clients(request, address_without_package, classifier, image_files, tmp_
         command = [sys.executable, "-c", PYTHON_CLIENT]
     else:
         command = [request.getfixturevalue("node"), str(ROOT / "tests" / "node" / "endpoint.mjs")]
-    # The Python client refuses every request, also to this machine, while it is told to be offline.
+    # In offline mode, the Python client refuses even requests to this machine.
     output = subprocess.run(
         [*command, address_without_package, str(image_files[5]), str(broken)],
         env=os.environ | {"HF_HUB_OFFLINE": "0"},
@@ -780,7 +780,7 @@ def test_clients(request, address_without_package, classifier, image_files, tmp_
 
 
 def test_requirements():
-    """What the container installs is what the package asks for."""
+    """The container installs the dependencies of the package."""
     requirements = (ROOT / "model_cards" / "requirements.txt").read_text().split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert sorted(requirements) == sorted(project["dependencies"])

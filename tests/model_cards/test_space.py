@@ -118,7 +118,7 @@ class TestOneImage:
                 assert reference.attention == pytest.approx(float(attention[1 + reference.number]), abs=1e-6)
 
     def test_all_attention_is_accounted_for(self, app, classifier, images, monkeypatch):
-        # So that it goes to all of the bank.
+        # Spreads the attention over the whole bank.
         classifier.model.config.update({"reference_gain": 0.02, "reference_temperature": 5.0})
         for most in (6, 2):
             monkeypatch.setattr(app, "NUM_REFERENCES", most)
@@ -272,7 +272,7 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 def _cells(page: str) -> torch.Tensor:
-    """The numbers of a map, nan where there is none."""
+    """The numbers of a map; NaN for empty cells."""
     body = page.split("<tbody>")[1]
     rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in body.split("</tr>")[:-1]]
     return torch.tensor([[math.nan if cell == "-" else float(cell) for cell in row] for row in rows])
@@ -295,7 +295,7 @@ class TestReadImage:
         for path in image_files[:2]:
             assert app.read_image(str(path)).tobytes() == Image.open(path).convert("RGB").tobytes()
 
-    # Pillow's, of broken EXIF.
+    # Pillow warns of broken EXIF.
     @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_as_training_reads_it(self, app, tmp_path, kind_of_image):
         path = tmp_path / "image"
@@ -331,7 +331,7 @@ class TestReadImage:
         )
         assert app.read_image(str(tmp_path / "a.png")).getpixel((4, 4)) == (255, 255, 255)
 
-    # Pillow's own, below its limit.
+    # Pillow warns of large images below its own limit.
     @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -371,7 +371,7 @@ class TestReadImage:
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size, and ends."""
+    """A PNG file of this size that ends before its pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -396,13 +396,13 @@ class Api:
         self.client.close()
 
     def __call__(self, name: str, *data) -> tuple[str, str]:
-        """The last event and its data: `complete` and the outputs, or `error` and its message."""
+        """Returns the last event and its data: `complete` and the outputs, or `error` and its message."""
         event_id = self.client.post(f"call/{name}", json={"data": data}).json()["event_id"]
         *_, event, answer = self.client.get(f"call/{name}/{event_id}").text.strip().splitlines()
         return event.removeprefix("event: "), answer.removeprefix("data: ")
 
     def upload(self, path: Path) -> str:
-        """Where the app keeps it."""
+        """Uploads a file and returns its path in the app."""
         return self.client.post("upload", files={"files": (path.name, path.read_bytes())}).json()[0]
 
 
@@ -554,7 +554,7 @@ class TestModels:
             app.build(str(tmp_path))
 
     def test_a_commit_of_the_hub(self, app, model_folder, monkeypatch):
-        """All of the model is fetched at once, so that code, weights and examples are of one commit."""
+        """A single download, so that code, weights and examples are of the same commit."""
         fetched = []
 
         def snapshot_download(name, revision, allow_patterns):
@@ -606,7 +606,7 @@ class TestSpaceFolder:
         assert header["license"] == "apache-2.0"
         assert len(header["short_description"]) <= 60
         assert f"gradio=={header['sdk_version']} " in (SPACE / "README.md").read_text()
-        # Else 3.10 is read as the number 3.1.
+        # Otherwise YAML reads 3.10 as the number 3.1.
         assert isinstance(header["python_version"], str)
 
     def test_imports_are_the_standard_library_and_what_the_space_installs(self):
@@ -703,7 +703,7 @@ def compare(page: Page, paths: list[Path]):
 
 
 def expect_error(page: Page, message: str):
-    """Says so in the page, and goes away."""
+    """Checks that the page shows an error, and closes it."""
     error = page.get_by_test_id("toast-body")
     expect(error).to_contain_text(message)
     assert "Traceback" not in error.inner_text()
@@ -712,7 +712,7 @@ def expect_error(page: Page, message: str):
 
 
 def expect_scores(page: Page, label: str, expected: dict[str, float]):
-    """The bars of an answer, as the model's scores, the highest first."""
+    """Checks that the bars of an answer show these scores, highest first."""
     bars = page.locator(f"#{label} meter")
     expect(bars).to_have_count(len(expected))
     found = {bar.get_attribute("aria-label"): float(bar.get_attribute("value")) for bar in bars.all()}
@@ -722,7 +722,7 @@ def expect_scores(page: Page, label: str, expected: dict[str, float]):
 
 @pytest.fixture(scope="module")
 def answers(pets_folder):
-    """What transformers' pipeline answers, by the name of an example."""
+    """The answers of transformers' pipeline, by the name of the example."""
     classifier = pipeline("image-classification", model=str(pets_folder), trust_remote_code=True)
     paths = sorted((pets_folder / "examples").iterdir())
     return {
@@ -756,7 +756,7 @@ class TestInTheBrowser:
                 ):
                     expect(card).to_contain_text(text)
                 expect(card.get_by_role("img", name=f"reference {reference.number + 1}")).to_be_visible()
-            # Else the next image would be shown with this answer.
+            # The next image must not be shown with this answer.
             page.get_by_role("button", name="Remove Image").click()
             expect(cards).to_have_count(0)
 
