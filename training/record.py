@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run, `run.json`: what was run, on what, with what, and what came out."""
+"""The record of a run, `run.json`: arguments, data, environment and results."""
 
 import hashlib
 import importlib.metadata
@@ -38,7 +38,7 @@ _PACKAGES = (
     "timm",
     "torchmetrics",
 )
-# What may differ between a run and its resumption: none of it changes what is trained, or which model is kept.
+# Arguments that may differ when a run is resumed: they change neither the training nor which model is kept.
 _HARMLESS = {
     "cache_dir",
     "dataloader_num_workers",
@@ -73,13 +73,13 @@ _HARMLESS = {
 
 class RunRecord:
     r"""
-    The record of a run, written anew, whole, at each change.
+    The record of a run. The file is rewritten at each change.
 
     Args:
         output_dir (`Path`):
             Folder of the run.
         is_writer (`bool`, *optional*, defaults to `True`):
-            Whether this process writes it; the others only keep it in mind.
+            Whether this process writes the file; the others keep the record in memory only.
     """
 
     def __init__(self, output_dir: Path, is_writer: bool = True):
@@ -90,7 +90,7 @@ class RunRecord:
     @classmethod
     def read(cls, output_dir: Path) -> dict[str, Any] | None:
         r"""
-        The record in a folder, if there is one.
+        The record in a folder; `None` if there is none.
 
         Raises:
             UserError: if it cannot be read.
@@ -98,7 +98,7 @@ class RunRecord:
         return read_json(output_dir / RECORD_FILE, "record of a run")
 
     def update(self, **values: Any):
-        """Adds to the record, and writes it."""
+        """Adds values to the record and writes it."""
         self.content |= values | {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
         if self.is_writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class RunRecord:
 
 
 class RecordCallback(TrainerCallback):
-    """Keeps the metrics of each epoch, and the best checkpoint, in the record."""
+    """Records the metrics of each epoch and the best checkpoint."""
 
     def __init__(self, record: RunRecord):
         self.record = record
@@ -131,10 +131,10 @@ def best_so_far(state: TrainerState) -> dict[str, Any] | None:
 
 
 def metrics_by_epoch(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Training and validation metrics, one entry for each evaluation or, without one, each log."""
+    """Training and validation metrics, one entry for each step that was logged or evaluated."""
     entries: dict[float, dict[str, float]] = {}
     for log in log_history:
-        # Not the summary of the training, nor the tests that may follow.
+        # Skip the summary of the training, and the tests that may follow.
         if "loss" in log or any(name.startswith("eval_") for name in log):
             entries.setdefault(log["step"], {}).update(log)
     return [entries[step] for step in sorted(entries)]
@@ -160,7 +160,7 @@ def describe_environment(args: TrainingArguments) -> dict[str, Any]:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, types, shapes and bytes of all that a model saves: the same however it is sharded."""
+    """SHA-256 over names, types, shapes and bytes of a model's saved tensors; it does not depend on the sharding."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -178,7 +178,7 @@ def processor_name() -> str:
 
 
 def resolved_arguments(*arguments: Any) -> dict[str, Any]:
-    """All arguments as they were resolved, secrets left out, as JSON has it."""
+    """All resolved arguments in types of JSON, without secrets."""
     resolved: dict[str, Any] = {}
     for each in arguments:
         values = each.to_dict() if hasattr(each, "to_dict") else asdict(each) if is_dataclass(each) else each  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ def resolved_arguments(*arguments: Any) -> dict[str, Any]:
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
-    """The words of a command line, with `***` in place of what follows `--token`, `--hub_token` and the like."""
+    """The words of a command line, with `***` in place of the values of `--token`, `--hub_token` and the like."""
     words: list[str] = []
     hides_next = False
     for word in argv:
@@ -199,7 +199,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Arguments that would change what is trained, in words."""
+    """Descriptions of the differing arguments that would change the training."""
     return [
         f"--{name} was {before.get(name)}, now {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
@@ -215,7 +215,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> dict[str, Any] | None:
-    """Commit of the checkout that this code runs from, and whether files differ from it."""
+    """Commit of the checkout that this code runs from, and whether its files were changed."""
     folder = Path(__file__).parent
 
     def git(*command: str) -> str:

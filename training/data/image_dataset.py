@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The step from data sets to batches: decode, transform, stack."""
+"""From data sets to batches: decodes, transforms and stacks images."""
 
 from collections.abc import Callable
 
@@ -16,25 +16,26 @@ from .samplers import Draw
 
 class ImageDataset(torch.utils.data.Dataset):
     r"""
-    A split of a data set in its canonical form (columns `image`, `label` and, where it is published, `box`), as a data
-    set for `DataLoader` or `Trainer`. Its items have `pixel_values` and `labels`.
+    A split of a data set in the form of `form.py` (columns `image`, `label` and, if published, `box`), as a data set
+    for `DataLoader` or `Trainer`. Its items have `pixel_values` and `labels`.
 
     Args:
         split (`datasets.Dataset`):
             The images.
         transform (`Callable`):
-            Makes `pixel_values` of a PIL image: an [`EvalTransform`], or with `augment` a [`TrainTransform`], which
-            takes a seed too.
+            Turns a PIL image into `pixel_values`: an [`EvalTransform`] or, with `augment`, a [`TrainTransform`], which
+            also takes a seed.
         augment (`bool`, *optional*, defaults to `False`):
-            Whether the transform takes a seed: that of the [`Draw`] that asks for the item, or, asked by a plain
-            number, one from torch's global generator.
+            Whether the transform takes a seed. An item that is requested by a [`Draw`] gets the seed of the draw; an
+            item that is requested by a number gets one from torch's global generator.
         crop_to_boxes (`bool`, *optional*, defaults to `False`):
-            Whether images are cropped to their published boxes.
-        max_pixels (`int`, *optional*):
+            Whether to crop images to their published boxes.
+        max_pixels (`int`, *optional*, defaults to 100 million):
             Images with more pixels are refused.
 
     Raises:
-        UnreadableImageError: from an item that cannot be decoded; names the file.
+        UserError: if `crop_to_boxes` is on and there are no boxes.
+        UnreadableImageError: when an item is requested that cannot be decoded; names the file.
     """
 
     def __init__(
@@ -75,13 +76,13 @@ class ImageDataset(torch.utils.data.Dataset):
 
 class WithUnlabeled(torch.utils.data.Dataset):
     r"""
-    Labeled images, and after them others without labels.
+    Labeled images, followed by unlabeled ones.
 
     Args:
         labeled (`ImageDataset`):
             The images to train on.
         unlabeled (`ImageDataset`):
-            Those which are only neighbors, with the label -100.
+            Images that only serve as neighbors, with the label -100.
     """
 
     def __init__(self, labeled: ImageDataset, unlabeled: ImageDataset):
@@ -106,9 +107,13 @@ class WithUnlabeled(torch.utils.data.Dataset):
 
 class Collator:
     r"""
-    Stacks items of [`ImageDataset`] to a batch: `pixel_values` (B, C, H, W), `labels` (B,), -100 for padding and for
-    images without a label, and `relation_mask`, (B,), `False` for padding. With `mixing`, also `targets`
-    (B, num_labels), and the mask is (B, B); images without a label are not mixed.
+    Stacks items of [`ImageDataset`] into a batch: `pixel_values` (B, C, H, W); `labels` (B,), -100 for padding and
+    unlabeled images; and `relation_mask` (B,), `False` for padding. With `mixing`, there are also `targets`
+    (B, num_labels), and the mask is (B, B).
+
+    Args:
+        mixing (`Mixing`, *optional*):
+            Mixes the labeled images of each batch.
     """
 
     def __init__(self, mixing: Mixing | None = None):

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Mixup and CutMix of a batch, and who may be a neighbor of whom afterwards."""
+"""Mixup and CutMix of a batch, and which images may be neighbors afterwards."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from .transforms import AugmentationArguments
 
 
 class MixedBatch(NamedTuple):
-    """What [`Mixing`] gives."""
+    """Result of [`Mixing`]."""
 
     pixel_values: torch.Tensor  # (batch_size, num_channels, height, width)
     targets: torch.Tensor  # (batch_size, num_labels), float
@@ -23,20 +23,20 @@ class MixedBatch(NamedTuple):
 
 class Mixing:
     r"""
-    Mixes each image of a batch with another one of it, the partner, and the labels alike: by
-    [mixup](https://huggingface.co/papers/1710.09412), `share * image + (1 - share) * partner`, or by
-    [CutMix](https://huggingface.co/papers/1905.04899), which pastes a rectangle of the partner; there the share is
-    that of the pixels that are left. One share is drawn for a batch, from Beta(alpha, alpha), and each image is the
-    partner of one, sometimes of itself. Where both are asked for, each batch takes one of them, with probability 1/2.
+    Mixes each image of a batch, and its label, with another image of the batch, its partner.
+    [Mixup](https://huggingface.co/papers/1710.09412) computes `share * image + (1 - share) * partner`.
+    [CutMix](https://huggingface.co/papers/1905.04899) pastes a rectangle of the partner; the share is then the
+    fraction of the pixels that remain. A batch has one share, drawn from Beta(alpha, alpha). Each image is the partner
+    of one image, sometimes of itself. If both methods are on, each batch uses one of them, with probability 1/2.
 
     Relations need care. RPE reads the pixels that the model sees, which are the mixed ones. Two mixtures that contain
-    the same original are alike, and alike in their labels, because of the mixing alone: their PSNR would give the
-    labels away, and the head would learn a relation that exists in no evaluation batch. So such a pair is not to be
-    related, and `relation_mask` says so.
+    the same original resemble each other, and have similar labels, only because of the mixing. Their PSNR would reveal
+    the labels, and the head would learn a relation that no evaluation batch has. `relation_mask` therefore excludes
+    such pairs.
 
     Args:
         args (`AugmentationArguments`):
-            Of which `mixup_alpha` and `cutmix_alpha` are used. 0 is off; with both off nothing is mixed.
+            Only `mixup_alpha` and `cutmix_alpha` are used. 0: off; with both off, nothing is mixed.
         num_labels (`int`):
             Number of classes.
     """
@@ -53,18 +53,19 @@ class Mixing:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-                The images. They are left as they are; the mixed ones are a new tensor.
+                The images. They are not changed; the mixed images are a new tensor.
             labels (`torch.LongTensor` of shape `(batch_size,)`):
-                Their classes; -100 marks padding and unlabeled images, which are not mixed with anything.
+                Their classes. -100 marks padding and unlabeled images, which are not mixed.
             seed (`int` or sequence of `int`):
-                All that the draws depend on, not negative. No global generator is read or changed.
+                Random seed, not negative. No global generator is read or changed.
 
         Returns:
-            `MixedBatch`: the images; the `targets`, which sum to 1 in each row, and to 0 without a label; and the
-            `relation_mask`, False where two different images contain the same original, True on the diagonal.
+            `MixedBatch`: the images; the `targets`, whose rows sum to 1, or to 0 for an image without a label; and the
+            `relation_mask`, which is `False` for two different images that contain the same original, and `True` on
+            the diagonal.
 
         Raises:
-            UserError: if the batch and its labels don't fit, or a label is neither a class nor -100.
+            UserError: if the shapes of images and labels do not match, or a label is neither a class nor -100.
         """
         if pixel_values.ndim != 4 or labels.shape != pixel_values.shape[:1]:
             raise UserError(
@@ -88,7 +89,7 @@ class Mixing:
             pixel_values, share = mix(pixel_values, partners, rng.beta(alpha, alpha), rng)
 
         one_hot = torch.nn.functional.one_hot(labels.where(is_real, 0), self.num_labels) * is_real[:, None]
-        # Which originals are in which mixture, (batch_size, batch_size): a row for each mixture.
+        # Which mixture (row) contains which original (column), (batch_size, batch_size).
         identity = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         contains = torch.zeros_like(identity)
         if share > 0:
@@ -112,7 +113,8 @@ class Mixing:
         pixel_values: torch.Tensor, partners: torch.Tensor, share: float, rng: np.random.Generator
     ) -> tuple[torch.Tensor, float]:
         height, width = pixel_values.shape[-2:]
-        # A rectangle of the image's form and (1 - share) of its area, around any point. What lies outside is lost.
+        # A rectangle with the aspect ratio of the image and (1 - share) of its area, around a random point, clipped to
+        # the image.
         side = (1.0 - share) ** 0.5
         top, bottom = _interval(rng.random() * height, round(side * height), height)
         left, right = _interval(rng.random() * width, round(side * width), width)

@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Small made-up images in exactly a published layout, for dry runs and tests.
+"""Small synthetic data sets in exactly the published layouts, for dry runs and tests.
 
-Each image is gray noise with a rectangle in the color of its class. The rectangle is the box that is written in the
-publisher's own convention, so that what a reader says of labels and boxes can be seen in the pixels. Ids and names are
-in the publishers' forms, and in an order that gives nothing away.
+Each image is gray noise with a rectangle in the color of its class. The box of the image, written in the publisher's
+convention, is that rectangle, so the pixels show whether a reader gets labels and boxes right. Ids and names have the
+publisher's form, and their order does not reveal the labels.
 """
 
 import colorsys
@@ -26,8 +26,8 @@ from .layouts import PUBLISHED
 
 @dataclass(frozen=True)
 class Example:
-    """A made-up image: its class (from 0), its split, pixels, and box (left, top, right, bottom, counted from 0,
-    right and bottom just outside)."""
+    """A synthetic image: its class (from 0), split, pixels, and box (left, top, right and bottom, counted from 0;
+    right and bottom are exclusive)."""
 
     label: int
     split: str
@@ -43,26 +43,26 @@ def make_published(
 
     Args:
         name (`str`):
-            Layout, a key of `training.data.layouts.LAYOUTS`.
+            The layout, a key of `training.data.layouts.LAYOUTS`.
         folder (`Path`):
-            Where to write; made if it is not there.
+            Where to write. It is created if it does not exist.
         num_classes (`int`, *optional*, defaults to 4):
             Number of classes, at least 2.
         images_per_class (`int`, *optional*, defaults to 6):
-            Images of each class over all splits, dealt out evenly; at least one for each split.
+            Number of images of each class, spread evenly over the splits; at least one for each split.
         archive (`bool`, *optional*, defaults to `False`):
-            Whether to write the publisher's archives instead of what they unpack to.
+            Whether to write the publisher's archives instead of their content.
 
     Returns:
-        `Path`: what the layout's reader takes: the folder or the archive, or the folder with all parts of a set that
-        is published in several.
+        `Path`: the argument for the reader of the layout: the folder or the archive, or the folder with all parts if
+        the data set is published in several.
 
     Raises:
-        UserError: if there is no such layout, or there are too few classes or images.
-        MissingPackageError: if the layout has MATLAB files and scipy is absent.
+        UserError: if the layout is unknown, or there are too few classes or images.
+        MissingPackageError: if the layout has MATLAB files and scipy is not installed.
     """
     if name not in _MAKERS:
-        raise UserError(f"{name!r} is no published layout: choose one of {', '.join(_MAKERS)}.")
+        raise UserError(f"{name!r} is not a published layout: choose one of {', '.join(_MAKERS)}.")
     published = PUBLISHED[name]
     splits = list(published.split_sizes)
     if num_classes < 2 or images_per_class < len(splits):
@@ -89,7 +89,7 @@ def make_published(
 
 
 def _draw(label: int, split: str, num_classes: int, rng: np.random.Generator) -> Example:
-    # The size of Tiny-ImageNet's images, so that one drawing does for all.
+    # The size of Tiny-ImageNet's images, so that it fits all layouts.
     width = height = 64
     left, top, right, bottom = (int(edge) for edge in rng.integers([0, 0, 43, 43], [22, 22, 65, 65]))
     pixels = np.repeat(rng.integers(100, 156, (height, width, 1)), 3, axis=2)
@@ -99,7 +99,7 @@ def _draw(label: int, split: str, num_classes: int, rng: np.random.Generator) ->
 
 
 def class_color(label: int, num_classes: int) -> tuple[int, int, int]:
-    """Red, green and blue, 0 to 255, of the rectangles of a class."""
+    """Red, green and blue (0 to 255) of the rectangles of a class."""
     red, green, blue = colorsys.hsv_to_rgb(label / num_classes, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -150,7 +150,7 @@ def _make_cub(folder: Path, examples: list[Example], num_classes: int, rng: np.r
 
 def _make_nabirds(folder: Path, examples: list[Example], num_classes: int, rng: np.random.Generator):
     root = folder / "nabirds"
-    # Numbers of leaves, with gaps, and written without regard to their order; 0 is the root of the tree.
+    # Numbers of the leaves, with gaps and written in another order; 0 is the root of the tree.
     numbers = [295 + 7 * label for label in range(num_classes)]
     ids = [uuid.UUID(bytes=rng.bytes(16)) for _ in examples]
     files, boxes = [], []
@@ -188,7 +188,7 @@ def _make_stanford_dogs(folder: Path, examples: list[Example], num_classes: int,
         stem = f"{wnid}-Made_up_dog_{example.label}/{wnid}_{number}"
         lists[example.split].append((stem, example.label + 1))
         _save(example, folder / "Images" / f"{stem}.jpg")
-        # A second, smaller dog comes first.
+        # A smaller dog comes first.
         left, top, right, bottom = example.box
         _write(
             folder / "Annotation" / stem,
@@ -225,7 +225,7 @@ def _make_tiny_imagenet(folder: Path, examples: list[Example], num_classes: int,
     boxes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     annotations = []
     for number, example in enumerate(examples):
-        # The last column and row of a box are inside.
+        # Boxes include their last column and row.
         left, top, right, bottom = example.box
         box, wnid = f"{left}\t{top}\t{right - 1}\t{bottom - 1}", wnids[example.label]
         if example.split == "train":
@@ -272,7 +272,7 @@ def _make_fgvc_aircraft(folder: Path, examples: list[Example], num_classes: int,
     for image, example in zip(ids, examples, strict=True):
         _save(example, root / "images" / f"{image}.jpg")
         lists[example.split].append(f"{image} {names[example.label]}")
-        # The first pixel is (1, 1), and the last column and row are inside.
+        # The first pixel is (1, 1), and boxes include their last column and row.
         left, top, right, bottom = example.box
         boxes.append(f"{image} {left + 1} {top + 1} {right} {bottom}")
     for part, split in (("train", "train"), ("val", "validation"), ("test", "test")):
@@ -320,7 +320,7 @@ def _pack(folder: Path, file_name: str, members: list[str]):
 
 
 _Maker = Callable[[Path, list[Example], int, np.random.Generator], dict[str, list[str]]]
-# What writes the unpacked set, and says which archives hold which of its files and folders.
+# Functions that write an unpacked data set and return, for each of its archives, the files and folders in it.
 _MAKERS: dict[str, _Maker] = {
     "cub_200_2011": _make_cub,
     "stanford_dogs": _make_stanford_dogs,

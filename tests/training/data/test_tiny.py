@@ -32,7 +32,7 @@ def test_archives_are_the_publishers(name, tmp_path):
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ValueError, match=r"'cub' is no published layout: choose one of cub_200_2011, "):
+    with pytest.raises(ValueError, match=r"'cub' is not a published layout: choose one of cub_200_2011, "):
         make_published("cub", tmp_path)
     with pytest.raises(ValueError, match="at least 2 classes and 3 images of each, got 2 and 2"):
         make_published("oxford_flowers", tmp_path, num_classes=2, images_per_class=2)

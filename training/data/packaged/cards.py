@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Playing cards: drawings, 29 decks of 52 cards, and the test is designs never seen.
+"""Playing cards: drawings of 52 cards in 29 decks; the test uses designs that were not trained on.
 
 Credit: GNOME AisleRiot and the decks' authors (GPL-3.0-or-later), from Debian's package gnome-cards-data.
 """
@@ -23,8 +23,9 @@ CARDS = DebianFiles(
     sha256="34dd20d43cdc62e0e0ece776d37e561ec348e37e619f6b48bac05be6e44416b2",
     folder="usr/share/aisleriot/cards",
 )
-# Decks of one line share images: the same in other colors or as bitmaps, with the same number cards under other
-# court cards, or with nearly the same court cards. Left out is swiss-xvii, which has acorns, bells, roses and shields.
+# Decks of one family share images: the same deck in other colors or as bitmaps, decks with the same number cards but
+# other court cards, or with nearly the same court cards. swiss-xvii is left out: its suits are acorns, bells, roses
+# and shields.
 CARD_FAMILIES = [
     ["anglo", "anglo_bitmap", "gnomangelo", "gnomangelo_bitmap"],
     ["anglo_modern", "anglo_modern_4_color", "atlasnye", "atlasnye_skat", "Атласные"],
@@ -42,7 +43,7 @@ CARD_FAMILIES = [
     ["tango_nuevo"],
 ]
 _NUM_TEST, _NUM_VALIDATION = 3, 2
-# The sheet of a deck has these rows and columns, and a fifth row of jokers and the back.
+# Rows and columns of a deck's sheet, which also has a fifth row with jokers and the back.
 _SUITS = ["clubs", "diamonds", "hearts", "spades"]
 _RANKS = ["ace", "2", "3", "4", "5", "6", "7", "8", "9", "10", "jack", "queen", "king"]
 CARD_WIDTH = 128
@@ -50,17 +51,17 @@ CARD_WIDTH = 128
 
 def load_cards_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     r"""
-    Three families of decks for the test, two for validation and nine for training, drawn by `seed`. All decks of a
-    family are in the same part, so that the parts differ in size with the draw.
+    Splits the families of decks at random: three for the test, two for validation and nine for training. All decks of
+    a family are in the same split, so the sizes of the splits depend on the draw.
 
     Args:
         config_name (`str`):
             `"families"`.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     cards = images_made_once(recipe_name("cards", CARDS, CARD_FAMILIES, CARD_WIDTH), draw_cards)
     order = torch.randperm(len(CARD_FAMILIES), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -75,10 +76,11 @@ def load_cards_splits(config_name: str, seed: int) -> datasets.DatasetDict:
 
 def draw_cards() -> datasets.Dataset:
     r"""
-    All cards on white, `CARD_WIDTH` pixels wide, with the columns `deck` and `family` (row of `CARD_FAMILIES`).
+    Renders all cards on white, `CARD_WIDTH` pixels wide, with the columns `deck` and `family` (row of
+    `CARD_FAMILIES`).
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     decks = [(deck, family) for family, names in enumerate(CARD_FAMILIES) for deck in names]
     sheets = CARDS.read([f"{deck}.svgz" for deck, _ in decks])
@@ -97,7 +99,7 @@ def draw_cards() -> datasets.Dataset:
 
 
 def _draw_sheet(svg: str) -> Image.Image:
-    # Text is not drawn (the corner figures of bellot are text), so that no image depends on the machine's fonts.
+    # Text is not rendered (such as the corner figures of bellot), so no image depends on the fonts of the machine.
     drawing = resvg_py.svg_to_bytes(
         svg_string=svg, width=CARD_WIDTH * len(_RANKS), background="#ffffff", skip_system_fonts=True
     )
@@ -105,7 +107,7 @@ def _draw_sheet(svg: str) -> Image.Image:
 
 
 def _cut(sheet: Image.Image) -> list[bytes]:
-    """The 52 cards of a sheet as PNG, suit by suit."""
+    """The 52 cards of a sheet as PNG files, suit by suit."""
     cards = []
     for row in range(len(_SUITS)):
         top, bottom = (round(sheet.height * edge / (len(_SUITS) + 1)) for edge in (row, row + 1))

