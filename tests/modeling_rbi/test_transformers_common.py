@@ -223,6 +223,7 @@ class RBICommonTests:
             super().test_model_weights_reload_no_missing_tied_weights()
 
 
+@pytest.mark.slow
 class RBIWithViTTest(RBICommonTests, ModelTesterMixin, unittest.TestCase):
     model_attributes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "seq_length": 26}
 
@@ -273,6 +274,7 @@ class RBIWithConvNextTest(RBIWithCNNTests, ModelTesterMixin, unittest.TestCase):
         return RBIConfig.kernel(backbone_config=backbone_config, num_attention_heads=2, relation_scope="batch")
 
 
+@pytest.mark.slow
 class RBIWithResNetTest(RBIWithCNNTests, ModelTesterMixin, unittest.TestCase):
     @staticmethod
     def make_config():
@@ -280,6 +282,7 @@ class RBIWithResNetTest(RBIWithCNNTests, ModelTesterMixin, unittest.TestCase):
         return RBIConfig.paper(backbone_config=backbone_config, relation_scope="batch")
 
 
+@pytest.mark.slow
 class RBIWithReferencesTest(RBIWithCNNTests, ModelTesterMixin, unittest.TestCase):
     @staticmethod
     def make_config():
