@@ -29,7 +29,7 @@ from training.ablation.run import RESULTS_FILE, Cached, ablate, cache_features, 
 from training.cli import Stopped, parse_arguments, run_command
 from training.data.packaged.emoji import EMOJI_STYLES
 from training.evaluation.features import CachedImages
-from training.evaluation.protocols import Answers
+from training.evaluation.protocols import Predictions
 from training.evaluation.reference_settings import candidates_for, fit_references
 from training.files import write_json
 
@@ -281,7 +281,7 @@ def _scores(model: RBIForImageClassification, cached: Cached, scope: str) -> tor
 def _metrics(model: RBIForImageClassification, cached: Cached, scope: str) -> dict[str, float]:
     """Metrics of the test images, in %."""
     labels = cached.images.labels[cached.rows["test"]]
-    (metrics,) = Answers.from_scores(_scores(model, cached, scope), labels).metrics
+    (metrics,) = Predictions.from_scores(_scores(model, cached, scope), labels).metrics
     return {name: 100 * value for name, value in metrics.items()}
 
 

@@ -45,7 +45,7 @@ from .evaluation.metrics import compute_metrics
 from .evaluation.reference_settings import (
     MIN_FOR_FIT,
     Candidate,
-    Settings,
+    ReferenceSettings,
     candidates_for,
     fit_references,
     is_better,
@@ -227,7 +227,7 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabeledArguments, cons
         record |= _choose(model, held_out, args, console)
     else:
         console.print("There are no held-out labeled images: what the references are worth was not measured.")
-    record["settings"] = asdict(Settings.of(model))
+    record["settings"] = asdict(ReferenceSettings.of(model))
     with filled_whole(output_dir, last="config.json") as draft:
         model.save_pretrained(draft)
         image_processor.save_pretrained(draft)
@@ -266,7 +266,7 @@ def _choose(
     """Sets what is best on the held-out images, and says what it is worth."""
     number = len(held_out.labels)
     is_fitted = number >= MIN_FOR_FIT
-    defaults = Settings.of(model)
+    defaults = ReferenceSettings.of(model)
     settings = candidates_for(model) if is_fitted else []
     if not args.use_labels:
         settings = [each for each in settings if not each.vote_weight]
@@ -308,7 +308,7 @@ def _table(results: list[Candidate], model: RBIForImageClassification, held_out:
         table.add_column(column, justify="left" if not column else "right")
     scores = scores_with_references(model, held_out, "reference")
     with_references = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
-    settings = Settings.of(model)
+    settings = ReferenceSettings.of(model)
     description = ", ".join(f"{name} {value:g}" for name, value in asdict(settings).items() if value)
     described = f"references: {description}" if description else "references"
     for title, metrics in (("each alone", results[0].metrics), (described, with_references)):

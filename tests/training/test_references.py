@@ -28,14 +28,15 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training import references
-from training.data import images as reading
+from training.data import image_dataset
+from training.evaluation import reference_settings
 from training.evaluation.features import CachedImages, EightBitPixels
 from training.evaluation.metrics import compute_metrics
 from training.evaluation.reference_settings import (
     KERNELS,
     SHARES,
     VOTE_WEIGHTS,
-    Settings,
+    ReferenceSettings,
     candidates_for,
     fit_references,
     paired_gain,
@@ -115,7 +116,7 @@ def test_the_gain_follows_the_worth_of_the_images(backbone_config):
     # The classifier does not read all that attention does.
     more = 3 * one_hot(REFERENCE_LABELS + NUM_LABELS)
     model.set_reference_features(clear_bank() + more, images_of(REFERENCE_LABELS, noise=0.2))
-    candidates = [Settings(0.5, 0.3, gain) for gain in (0.0, 0.25, 1.0)]
+    candidates = [ReferenceSettings(0.5, 0.3, gain) for gain in (0.0, 0.25, 1.0)]
     lying = noisy_held_out((LABELS + 1) % NUM_LABELS)
     lying = dataclasses.replace(lying, features=lying.features + 3 * one_hot(LABELS + NUM_LABELS))
     assert best_of(model, lying, candidates).settings.gain == 0.0
@@ -149,7 +150,7 @@ def test_none_is_best_where_the_nearest_are_of_other_classes(backbone_config):
     held_out = CachedImages(images_of(LABELS), one_hot(LABELS) + 5 * one_hot(LABELS + NUM_LABELS), LABELS)
     results = fit_references(model, held_out, candidates_for(model))
     best = min(results, key=lambda result: result.loss)
-    assert best is results[0] and best.scope == "self" and best.settings == Settings()
+    assert best is results[0] and best.scope == "self" and best.settings == ReferenceSettings()
     assert best.metrics["accuracy"] == 1
 
 
@@ -160,7 +161,7 @@ def test_confidence_alone_is_no_gain(backbone_config):
         model.classifier.weight.mul_(8)
     model.set_reference_features(torch.zeros(1, FEATURE_SIZE), images_of(LABELS[:1]))
     held_out = noisy_held_out()
-    alone, halved = fit_references(model, held_out, [Settings(0.5, 0.3, 1.0)])
+    alone, halved = fit_references(model, held_out, [ReferenceSettings(0.5, 0.3, 1.0)])
     assert halved.metrics["accuracy"] == alone.metrics["accuracy"]
     assert halved.loss == pytest.approx(alone.loss, rel=1e-5)
     losses = [
@@ -171,7 +172,7 @@ def test_confidence_alone_is_no_gain(backbone_config):
 
 @pytest.mark.parametrize("preset", ["kernel", "paper"])
 def test_the_order_of_the_held_out_images_is_of_no_account(backbone_config, preset, monkeypatch):
-    monkeypatch.setattr(references, "_STEP", 50)
+    monkeypatch.setattr(reference_settings, "_STEP", 50)
     model = make_model(backbone_config, preset)
     model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), REFERENCE_LABELS)
     held_out, order = noisy_held_out(), torch.randperm(NUM_HELD_OUT)
@@ -188,9 +189,9 @@ def test_results_are_those_of_the_settings(backbone_config):
     model = make_model(backbone_config)
     model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), REFERENCE_LABELS)
     held_out = noisy_held_out()
-    candidates = [Settings(0.25, 0.1, 0.25, 0.5), Settings(0.5, 0.5, 1.0)]
+    candidates = [ReferenceSettings(0.25, 0.1, 0.25, 0.5), ReferenceSettings(0.5, 0.5, 1.0)]
     results = fit_references(model, held_out, candidates)
-    assert [result.settings for result in results] == [Settings(), *candidates]
+    assert [result.settings for result in results] == [ReferenceSettings(), *candidates]
     for result in results:
         fields = {"reference_vote_weight": result.settings.vote_weight}
         if result.scope == "reference":
@@ -239,7 +240,7 @@ def test_the_fit_leaves_the_model_as_it_was(backbone_config, preset, is_interrup
                 raise KeyboardInterrupt
             return {}
 
-        monkeypatch.setattr(references, "compute_metrics", stop)
+        monkeypatch.setattr(reference_settings, "compute_metrics", stop)
         with pytest.raises(KeyboardInterrupt):
             fit_references(model, held_out, candidates)
     else:
@@ -261,7 +262,7 @@ def test_what_there_is_to_choose_from(backbone_config):
     model = make_model(backbone_config)
     model.set_reference_features(features, pixels)
     assert kernels_and_votes(model) == (set(KERNELS), {0.0})
-    assert Settings.of(model) in candidates_for(model)
+    assert ReferenceSettings.of(model) in candidates_for(model)
     model.set_reference_features(features, pixels, REFERENCE_LABELS)
     assert kernels_and_votes(model) == (set(KERNELS), set(VOTE_WEIGHTS))
     model.set_reference_features(features)
@@ -495,13 +496,13 @@ def fitted(classifier_dir, camera, data_dir, tmp_path_factory):
     words = ["--model", classifier_dir, "--images", camera, "--train_dir", data_dir, "--output_dir", folder]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        read, decode = [], reading.decode_image
+        read, decode = [], image_dataset.decode_image
 
         def note(image, **kwargs):
             read.append(Path(image["path"]))
             return decode(image, **kwargs)
 
-        patch.setattr(reading, "decode_image", note)
+        patch.setattr(image_dataset, "decode_image", note)
         assert references.main([*map(str, words), "--use_cpu"]) == 0
     return folder, read
 
@@ -599,7 +600,7 @@ def test_the_papers_form_with_labeled_data(rbi_dir, data_dir, camera, command, t
     record, model = record_of(tmp_path / "out"), command.model
     assert len(record["candidates"]) == 1 + len(SHARES) * len(VOTE_WEIGHTS)
     assert record["settings"]["temperature"] is None and record["settings"]["gain"] is None
-    assert Settings(**record["settings"]) == Settings.of(model)
+    assert ReferenceSettings(**record["settings"]) == ReferenceSettings.of(model)
     pixel_values = pixels_of(sorted((data_dir / "test").rglob("*.png")))
     assert_it_loads(tmp_path / "out", model, pixel_values)
     assert record["references"]["has_images"] == keep_images
@@ -635,7 +636,7 @@ def test_nothing_is_written_where_relations_hurt(data_dir, tmp_path, command, ca
     assert losses[0] == min(losses) and record["candidates"][0]["metrics"]["accuracy"] == 1
     assert "optimistic" not in printed.out
     # The preset's own, since none was better.
-    assert Settings(**record["settings"]) == Settings(0.25, 0.3, 1.0, 0.0)
+    assert ReferenceSettings(**record["settings"]) == ReferenceSettings(0.25, 0.3, 1.0, 0.0)
     assert_it_loads(tmp_path / "out", command.model, pixels_of(paths["train"][:3]))
 
 
@@ -644,7 +645,11 @@ def test_few_held_out_images_choose_nothing(classifier_dir, data_dir, tmp_path, 
     record = record_of(tmp_path / "out")
     assert record["held_out_images"] == 99 and not record["fitted"]
     assert len(record["candidates"]) == 1 and record["candidates"][0]["scope"] == "self"
-    assert Settings(**record["settings"]) == Settings.of(command.model) == Settings(0.25, 0.3, 1.0, 0.0)
+    assert (
+        ReferenceSettings(**record["settings"])
+        == ReferenceSettings.of(command.model)
+        == ReferenceSettings(0.25, 0.3, 1.0, 0.0)
+    )
     assert record["gains"].keys() == {"accuracy", "macro_f1"}
     printed = " ".join(capsys.readouterr().out.split())
     assert "99 held-out images are too few to choose by" in printed and "optimistic" not in printed

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .bootstrap import LEVEL, METRICS, Bootstrap, Estimate, interval, mean_metrics
-from .protocols import Answers, Condition, Predict, count_orders, in_batches, measure, orders
+from .protocols import Condition, Predict, Predictions, count_orders, in_batches, measure, orders
 
 
 # Each difference and what it tells, see `_say`.
@@ -44,15 +44,15 @@ class Assessment:
     """What was measured, fractions in [0, 1]. Differences are `first - second`."""
 
     labels: torch.Tensor  # (n,)
-    answers: dict[Condition, Answers]
+    predictions: dict[Condition, Predictions]
     metrics: dict[Condition, dict[str, Estimate]]
     differences: dict[tuple[Condition, Condition], dict[str, Estimate]]
     findings: dict[str, Finding]
 
     @property
     def most_telling(self) -> Condition:
-        """What a deployed model answers, if that was measured; else the largest batches."""
-        protocol = next(name for name in _MOST_TELLING if any(name == each.protocol for each in self.answers))
+        """The condition that a deployed model works under, if it was measured; otherwise the largest batches."""
+        protocol = next(name for name in _MOST_TELLING if any(name == each.protocol for each in self.predictions))
         return max((each for each in self.answers if each.protocol == protocol), key=lambda each: each.batch_size or 0)
 
 
@@ -89,11 +89,11 @@ def assess(
     num_orders = count_orders(protocols, batch_sizes, num_shuffles)
     disable = not (progress and sys.stderr.isatty())
     with tqdm(total=num_orders, desc="Protocols", unit=" orders", leave=False, disable=disable) as bar:
-        answers = measure(predict, labels, protocols, batch_sizes, num_shuffles, seed, on_order=bar.update)
-    values = {condition: mean_metrics(each) for condition, each in answers.items()}
+        predictions = measure(predict, labels, protocols, batch_sizes, num_shuffles, seed, on_order=bar.update)
+    values = {condition: mean_metrics(each) for condition, each in predictions.items()}
     # `sorted` has one order alone, so its batches are drawn; for their difference, those of `shuffled` with them.
     bootstraps: dict[int | None, Bootstrap] = {None: Bootstrap(labels, resamples, seed)}
-    for condition in answers:
+    for condition in predictions:
         if condition.protocol == "sorted" and condition.batch_size is not None:
             (order,) = orders("sorted", labels, num_shuffles, seed)
             groups = in_batches(order, condition.batch_size)
@@ -101,7 +101,7 @@ def assess(
 
     @cache
     def resampled(condition: Condition, batches: int | None) -> dict[str, torch.Tensor]:
-        return bootstraps[batches].metrics(answers[condition])
+        return bootstraps[batches].metrics(predictions[condition])
 
     def estimate(condition: Condition, name: str) -> Estimate:
         batches = condition.batch_size if condition.protocol == "sorted" else None
@@ -125,15 +125,15 @@ def assess(
 
     metrics = {
         condition: {name: estimate(condition, name) for name in METRICS}
-        for condition in tqdm(answers, desc="Intervals", leave=False, disable=disable)
+        for condition in tqdm(predictions, desc="Intervals", leave=False, disable=disable)
     }
     differences: dict[tuple[Condition, Condition], dict[str, Estimate]] = {}
     findings = {}
     for kind, (first_protocol, second_protocol) in DIFFERENCES.items():
         pairs = [
             (first, second)
-            for first in answers
-            for second in answers
+            for first in predictions
+            for second in predictions
             if (first.protocol, second.protocol) == (first_protocol, second_protocol)
             and second.batch_size in (None, first.batch_size)
         ]
@@ -143,11 +143,11 @@ def assess(
             pair = max(pairs, key=lambda pair: differences[pair]["accuracy"].clarity)
             level = 1 - (1 - LEVEL) / len(pairs)
             accuracy = difference(*pair, "accuracy", level)
-            right, right_before = ((answers[each].classes == labels).double().mean(0) for each in pair)
+            right, right_before = ((predictions[each].classes == labels).double().mean(0) for each in pair)
             changed = (right - right_before).abs().sum().item()
             sentence = _say(kind, accuracy, level, changed, pair[0].batch_size, len(pairs))
             findings[kind] = Finding(sentence, pair[0].batch_size, accuracy, level, changed)
-    return Assessment(labels, answers, metrics, differences, findings)
+    return Assessment(labels, predictions, metrics, differences, findings)
 
 
 def _say(

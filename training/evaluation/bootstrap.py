@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 from .metrics import NUM_CALIBRATION_BINS
-from .protocols import Answers
+from .protocols import Predictions
 
 
 LEVEL = 0.95
@@ -41,7 +41,7 @@ class Estimate:
 
 class Bootstrap:
     r"""
-    Draws the images anew, with replacement, the same ones for all answers, so that differences are paired.
+    Draws the images anew, with replacement, the same ones for all predictions, so that differences are paired.
 
     Where a protocol has s random orders, s - 1 of them are drawn with replacement as well, independently of the
     images. Drawing s would make their variance too small by the factor (s - 1) / s; that of a single image's
@@ -92,14 +92,14 @@ class Bootstrap:
             of_rows = self.counts.repeat_interleave(sizes, dim=0)
             self.counts = torch.empty_like(of_rows).index_copy_(0, torch.cat(list(groups)), of_rows)
 
-    def metrics(self, answers: Answers) -> dict[str, torch.Tensor]:
+    def metrics(self, predictions: Predictions) -> dict[str, torch.Tensor]:
         """Each of `METRICS` in each resample, `(num_resamples,)`."""
-        num_orders, num_resamples = len(answers.classes), self.counts.shape[1]
+        num_orders, num_resamples = len(predictions.classes), self.counts.shape[1]
         size = max(1, _CHUNK // len(self.labels))
         by_order = torch.stack(
             [
                 torch.cat(
-                    [self._metrics(answers, order, counts.float()) for counts in self.counts.split(size, dim=1)], 1
+                    [self._metrics(predictions, order, counts.float()) for counts in self.counts.split(size, dim=1)], 1
                 )
                 for order in range(num_orders)
             ]
@@ -109,33 +109,33 @@ class Bootstrap:
         resampled = torch.einsum("smr,rs->mr", by_order.double(), torch.from_numpy(draws / num_drawn))
         return dict(zip(METRICS, resampled, strict=True))
 
-    def _metrics(self, answers: Answers, order: int, counts: torch.Tensor) -> torch.Tensor:
+    def _metrics(self, predictions: Predictions, order: int, counts: torch.Tensor) -> torch.Tensor:
         """`METRICS` of one order where the images occur so often, `(n, r)`: `(len(METRICS), r)`."""
-        classes, confidences = answers.classes[order], answers.confidences[order]
+        classes, confidences = predictions.classes[order], predictions.confidences[order]
         is_right, num_drawn = (classes == self.labels).float(), counts.sum(0)
 
         def sums(groups: torch.Tensor, values: torch.Tensor, num_groups: int) -> torch.Tensor:
             return values.new_zeros(num_groups, values.shape[1]).index_add_(0, groups, values)
 
-        right = sums(self.labels, counts * is_right[:, None], answers.num_classes)
+        right = sums(self.labels, counts * is_right[:, None], predictions.num_classes)
         # The last is no answer, of which there is no F1.
-        both = sums(torch.cat([classes, self.labels]), counts.repeat(2, 1), answers.num_classes + 1)[:-1]
+        both = sums(torch.cat([classes, self.labels]), counts.repeat(2, 1), predictions.num_classes + 1)[:-1]
         occurs = both > 0
         if self.degrees_of_freedom is not None:
             # Whole classes are missing from a draw of batches: those that were answered with them are wrong, but
             # these classes are not missed.
-            labeled = sums(self.labels, torch.ones_like(counts), answers.num_classes) > 0
-            occurs &= (sums(self.labels, counts, answers.num_classes) > 0) | ~labeled
+            labeled = sums(self.labels, torch.ones_like(counts), predictions.num_classes) > 0
+            occurs &= (sums(self.labels, counts, predictions.num_classes) > 0) | ~labeled
         f1 = (2 * right / both.clamp(min=1)).where(occurs, 0.0).sum(0) / occurs.sum(0)
         bins = (confidences * NUM_CALIBRATION_BINS).long().clamp(max=NUM_CALIBRATION_BINS - 1)
         gaps = sums(bins, counts * (confidences - is_right)[:, None], NUM_CALIBRATION_BINS)
-        hits = torch.stack([is_right, answers.in_top_k[order].float()]) @ counts
+        hits = torch.stack([is_right, predictions.in_top_k[order].float()]) @ counts
         return torch.cat([hits / num_drawn, f1[None], gaps.abs().sum(0, keepdim=True) / num_drawn])
 
 
-def mean_metrics(answers: Answers) -> dict[str, float]:
+def mean_metrics(predictions: Predictions) -> dict[str, float]:
     """Each of `METRICS`, the mean over the orders."""
-    return {name: sum(metrics[name] for metrics in answers.metrics) / len(answers.metrics) for name in METRICS}
+    return {name: sum(metrics[name] for metrics in predictions.metrics) / len(predictions.metrics) for name in METRICS}
 
 
 def interval(

@@ -200,8 +200,8 @@ def _labeled_rows(predictions, references) -> tuple[torch.Tensor, torch.Tensor]:
     return predictions, labels
 
 
-def _answers(predictions: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The class that each row answers, `(n,)`, and the number of classes; that number itself stands for no answer."""
+def _predicted_classes(predictions: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Predicted class of each row, `(n,)`, and the number of classes, which itself stands for no prediction."""
     if predictions.ndim == 1:
         return predictions, int(torch.cat([predictions, labels]).max()) + 1
     num_classes = predictions.shape[1]
@@ -209,13 +209,13 @@ def _answers(predictions: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def _accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:
-    classes, num_classes = _answers(predictions, labels)
+    classes, num_classes = _predicted_classes(predictions, labels)
     return multiclass_accuracy(classes, labels, num_classes=num_classes + 1, average="micro").item()
 
 
 def _top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
-    is_answer, num_classes = scores.isfinite().all(-1), scores.shape[1]
-    parts = zip(scores[is_answer].split(_TOP_K_ROWS), labels[is_answer].split(_TOP_K_ROWS), strict=True)
+    is_valid, num_classes = scores.isfinite().all(-1), scores.shape[1]
+    parts = zip(scores[is_valid].split(_TOP_K_ROWS), labels[is_valid].split(_TOP_K_ROWS), strict=True)
     hits = sum(
         len(rows)
         * multiclass_accuracy(rows, own, num_classes=num_classes, average="micro", top_k=min(k, num_classes)).item()
@@ -226,20 +226,20 @@ def _top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float
 
 
 def _macro_f1(predictions: torch.Tensor, labels: torch.Tensor) -> float:
-    classes, num_classes = _answers(predictions, labels)
+    classes, num_classes = _predicted_classes(predictions, labels)
     scores = multiclass_f1_score(classes, labels, num_classes=num_classes + 1, average="none")[:num_classes]
     occurs = torch.cat([classes, labels]).bincount(minlength=num_classes)[:num_classes] > 0
     return scores[occurs].mean().item()
 
 
 def _calibration_error(scores: torch.Tensor, labels: torch.Tensor, num_bins: int) -> float:
-    is_answer = scores.isfinite().all(-1, keepdim=True)
-    scores = scores.where(is_answer, 1 / scores.shape[1])
+    is_valid = scores.isfinite().all(-1, keepdim=True)
+    scores = scores.where(is_valid, 1 / scores.shape[1])
     is_probability = scores.min() >= 0 and (scores.sum(-1) - 1).abs().max() <= _SUM_TOLERANCE
     probabilities = scores if is_probability else scores.softmax(-1)
     # One more class, which is never the label, stands for no answer.
-    no_answer = (~is_answer).to(probabilities.dtype)
-    probabilities = torch.cat([probabilities * is_answer, no_answer], dim=-1)
+    no_prediction = (~is_valid).to(probabilities.dtype)
+    probabilities = torch.cat([probabilities * is_valid, no_prediction], dim=-1)
     # torchmetrics puts a confidence of exactly 1, which softmax often rounds to, into a bin of its own.
     below_one = torch.nextafter(torch.ones(()), torch.zeros(())).item()
     error = multiclass_calibration_error(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .bootstrap import Estimate
 from .metrics import NUM_CALIBRATION_BINS
-from .protocols import Answers
+from .protocols import Predictions
 
 
 COLORS = {"single": "#444444", "reference": "#0072b2", "shuffled": "#009e73", "sorted": "#d55e00"}
@@ -123,14 +123,14 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
     figure.savefig(path, dpi=_DPI)
 
 
-def plot_reliability(path: Path, answers: Mapping[str, tuple[str, Answers]], labels: torch.Tensor):
+def plot_reliability(path: Path, predictions: Mapping[str, tuple[str, Predictions]], labels: torch.Tensor):
     r"""
-    Accuracy over confidence, in the bins of the calibration error, above the share of the answers in each.
+    Accuracy over confidence, in the bins of the calibration error, above the share of the predictions in each.
 
     Args:
         path (`Path`):
             Where to write it.
-        answers (mapping of protocols to a name and `Answers`):
+        predictions (mapping of protocols to a name and `Predictions`):
             What to compare.
         labels (`torch.LongTensor` of shape `(n,)`):
             Classes of the images.
@@ -139,7 +139,7 @@ def plot_reliability(path: Path, answers: Mapping[str, tuple[str, Answers]], lab
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="calibrated")
     centers = (np.arange(NUM_CALIBRATION_BINS) + 0.5) / NUM_CALIBRATION_BINS
-    for protocol, (name, each) in answers.items():
+    for protocol, (name, each) in predictions.items():
         confidences = each.confidences.flatten()
         bins = (confidences * NUM_CALIBRATION_BINS).long().clamp(max=NUM_CALIBRATION_BINS - 1)
         is_right = (each.classes == labels).flatten().float()
@@ -164,7 +164,7 @@ def plot_reliability(path: Path, answers: Mapping[str, tuple[str, Answers]], lab
 def plot_confused_pairs(path: Path, pairs: Sequence[ConfusedPair], load: Callable[[int], Image.Image], title: str):
     r"""
     The classes that are most often taken for each other: of each pair a row with images of both, and between them
-    wrong answers.
+    wrong predictions.
 
     Args:
         path (`Path`):

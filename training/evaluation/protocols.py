@@ -59,7 +59,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a model answers to n images, each in s orders of the test set, and the metrics of each order."""
 
     classes: torch.Tensor  # (s, n); the number of classes where scores are not finite, which is no answer
@@ -69,21 +69,21 @@ class Answers:
     num_classes: int
 
     @classmethod
-    def from_scores(cls, scores: torch.Tensor, labels: torch.Tensor) -> "Answers":
+    def from_scores(cls, scores: torch.Tensor, labels: torch.Tensor) -> "Predictions":
         """From logits, `(n, num_classes)`, and labels, `(n,)`, of one order."""
         num_classes = scores.shape[1]
-        is_answer = scores.isfinite().all(-1)
+        is_valid = scores.isfinite().all(-1)
         best = scores.topk(min(TOP_K, num_classes)).indices
         return cls(
-            classes=scores.argmax(-1).where(is_answer, num_classes)[None],
-            in_top_k=((best == labels[:, None]).any(-1) & is_answer)[None],
-            confidences=scores.softmax(-1).amax(-1).where(is_answer, 1.0)[None],
+            classes=scores.argmax(-1).where(is_valid, num_classes)[None],
+            in_top_k=((best == labels[:, None]).any(-1) & is_valid)[None],
+            confidences=scores.softmax(-1).amax(-1).where(is_valid, 1.0)[None],
             metrics=(compute_metrics(EvalPrediction(scores, labels)),),  # type: ignore[arg-type]
             num_classes=num_classes,
         )
 
     @classmethod
-    def stack(cls, orders: Sequence["Answers"]) -> "Answers":
+    def stack(cls, orders: Sequence["Predictions"]) -> "Predictions":
         """Joins those of several orders."""
         return cls(
             classes=torch.cat([order.classes for order in orders]),
@@ -121,9 +121,9 @@ def measure(
     num_shuffles: int = 5,
     seed: int = 0,
     on_order: Callable[[], object] = lambda: None,
-) -> dict[Condition, Answers]:
+) -> dict[Condition, Predictions]:
     r"""
-    Answers under each protocol and, where they depend on it, at each batch size.
+    Predictions under each protocol and, if they depend on it, at each batch size.
 
     Args:
         predict (`Predict`):
@@ -147,12 +147,12 @@ def measure(
     check_sizes(len(labels), batch_sizes, num_shuffles)
     measured = {}
     for condition in conditions_of(protocols, batch_sizes):
-        answers = []
+        predictions = []
         for order in orders(condition.protocol, labels, num_shuffles, seed):
             scores = scores_of(predict, order, condition.batch_size or _STEP, PROTOCOLS[condition.protocol])
-            answers.append(Answers.from_scores(scores, labels))
+            predictions.append(Predictions.from_scores(scores, labels))
             on_order()
-        measured[condition] = Answers.stack(answers)
+        measured[condition] = Predictions.stack(predictions)
     return measured
 
 

@@ -17,7 +17,7 @@ from modeling_rbi import RBIForImageClassification
 from .bootstrap import Bootstrap, interval
 from .features import CachedImages, is_itself
 from .metrics import compute_metrics
-from .protocols import Answers
+from .protocols import Predictions
 
 
 # With fewer held-out images, what is best among them is chance: the model keeps the settings that it has.
@@ -34,7 +34,7 @@ _CHANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReferenceSettings:
     """How an image attends to references; all `None` where it does not."""
 
     share: float | None = None
@@ -50,7 +50,7 @@ class Settings:
             model.config.reference_vote_weight = self.vote_weight
 
     @classmethod
-    def of(cls, model: RBIForImageClassification) -> "Settings":
+    def of(cls, model: RBIForImageClassification) -> "ReferenceSettings":
         """Those that the model has."""
         config = model.config
         return cls(
@@ -63,9 +63,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and what held-out images say of them."""
+    """Settings and their results on the held-out images."""
 
-    settings: Settings
+    settings: ReferenceSettings
     scope: str
     metrics: dict[str, float]
     loss: float  # mean negative log-likelihood at the best confidence
@@ -73,7 +73,7 @@ class Candidate:
     advantage_error: float  # standard error of that
 
 
-def candidates_for(model: RBIForImageClassification) -> list[Settings]:
+def candidates_for(model: RBIForImageClassification) -> list[ReferenceSettings]:
     """Settings to choose from: temperatures and gains where the head has them, votes where there are labels."""
     kernels: Sequence[tuple[float | None, float | None]] = [(None, None)]
     if model.config.attention_type == "cosine":
@@ -82,7 +82,7 @@ def candidates_for(model: RBIForImageClassification) -> list[Settings]:
         kernels = KERNELS if has_gain else [(temperature, None) for temperature in sorted({tau for tau, _ in KERNELS})]
     votes = VOTE_WEIGHTS if model.describe_references()["num_labeled"] else VOTE_WEIGHTS[:1]
     return [
-        Settings(share, temperature, gain, vote)
+        ReferenceSettings(share, temperature, gain, vote)
         for share, (temperature, gain), vote in itertools.product(SHARES, kernels, votes)
     ]
 
@@ -104,7 +104,7 @@ def scores_with_references(model: RBIForImageClassification, images: CachedImage
 def fit_references(
     model: RBIForImageClassification,
     held_out: CachedImages,
-    candidates: Sequence[Settings],
+    candidates: Sequence[ReferenceSettings],
     progress: bool = False,
 ) -> list[Candidate]:
     r"""
@@ -115,7 +115,7 @@ def fit_references(
             With a bank.
         held_out (`CachedImages`):
             Images like those that it will meet, which nothing was trained on and which are not in the bank.
-        candidates (`Sequence[Settings]`):
+        candidates (`Sequence[ReferenceSettings]`):
             What to choose from.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a bar.
@@ -130,7 +130,9 @@ def fit_references(
     results: list[Candidate] = []
     alone = torch.zeros(())
     try:
-        for settings in track([Settings(), *candidates], "Trying settings", transient=True, disable=not progress):
+        for settings in track(
+            [ReferenceSettings(), *candidates], "Trying settings", transient=True, disable=not progress
+        ):
             settings.apply(model)
             scope = "self" if settings.share is None else "reference"
             scores = scores_with_references(model, held_out, scope)
@@ -162,7 +164,7 @@ def paired_gain(
 ) -> tuple[float, float, float]:
     """What `reference` adds to `single` on the images, with its 95 % interval, in points."""
     single, reference = (
-        Answers.from_scores(scores_with_references(model, held_out, scope), held_out.labels)
+        Predictions.from_scores(scores_with_references(model, held_out, scope), held_out.labels)
         for scope in ("self", "reference")
     )
     bootstrap = Bootstrap(held_out.labels, seed=seed)

@@ -16,7 +16,7 @@ from rich.table import Table
 from .assessment import Assessment
 from .bootstrap import LEVEL, Estimate
 from .plots import ConfusedPair, plot_batch_sizes, plot_confused_pairs, plot_confusion_matrix, plot_reliability
-from .protocols import BATCH_PROTOCOLS, Answers, Condition
+from .protocols import BATCH_PROTOCOLS, Condition, Predictions
 
 
 PROGRAM = "training.assess"
@@ -79,16 +79,16 @@ def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
     for condition, metrics in assessment.metrics.items():
         row: dict[str, Any] = _columns(condition) | {
             "images": len(assessment.labels),
-            "orders": len(assessment.answers[condition].metrics),
+            "orders": len(assessment.predictions[condition].metrics),
         }
         for name, estimate in metrics.items():
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-        row["accuracy_std_over_orders"] = _std(assessment.answers[condition])
+        row["accuracy_std_over_orders"] = _std(assessment.predictions[condition])
         rows.append(row)
     _write_csv(folder / "results.csv", rows)
     rows = []
-    for condition, answers in assessment.answers.items():
-        counts = confusion(answers, assessment.labels)
+    for condition, predictions in assessment.predictions.items():
+        counts = confusion(predictions, assessment.labels)
         images, answered, right = counts.sum(1), counts.sum(0), counts.diagonal()
         for label in ((images + answered)[: len(names)] > 0).nonzero().flatten().tolist():
             rows.append(
@@ -105,28 +105,30 @@ def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
     _write_csv(folder / "per_class.csv", rows)
 
 
-def confusion(answers: Answers, labels: torch.Tensor) -> torch.Tensor:
+def confusion(predictions: Predictions, labels: torch.Tensor) -> torch.Tensor:
     r"""
     Images by class (row) and answer (column), the mean over the orders, `(num_classes + 1, num_classes + 1)`; the
     last column is of no answer, the last row empty.
     """
-    size = answers.num_classes + 1
-    cells = (labels * size + answers.classes).flatten().bincount(minlength=size * size)
-    return cells.view(size, size).double() / len(answers.classes)
+    size = predictions.num_classes + 1
+    cells = (labels * size + predictions.classes).flatten().bincount(minlength=size * size)
+    return cells.view(size, size).double() / len(predictions.classes)
 
 
-def confused_pairs(answers: Answers, labels: torch.Tensor, names: Sequence[str], number: int) -> list[ConfusedPair]:
+def confused_pairs(
+    predictions: Predictions, labels: torch.Tensor, names: Sequence[str], number: int
+) -> list[ConfusedPair]:
     """The pairs of classes with most images of one answered as the other, the worst first."""
-    counts = confusion(answers, labels)[: len(names), : len(names)]
+    counts = confusion(predictions, labels)[: len(names), : len(names)]
     errors = (counts + counts.T).triu(diagonal=1)
     order = errors.flatten().argsort(descending=True, stable=True)[:number].tolist()
-    answered = answers.classes[0]
+    answered = predictions.classes[0]
 
     def rows(label: int, answer: int) -> list[int]:
         # Of the first order; where that has none, of any.
         found = ((labels == label) & (answered == answer)).nonzero().flatten()
         if not len(found):
-            found = ((labels == label) & (answers.classes == answer).any(0)).nonzero().flatten()
+            found = ((labels == label) & (predictions.classes == answer).any(0)).nonzero().flatten()
         return found[:_EXAMPLES].tolist()
 
     pairs = []
@@ -154,21 +156,21 @@ def draw(folder: Path, assessment: Assessment, names: Sequence[str], load: Calla
     if set(curves) & set(BATCH_PROTOCOLS):
         plot_batch_sizes(folder / "batch_size.png", curves)
     shown = assessment.most_telling
-    answers, labels = assessment.answers[shown], assessment.labels
+    predictions, labels = assessment.predictions[shown], assessment.labels
     title = f"{shown}: accuracy {100 * assessment.metrics[shown]['accuracy'].value:.1f} %"
-    counts = confusion(answers, labels)
+    counts = confusion(predictions, labels)
     used = ((counts.sum(0) + counts.sum(1)) > 0).nonzero().flatten()
-    all_names = [*names, "(no answer)"]
+    all_names = [*names, "(no prediction)"]
     plot_confusion_matrix(
         folder / "confusion_matrix.png", counts[used][:, used], [all_names[label] for label in used.tolist()], title
     )
     largest = {condition.protocol: condition for condition in assessment.answers}  # the last has the largest batches
     plot_reliability(
         folder / "reliability.png",
-        {protocol: (str(condition), assessment.answers[condition]) for protocol, condition in largest.items()},
+        {protocol: (str(condition), assessment.predictions[condition]) for protocol, condition in largest.items()},
         labels,
     )
-    pairs = confused_pairs(answers, labels, names, _NUM_CONFUSED_PAIRS)
+    pairs = confused_pairs(predictions, labels, names, _NUM_CONFUSED_PAIRS)
     plot_confused_pairs(folder / "confused_pairs.png", pairs, load, title)
 
 
@@ -178,8 +180,8 @@ def as_json(assessment: Assessment) -> dict[str, Any]:
             _columns(condition)
             | {name: asdict(estimate) for name, estimate in metrics.items()}
             | {
-                "orders": list(assessment.answers[condition].metrics),
-                "accuracy_std_over_orders": _std(assessment.answers[condition]),
+                "orders": list(assessment.predictions[condition].metrics),
+                "accuracy_std_over_orders": _std(assessment.predictions[condition]),
             }
             for condition, metrics in assessment.metrics.items()
         ],
@@ -196,9 +198,9 @@ def _columns(condition: Condition) -> dict[str, Any]:
     return dataclasses.asdict(condition)
 
 
-def _std(answers: Answers) -> float | None:
+def _std(predictions: Predictions) -> float | None:
     """Standard deviation of the accuracy over the orders, where there are several."""
-    accuracies = torch.tensor([metrics["accuracy"] for metrics in answers.metrics], dtype=torch.float64)
+    accuracies = torch.tensor([metrics["accuracy"] for metrics in predictions.metrics], dtype=torch.float64)
     return accuracies.std().item() if len(accuracies) > 1 else None
 
 

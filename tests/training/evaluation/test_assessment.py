@@ -11,16 +11,16 @@ from transformers import AutoConfig, ConvNextForImageClassification, EvalPredict
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, pixel_statistics
+from training import assess as assess_command
 from training.assess import AssessmentArguments, choose_protocols, run
 from training.data.arguments import DataArguments
 from training.data.reading import load_images
-from training.evaluation import assessment
 from training.evaluation.assessment import assess
 from training.evaluation.bootstrap import METRICS
 from training.evaluation.classifiers import class_names, in_order_of_content, match_labels, predict_from
 from training.evaluation.features import ExtractedImages
 from training.evaluation.metrics import compute_metrics
-from training.evaluation.protocols import Answers, Condition
+from training.evaluation.protocols import Condition, Predictions
 from training.evaluation.report import FILES, confused_pairs, confusion, results_table
 
 
@@ -149,7 +149,7 @@ def test_the_metrics_are_those_of_the_whole_scores(backbone_config):
     for name in METRICS:
         estimate = result.metrics[Condition("single")][name]
         assert estimate.value == pytest.approx(expected[name])
-        shuffles = [metrics[name] for metrics in result.answers[Condition("shuffled", 10)].metrics]
+        shuffles = [metrics[name] for metrics in result.predictions[Condition("shuffled", 10)].metrics]
         assert len(shuffles) == 3
         assert result.metrics[Condition("shuffled", 10)][name].value == pytest.approx(sum(shuffles) / 3)
 
@@ -346,7 +346,7 @@ def test_a_run_that_fails_leaves_an_earlier_one(model, data, tmp_path, monkeypat
     folder = _save(model, tmp_path / "model")
     _run(folder, tmp_path / "out", data)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(assessment, "draw", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(assess_command, "draw", lambda *args: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         _run(folder, tmp_path / "out", data, protocols=["single"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -366,7 +366,7 @@ class TestRefused:
 
     @pytest.fixture(autouse=True)
     def _no_backbone(self, monkeypatch):
-        monkeypatch.setattr(assessment, "extract", lambda *args, **kwargs: pytest.fail("the backbone ran"))
+        monkeypatch.setattr(assess_command, "extract", lambda *args, **kwargs: pytest.fail("the backbone ran"))
 
     def _refused(self, tmp_path, model, data, match, **more):
         folder = model if isinstance(model, str) else _save(model, tmp_path / "model")
@@ -501,18 +501,18 @@ def test_confusion_counts_images_over_orders():
     labels = torch.tensor([0, 0, 1, 2])
     first, second = (torch.eye(3)[classes] for classes in ([0, 1, 1, 2], [0, 0, 1, 2]))
     second[3] = torch.nan
-    counts = confusion(Answers.stack([Answers.from_scores(each, labels) for each in (first, second)]), labels)
+    counts = confusion(Predictions.stack([Predictions.from_scores(each, labels) for each in (first, second)]), labels)
     assert counts.tolist() == [[1.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 0]]
 
 
 def test_confused_pairs_come_worst_first_with_their_images():
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
-    answers = Answers.from_scores(torch.eye(3)[[0, 1, 1, 1, 0, 1, 0, 2]], labels)
-    worst, other = confused_pairs(answers, labels, ["a", "b", "c"], 6)
+    predictions = Predictions.from_scores(torch.eye(3)[[0, 1, 1, 1, 0, 1, 0, 2]], labels)
+    worst, other = confused_pairs(predictions, labels, ["a", "b", "c"], 6)
     assert (worst.first, worst.second, worst.first_as_second, worst.second_as_first) == ("a", "b", 2, 1)
     assert worst.rows == {"first": [0], "first as second": [1, 2], "second as first": [4], "second": [3, 5]}
     assert (other.first, other.second) == ("a", "c") and other.rows["second as first"] == [6]
-    assert confused_pairs(Answers.from_scores(torch.eye(3)[labels], labels), labels, ["a", "b", "c"], 6) == []
+    assert confused_pairs(Predictions.from_scores(torch.eye(3)[labels], labels), labels, ["a", "b", "c"], 6) == []
 
 
 def test_the_table_has_all_and_says_what_is_left_out(backbone_config):

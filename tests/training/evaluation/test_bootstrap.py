@@ -9,33 +9,33 @@ from transformers import EvalPrediction
 
 from training.evaluation.bootstrap import METRICS, Bootstrap, Estimate, interval, mean_metrics
 from training.evaluation.metrics import compute_metrics
-from training.evaluation.protocols import Answers
+from training.evaluation.protocols import Predictions
 
 
 NUM_CLASSES = 6
 
 
-def _answers(num_images, num_orders=1, num_labels=NUM_CLASSES, no_answer=False):
+def _predictions(num_images, num_orders=1, num_labels=NUM_CLASSES, no_prediction=False):
     labels = torch.randint(0, num_labels, (num_images,))
     scores = torch.randn(num_orders, num_images, NUM_CLASSES) + 2 * torch.eye(NUM_CLASSES)[labels]
-    if no_answer:
+    if no_prediction:
         scores[:, ::7] = torch.nan
-    return scores, labels, Answers.stack([Answers.from_scores(each, labels) for each in scores])
+    return scores, labels, Predictions.stack([Predictions.from_scores(each, labels) for each in scores])
 
 
 def _single(right):
-    """Answers of two classes that are right where it is said, `(num_orders, n)`, with confidence 1 or so."""
+    """Predictions of two classes that are right where it is said, `(num_orders, n)`, with confidence 1 or so."""
     labels = torch.zeros(right.shape[1], dtype=torch.long)
     scores = 9 * torch.eye(2)[(~right).long()]
-    return labels, Answers.stack([Answers.from_scores(each, labels) for each in scores])
+    return labels, Predictions.stack([Predictions.from_scores(each, labels) for each in scores])
 
 
-@pytest.mark.parametrize("no_answer", [False, True])
-def test_resampled_metrics_are_those_of_the_images_drawn(no_answer):
+@pytest.mark.parametrize("no_prediction", [False, True])
+def test_resampled_metrics_are_those_of_the_images_drawn(no_prediction):
     """Also where the sample lacks classes: 5 of 6 are labels, 20 images."""
-    scores, labels, answers = _answers(20, num_labels=5, no_answer=no_answer)
+    scores, labels, predictions = _predictions(20, num_labels=5, no_prediction=no_prediction)
     bootstrap = Bootstrap(labels, num_resamples=30, seed=1)
-    resampled = bootstrap.metrics(answers)
+    resampled = bootstrap.metrics(predictions)
     assert bootstrap.counts.sum(0).tolist() == [20] * 30
     for number, counts in enumerate(bootstrap.counts.T):
         rows = torch.arange(20).repeat_interleave(counts.long())
@@ -44,15 +44,15 @@ def test_resampled_metrics_are_those_of_the_images_drawn(no_answer):
 
 
 def test_an_order_is_weighed_as_often_as_it_is_drawn():
-    _, labels, answers = _answers(50, num_orders=4)
+    _, labels, predictions = _predictions(50, num_orders=4)
     bootstrap = Bootstrap(labels, num_resamples=200)
     single = torch.stack(
         [
-            bootstrap.metrics(Answers.from_scores(scores, labels))["accuracy"]
-            for scores in torch.stack([torch.eye(NUM_CLASSES)[classes] for classes in answers.classes])
+            bootstrap.metrics(Predictions.from_scores(scores, labels))["accuracy"]
+            for scores in torch.stack([torch.eye(NUM_CLASSES)[classes] for classes in predictions.classes])
         ]
     )
-    joined = bootstrap.metrics(answers)["accuracy"]
+    joined = bootstrap.metrics(predictions)["accuracy"]
     assert (joined >= single.amin(0) - 1e-9).all() and (joined <= single.amax(0) + 1e-9).all()
     # 3 of the 4 orders are drawn: thirds of the accuracies of single orders.
     thirds = torch.cartesian_prod(*[torch.arange(4)] * 4)
@@ -62,18 +62,18 @@ def test_an_order_is_weighed_as_often_as_it_is_drawn():
 
 
 def test_chunks_make_no_difference(monkeypatch):
-    _, labels, answers = _answers(40, num_orders=2)
-    whole = Bootstrap(labels, 100).metrics(answers)
+    _, labels, predictions = _predictions(40, num_orders=2)
+    whole = Bootstrap(labels, 100).metrics(predictions)
     monkeypatch.setattr("training.intervals._CHUNK", 40 * 7)
-    parts = Bootstrap(labels, 100).metrics(answers)
+    parts = Bootstrap(labels, 100).metrics(predictions)
     assert all(torch.allclose(whole[name], parts[name]) for name in METRICS)
 
 
 def test_scipy_gives_the_same_interval():
-    _, labels, answers = _answers(150)
-    right = (answers.classes[0] == labels).double().numpy()
-    value = mean_metrics(answers)["accuracy"]
-    ours = interval("accuracy", value, Bootstrap(labels, 20_000).metrics(answers)["accuracy"])
+    _, labels, predictions = _predictions(150)
+    right = (predictions.classes[0] == labels).double().numpy()
+    value = mean_metrics(predictions)["accuracy"]
+    ours = interval("accuracy", value, Bootstrap(labels, 20_000).metrics(predictions)["accuracy"])
     theirs = scipy.stats.bootstrap(
         (right,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
@@ -113,18 +113,18 @@ def test_groups_are_drawn_whole():
 
 def test_metrics_of_drawn_groups_are_those_of_their_images():
     """Of macro-F1, over the classes that are there; in class-ordered batches others are missing whole."""
-    scores, labels, answers = _answers(20, num_labels=5)
+    scores, labels, predictions = _predictions(20, num_labels=5)
     bootstrap = Bootstrap(labels, num_resamples=20, groups=labels.argsort().tensor_split(6))
-    resampled, missing = bootstrap.metrics(answers), 0
+    resampled, missing = bootstrap.metrics(predictions), 0
     for number, counts in enumerate(bootstrap.counts.T):
         rows = torch.arange(20).repeat_interleave(counts.long())
         expected = compute_metrics(EvalPrediction(scores[0, rows], labels[rows]))
         there = {
             *labels[rows].tolist(),
-            *(set(range(NUM_CLASSES)) - set(labels.tolist())) & set(answers.classes[0, rows].tolist()),
+            *(set(range(NUM_CLASSES)) - set(labels.tolist())) & set(predictions.classes[0, rows].tolist()),
         }
         expected["macro_f1"] = sklearn.metrics.f1_score(
-            labels[rows], answers.classes[0, rows], labels=sorted(there), average="macro", zero_division=0
+            labels[rows], predictions.classes[0, rows], labels=sorted(there), average="macro", zero_division=0
         )
         missing += len(there) < len(labels.unique())
         assert {name: values[number].item() for name, values in resampled.items()} == pytest.approx(expected, abs=1e-6)
@@ -144,12 +144,12 @@ def _coverage(draw, truth, name, trials=250, resamples=200):
     covered = 0
     for trial in range(trials):
         torch.manual_seed(trial)
-        labels, answers, *groups = draw()
+        labels, predictions, *groups = draw()
         bootstrap = Bootstrap(labels, resamples, trial, *groups)
         estimate = interval(
             name,
-            mean_metrics(answers)[name],
-            bootstrap.metrics(answers)[name],
+            mean_metrics(predictions)[name],
+            bootstrap.metrics(predictions)[name],
             degrees_of_freedom=bootstrap.degrees_of_freedom,
         )
         covered += estimate.low <= truth <= estimate.high
@@ -173,7 +173,7 @@ class TestCoverage:
 
         assert 0.89 <= _coverage(draw, 0.75, "accuracy") <= 0.985
         # Without the shuffles in it, the interval is too narrow.
-        images_alone = lambda: (lambda labels, answers: (labels, _first_order(answers)))(*draw())  # noqa: E731
+        images_alone = lambda: (lambda labels, predictions: (labels, _first_order(predictions)))(*draw())  # noqa: E731
         assert _coverage(images_alone, 0.75, "accuracy") < 0.87
 
     @pytest.mark.parametrize(("name", "least"), [("macro_f1", 0.9), ("calibration_error", 0.84)])
@@ -187,7 +187,7 @@ class TestCoverage:
             classes = torch.where(is_right, labels, (labels + torch.randint(1, 10, (num_images,))) % 10)
             scores = torch.full((num_images, 10), 0.0) + ((1 - confidence) / 9)[:, None]
             scores[torch.arange(num_images), classes] = confidence
-            return labels, Answers.from_scores(scores.log(), labels)
+            return labels, Predictions.from_scores(scores.log(), labels)
 
         torch.manual_seed(0)
         truth = mean_metrics(draw(200_000)[1])[name]
@@ -199,8 +199,8 @@ class TestCoverage:
 
         def draw():
             ease = (0.6 + 0.2 * torch.randn(num_batches)).clamp(0.1, 1.1).repeat_interleave(10)
-            labels, answers = _single(torch.rand(1, 10 * num_batches) < ease)
-            return labels, answers, torch.arange(10 * num_batches).tensor_split(num_batches)
+            labels, predictions = _single(torch.rand(1, 10 * num_batches) < ease)
+            return labels, predictions, torch.arange(10 * num_batches).tensor_split(num_batches)
 
         torch.manual_seed(0)
         truth = (0.6 + 0.2 * torch.randn(10**6)).clamp(0.1, 1.1).clamp(max=1).mean().item()
@@ -222,7 +222,11 @@ class TestCoverage:
         assert 0.91 <= covered / 250 <= 0.995
 
 
-def _first_order(answers):
-    return Answers(
-        answers.classes[:1], answers.in_top_k[:1], answers.confidences[:1], answers.metrics[:1], answers.num_classes
+def _first_order(predictions):
+    return Predictions(
+        predictions.classes[:1],
+        predictions.in_top_k[:1],
+        predictions.confidences[:1],
+        predictions.metrics[:1],
+        predictions.num_classes,
     )

@@ -64,11 +64,11 @@ def test_against_scikit_learn_and_float64(num_rows, absent):
     logits, labels = draw(num_rows, absent=absent, seed=num_rows)
     metrics = compute_metrics(EvalPrediction(logits, labels))
     assert list(metrics) == NAMES
-    answers = logits.argmax(-1)
+    predictions = logits.argmax(-1)
     expected = {
-        "accuracy": accuracy_score(labels, answers),
+        "accuracy": accuracy_score(labels, predictions),
         "top5_accuracy": top_k_accuracy_score(labels, logits, k=5, labels=range(9)),
-        "macro_f1": f1_score(labels, answers, average="macro"),
+        "macro_f1": f1_score(labels, predictions, average="macro"),
         "calibration_error": calibration_error(softmax(logits), labels),
     }
     assert metrics == pytest.approx(expected, abs=1e-6)
@@ -132,9 +132,9 @@ def test_rows_without_a_label_are_left_out():
     assert compute_metrics(EvalPrediction(logits, masked)) == compute_metrics(
         EvalPrediction(logits[rest], labels[rest])
     )
-    answers = logits.argmax(-1)
-    result = Accuracy().compute(predictions=answers, references=masked)
-    assert result["accuracy"] == pytest.approx(accuracy_score(labels[rest], answers[rest]))
+    predictions = logits.argmax(-1)
+    result = Accuracy().compute(predictions=predictions, references=masked)
+    assert result["accuracy"] == pytest.approx(accuracy_score(labels[rest], predictions[rest]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -143,12 +143,12 @@ def test_rows_that_are_not_finite_are_wrong(value):
     broken = logits.copy()
     broken[:80, 4] = value
     metrics = compute_metrics(EvalPrediction(broken, labels))
-    answers = logits.argmax(-1)
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels[80:], answers[80:]) * 0.8)
+    predictions = logits.argmax(-1)
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels[80:], predictions[80:]) * 0.8)
     top_5 = top_k_accuracy_score(labels[80:], logits[80:], k=5, labels=range(9))
     assert metrics["top5_accuracy"] == pytest.approx(top_5 * 0.8)
-    answers[:80] = 9
-    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, answers, average="macro", labels=range(9)))
+    predictions[:80] = 9
+    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro", labels=range(9)))
     probabilities = np.concatenate([softmax(logits), np.zeros((len(labels), 1))], -1)
     probabilities[:80] = np.eye(10)[9]
     assert metrics["calibration_error"] == pytest.approx(calibration_error(probabilities, labels), abs=1e-6)
@@ -180,12 +180,15 @@ def test_the_modules_give_what_compute_metrics_gives_alone_and_combined():
 
 def test_class_numbers():
     logits, labels = draw(absent=(8,))
-    answers = logits.argmax(-1)
+    predictions = logits.argmax(-1)
     combined = evaluate.combine([Accuracy(), MacroF1()])
-    for given in (answers, answers.tolist(), torch.from_numpy(answers)):
+    for given in (predictions, predictions.tolist(), torch.from_numpy(predictions)):
         result = combined.compute(predictions=given, references=labels)
         assert result == pytest.approx(
-            {"accuracy": accuracy_score(labels, answers), "macro_f1": f1_score(labels, answers, average="macro")}
+            {
+                "accuracy": accuracy_score(labels, predictions),
+                "macro_f1": f1_score(labels, predictions, average="macro"),
+            }
         )
 
 
@@ -223,9 +226,9 @@ def test_inside_the_evaluator(images, tmp_path):
         device=-1,
     )
     classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
-    answers = [model.config.label2id[answer[0]["label"]] for answer in classify(list(images["image"]))]
-    assert len(set(answers)) > 1
-    assert result["accuracy"] == pytest.approx(accuracy_score(images["label"], answers))
+    predictions = [model.config.label2id[answer[0]["label"]] for answer in classify(list(images["image"]))]
+    assert len(set(predictions)) > 1
+    assert result["accuracy"] == pytest.approx(accuracy_score(images["label"], predictions))
 
 
 def test_inside_trainer(images, tmp_path):
@@ -254,7 +257,7 @@ def test_nothing_is_written(tmp_path, home):
     script = """
 import sys
 import evaluate
-from training.metrics import Accuracy, CalibrationError, MacroF1, TopKAccuracy
+from training.evaluation.metrics import Accuracy, CalibrationError, MacroF1, TopKAccuracy
 combined = evaluate.combine([Accuracy(), MacroF1(), TopKAccuracy(), CalibrationError()])
 combined.add_batch(predictions=[[0.0, 1.0], [3.0, 1.0]], references=[1, 1])
 print(sorted(combined.compute().items()))

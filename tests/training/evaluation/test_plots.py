@@ -18,7 +18,7 @@ from training.evaluation.plots import (
     plot_confusion_matrix,
     plot_reliability,
 )
-from training.evaluation.protocols import PROTOCOLS, Answers
+from training.evaluation.protocols import PROTOCOLS, Predictions
 
 
 # Of mathematics, of another script, and long.
@@ -103,7 +103,9 @@ def test_reliability_is_that_of_the_calibration_error(drawn):
     labels = torch.randint(0, 4, (300,))
     scores = torch.randn(300, 4) + torch.eye(4)[labels]
     scores[0] = torch.nan
-    upper, lower = drawn(plot_reliability, {"single": ("single", Answers.from_scores(scores, labels))}, labels).axes
+    upper, lower = drawn(
+        plot_reliability, {"single": ("single", Predictions.from_scores(scores, labels))}, labels
+    ).axes
     line = next(line for line in upper.lines if line.get_label() == "single")
     shares = lower.lines[0].get_ydata()
     assert shares.sum() == pytest.approx(1)

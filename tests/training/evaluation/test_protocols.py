@@ -6,8 +6,8 @@ from transformers import EvalPrediction
 
 from training.evaluation.metrics import compute_metrics
 from training.evaluation.protocols import (
-    Answers,
     Condition,
+    Predictions,
     conditions_of,
     count_orders,
     evaluate_protocols,
@@ -107,17 +107,17 @@ class TestMeasure:
         scores = torch.randn(60, 4)
         measured = measure(lambda rows, scope: scores[rows], LABELS, ["single", "shuffled", "sorted"], [7, 20])
         expected = compute_metrics(EvalPrediction(scores, LABELS))
-        for answers in measured.values():
-            assert all(torch.equal(row, scores.argmax(-1)) for row in answers.classes)
-            assert all(metrics == expected for metrics in answers.metrics)
+        for predictions in measured.values():
+            assert all(torch.equal(row, scores.argmax(-1)) for row in predictions.classes)
+            assert all(metrics == expected for metrics in predictions.metrics)
 
     def test_agrees_with_the_accuracies_alone(self):
         predict = lambda rows, scope: _majority(rows + 100, scope)  # noqa: E731
         measured = measure(predict, LABELS, ["single", "shuffled", "sorted"], [15], num_shuffles=4, seed=3)
         expected = evaluate_protocols(_majority, ROWS, LABELS, 15, num_shuffles=4, seed=3)
         accuracies = {
-            condition.protocol: 100 * sum(each["accuracy"] for each in answers.metrics) / len(answers.metrics)
-            for condition, answers in measured.items()
+            condition.protocol: 100 * sum(each["accuracy"] for each in predictions.metrics) / len(predictions.metrics)
+            for condition, predictions in measured.items()
         }
         assert accuracies == pytest.approx(
             {"single": expected.single, "shuffled": expected.shuffled, "sorted": expected.sorted}
@@ -127,8 +127,8 @@ class TestMeasure:
 def test_scores_that_are_not_finite_are_no_answer():
     scores = torch.randn(6, 8)
     scores[1, 3], scores[4] = torch.nan, torch.inf
-    answers = Answers.from_scores(scores, torch.arange(6))
-    assert answers.classes[0, [1, 4]].tolist() == [8, 8]
-    assert not answers.in_top_k[0, [1, 4]].any()
-    assert answers.confidences[0, [1, 4]].tolist() == [1, 1]
-    assert answers.confidences.isfinite().all()
+    predictions = Predictions.from_scores(scores, torch.arange(6))
+    assert predictions.classes[0, [1, 4]].tolist() == [8, 8]
+    assert not predictions.in_top_k[0, [1, 4]].any()
+    assert predictions.confidences[0, [1, 4]].tolist() == [1, 1]
+    assert predictions.confidences.isfinite().all()
