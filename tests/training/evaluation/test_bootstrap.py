@@ -64,7 +64,7 @@ def test_an_order_is_weighed_as_often_as_it_is_drawn():
 def test_chunks_make_no_difference(monkeypatch):
     _, labels, predictions = _predictions(40, num_orders=2)
     whole = Bootstrap(labels, 100).metrics(predictions)
-    monkeypatch.setattr("training.intervals._CHUNK", 40 * 7)
+    monkeypatch.setattr("training.evaluation.bootstrap._CHUNK", 40 * 7)
     parts = Bootstrap(labels, 100).metrics(predictions)
     assert all(torch.allclose(whole[name], parts[name]) for name in METRICS)
 
