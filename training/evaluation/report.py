@@ -164,7 +164,7 @@ def draw(folder: Path, assessment: Assessment, names: Sequence[str], load: Calla
     plot_confusion_matrix(
         folder / "confusion_matrix.png", counts[used][:, used], [all_names[label] for label in used.tolist()], title
     )
-    largest = {condition.protocol: condition for condition in assessment.answers}  # the last has the largest batches
+    largest = {condition.protocol: condition for condition in assessment.predictions}  # the last has the largest batches
     plot_reliability(
         folder / "reliability.png",
         {protocol: (str(condition), assessment.predictions[condition]) for protocol, condition in largest.items()},
