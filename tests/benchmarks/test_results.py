@@ -210,7 +210,7 @@ def test_protocols_of_arms():
     assert own_protocol("plain") == own_protocol("self") == own_protocol("batchformer") == "single"
     assert own_protocol("rbi") == own_protocol("rbi-kernel-untrained") == "shuffled"
     assert own_protocol("bank-votes") == own_protocol("bank-trained-head") == "reference"
-    # A control without a bank answers each image on its own.
+    # A control without a bank is evaluated on each image independently.
     result = made_up(["plain"])
     assert values_of([result], "plain", "reference", "accuracy") == pytest.approx(of(result, "plain", "single"))
 

@@ -33,13 +33,6 @@ class CachedImages:
     features: torch.Tensor  # (n, feature_size)
     labels: torch.Tensor  # (n,)
 
-    @classmethod
-    def from_backbone(cls, model: RBIModel, pixel_values: torch.Tensor, labels: torch.Tensor, batch_size: int = 50):
-        """Runs the backbone once over all images."""
-        with torch.no_grad():
-            features = [model.extract_features(batch)[0] for batch in pixel_values.split(batch_size)]
-        return cls(pixel_values, torch.cat(features), labels)
-
 
 # Up to here, images at full size are kept as they are.
 _MAX_FLOAT_BYTES = 2**30

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel
+from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.ablation.batchformer import BatchFormerForImageClassification
 from training.ablation.heads import Budget, predict_with, random_batches, train_head, train_plain, untrained_head
 from training.evaluation.features import CachedImages
@@ -35,7 +35,9 @@ def _accuracy(head, images, scope="batch"):
 def test_cached_features_give_the_logits_of_the_images(backbone_config):
     model = RBIForImageClassification(_config("kernel", backbone_config)).eval()
     pixel_values = torch.randn(7, 3, 32, 32)
-    images = CachedImages.from_backbone(model.rbi, pixel_values, torch.zeros(7, dtype=torch.long), batch_size=3)
+    with torch.no_grad():
+        features = model.rbi.extract_features(pixel_values)[0]
+    images = CachedImages(pixel_values, features, torch.zeros(7, dtype=torch.long))
     for scope in ("self", "batch"):
         with torch.no_grad():
             logits = model(pixel_values, relation_scope=scope).logits
@@ -85,14 +87,6 @@ def test_the_given_config_is_not_changed(images, backbone_config):
     before = config.to_dict()
     train_head(images, torch.arange(45), config, Budget(steps=1), seed=0)
     assert config.to_dict() == before
-
-
-def test_from_backbone_runs_the_model(backbone_config):
-    model = RBIModel(_config("paper", backbone_config)).eval()
-    pixel_values = torch.randn(5, 3, 32, 32)
-    images = CachedImages.from_backbone(model, pixel_values, torch.arange(5), batch_size=2)
-    with torch.no_grad():
-        torch.testing.assert_close(images.features, model.extract_features(pixel_values)[0])
 
 
 def _spy(monkeypatch):

@@ -216,7 +216,7 @@ class TestFrozen:
         with safe_open(path, "pt") as file:
             assert file.get_slice("features").get_shape() == [80, 24]  # of 80 images, in all seeds
 
-    def test_a_rerun_does_nothing_anew_and_gives_the_same(self, frozen, monkeypatch):
+    def test_a_rerun_does_no_work_again_and_gives_the_same(self, frozen, monkeypatch):
         results, _, line = frozen
         for name in ("extract", "train_frozen", "measure_arm"):
             monkeypatch.setattr(ablation, name, refuse)
