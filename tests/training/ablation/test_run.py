@@ -98,24 +98,6 @@ def test_equal_differences_have_an_interval_of_no_width():
     assert paired_difference([0.5, 0.75], [0.25, 0.5]) == {"mean": 0.25, "low": 0.25, "high": 0.25}
 
 
-def command_line(published, folder, **more):
-    """Of an ablation on the small data set, for fixtures that outlive a test."""
-    backbone = {"model_type": "convnext", "hidden_sizes": [8, 12, 16, 24], "depths": [1] * 4, "image_size": 32}
-    values = {
-        "dataset_format": "cub_200_2011",
-        "dataset_dir": published,
-        "output_dir": folder,
-        "backbone_config": json.dumps(backbone),
-        "image_size": 32,
-        "per_device_train_batch_size": 8,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "num_seeds": 2,
-        "num_shuffles": 2,
-    } | more
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -124,26 +106,19 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def frozen(published, cache, tmp_path_factory):
+def frozen(command_line, cache, tmp_path_factory):
     """An ablation of all arms on a frozen backbone: what it gave, its folder and its command line."""
     folder = tmp_path_factory.mktemp("frozen") / "out"
-    line = command_line(published, folder, num_unlabeled=7, **FROZEN)
+    line = command_line(folder, num_unlabeled=7, **FROZEN)
     return ablate(AblationArguments.parse(line)), folder, line
 
 
 @pytest.fixture(scope="module")
-def end_to_end(published, cache, tmp_path_factory):
+def end_to_end(command_line, cache, tmp_path_factory):
     """An ablation with all of the backbone: what it gave, its folder and its arguments."""
     folder = tmp_path_factory.mktemp("end_to_end") / "out"
-    line = command_line(
-        published,
-        folder,
-        num_train_epochs=2,
-        learning_rate=1e-2,
-        num_unlabeled=5,
-        batch_sampler="balanced",
-        images_per_class=4,
-    )
+    more = {"num_seeds": 2, "num_shuffles": 2, "num_unlabeled": 5, "learning_rate": 1e-2}
+    line = command_line(folder, batch_sampler="balanced", images_per_class=4, **more)
     arms = ["rbi", "rbi-kernel-untrained", "batchformer", "bank-untrained", "bank-trained+single"]
     args = AblationArguments.parse([*line, "--arms", *arms])
     return ablate(args), folder, args
