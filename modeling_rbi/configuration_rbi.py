@@ -25,7 +25,7 @@ from transformers.utils import auto_docstring
 from .errors_rbi import UserError
 
 
-# What transformers itself may write into a `config.json`, or set on a config, beside the fields of the config class.
+# Keys that transformers itself may write into a `config.json` or set on a config, besides the fields of its class.
 _COMMON_CONFIG_KEYS = {
     "attn_implementation",
     "auto_map",
@@ -53,47 +53,47 @@ _DROPPED_FIELDS = {"gather_across_processes", "self_loss_weight"}
     Configuration of the RBI models: a vision backbone, and the head in which the images of a batch attend to each
     other (Le et al., "Enhancing Fine-grained Image Classification through Attentive Batch Training",
     https://huggingface.co/papers/2412.19606). The defaults are those of [`RBIConfig.paper`], but for PSNR on reduced
-    images; [`RBIConfig.kernel`] is the form that is useful without training. The paper's full text leaves parts of the
-    head open; those are fields here, and each says what its default is a reading of.
+    images; [`RBIConfig.kernel`] is the form that is useful without training. The paper leaves parts of the head open:
+    these are fields here, whose defaults are one reading of it.
     """
 )
 @strict
 class RBIConfig(PreTrainedConfig):
     r"""
     backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a `ConvNextConfig`):
-        Configuration of the vision backbone: that of any vision model of transformers, or a `TimmWrapperConfig` for
-        the models of timm.
+        Configuration of the vision backbone: of any vision model in transformers, or a `TimmWrapperConfig` for timm
+        models.
     feature_size (`int`, *optional*):
-        Number of features d that the backbone gives for an image after pooling. Measured when the model is built if
-        it is `None`, and saved from then on.
+        Number d of features per image after pooling. If `None`, it is measured when the model is built, and then
+        saved.
     pooling (`str`, *optional*, defaults to `"auto"`):
-        How the backbone's output becomes one vector for an image. `"pooler"`: its own `pooler_output`; `"cls"`: the
-        class token; `"mean"`: the mean over the patch tokens or the feature map, class and register tokens left out;
+        How the backbone's output becomes one vector per image. `"pooler"`: its own `pooler_output`; `"cls"`: the
+        class token; `"mean"`: the mean over the patch tokens or the feature map, without class and register tokens;
         `"cls_mean"`: both, concatenated; `"auto"`: what suits the backbone (the class token for ViT and DeiT, both
-        for DINOv2, else the pooler where there is one and the mean where there is none).
+        for DINOv2, otherwise the pooler if there is one, else the mean).
     num_attention_heads (`int`, *optional*, defaults to 1):
-        Attention heads of the head. Must divide `feature_size`.
+        Number of attention heads of RRA. Must divide `feature_size`.
     attention_type (`str`, *optional*, defaults to `"dot_product"`):
-        `"dot_product"`: queries times keys over sqrt(d / heads); `"cosine"`: their cosine over a learned temperature
-        for each head, of features from which the mean over the neighbors is taken: without that, pooled features of
-        one network are all alike (on ORL faces, 2 training images each, 6 draws, batches of 128: the untrained
-        kernel loses 9 points instead of gaining 0.4). In a batch of n, it puts the cosines of different images around
-        -1/(n-1): images by twos or threes stay by themselves.
+        `"dot_product"`: queries times keys over sqrt(d / heads). `"cosine"`: their cosine over a learned temperature
+        for each head, after the mean over the neighbors is subtracted from the features. Without this centering,
+        pooled features of one network are all alike (on ORL faces, 2 training images each, 6 draws, batches of 128:
+        the untrained kernel loses 9 points instead of gaining 0.4). In a batch of n, it puts the cosines of different
+        images around -1/(n-1), so that in batches of two or three an image attends mostly to itself.
     attention_temperature (`float`, *optional*, defaults to 0.2):
-        Temperature that `attention_type="cosine"` starts from. At least 0.01.
+        Initial temperature of `attention_type="cosine"`. At least 0.01.
     attention_dropout (`float`, *optional*, defaults to 0.0):
         Dropout on the attention between images.
     classifier_dropout (`float`, *optional*, defaults to 0.0):
         Dropout before the classifier.
     residual_gate (`str`, *optional*, defaults to `"learned"`):
-        How an image's own features r and its message m are joined. `"learned"`: beta r + (1 - beta) m
-        with beta = sigmoid(w [m; r; m - r]), one number for each image; `"sum"`: r + m; `"none"`: m alone.
+        How an image's own features r and its message m are combined. `"learned"`: beta r + (1 - beta) m
+        with beta = sigmoid(w [m; r; m - r]), one number for each image; `"sum"`: r + m; `"none"`: only m.
     relation_position_encoding (`str`, *optional*, defaults to `"key_value"`):
         Where the PSNR relation enters the attention. `"key_value"`: p w is added to keys and values (the reading of
-        the paper with most support); `"key"`: to the keys alone; `"bias"`: PSNR in dB times a learned gain for each
+        the paper with most support); `"key"`: only to the keys; `"bias"`: PSNR in dB times a learned gain for each
         head is added to the attention logits; `"none"`: nowhere.
     relation_gain (`float`, *optional*, defaults to 0.5):
-        Gain, per dB, that `relation_position_encoding="bias"` starts from.
+        Initial gain, per dB, of `relation_position_encoding="bias"`.
     psnr_max (`float`, *optional*, defaults to 50.0):
         PSNR, in dB, above which two images count as the same: p = min(PSNR, psnr_max) / psnr_max. One gray level of
         256 everywhere is 48.1 dB.
@@ -102,44 +102,44 @@ class RBIConfig(PreTrainedConfig):
         paper. Spearman's rank correlation with full size (224 px), measured over all pairs of 400 images: at 32 px
         0.997 on ORL faces and 0.997 on ELPV solar cells, at 16 px 0.990 and 0.987.
     self_relation (`str`, *optional*, defaults to `"one"`):
-        The relation p_ii of an image to itself. `"one"`: 1, as PSNR has it; `"nearest"`: that to its nearest
-        neighbor, without which a sharp attention would look at nothing but the image itself. An image without
-        neighbors has 1 either way.
+        The relation p_ii of an image to itself. `"one"`: 1, the PSNR of identical images over its ceiling;
+        `"nearest"`: the relation to its nearest neighbor, without which a sharp attention would see only the image
+        itself. Without neighbors it is 1 in either case.
     head_initialization (`str`, *optional*, defaults to `"standard"`):
         `"standard"`: uniform in +-1/sqrt(fan_in), biases zero; `"identity"`: the four projections are identities and
-        the relation and the gate start at zero, so that an image on its own keeps its features.
+        the relation and the gate start at zero, so that an image without neighbors keeps its features.
     relation_scope (`str`, *optional*, defaults to `"self"`):
-        Whom an image attends to in evaluation. `"batch"`: every image of the batch; `"self"`: itself alone;
-        `"reference"`: itself and the references that the model carries. With the latter two its answer does not
-        depend on the others of the batch. Training uses `"batch"`; the forward argument of the same name overrides
+        What an image attends to in evaluation. `"batch"`: every image of the batch; `"self"`: only itself;
+        `"reference"`: itself and the model's references. With `"self"` and `"reference"`, an answer does not depend
+        on the other images of the batch. Training uses `"batch"`. The forward argument of the same name overrides
         both. [`~RBIPreTrainedModel.set_references`] sets it to `"reference"`.
     references (`dict`, *optional*):
         What the model's reference bank holds, written by [`~RBIPreTrainedModel.set_references`]: `num_references`,
-        `num_labeled`, `image_shape` (channels, height, width; `None` where no images are kept), `mean_similarity`,
+        `num_labeled`, `image_shape` (channels, height, width; `None` without thumbnails), `mean_similarity`,
         and how they were chosen. `None`: the model has no bank.
     reference_share (`float`, *optional*):
-        How much of an image's attention goes to the references, the rest staying with itself, in (0, 1]. `None`: as
-        much as it is drawn to, as in a batch, where the image stands among its neighbors. The fixed share is what
-        keeps a large bank from drowning the image.
+        Fraction of the attention that goes to the references, in (0, 1]; the image keeps the rest. `None`: one
+        softmax over the image and all references, as in a batch. A fixed fraction keeps a large bank from drowning
+        out the image.
     num_reference_neighbors (`int`, *optional*):
-        Of the references, how many an image attends to: those that it is drawn to most. `None`: all.
+        Attend only to this many references, those with the highest scores. `None`: all.
     reference_temperature (`float`, *optional*):
         Temperature of cosine attention to references, at least 0.01. `None`: the learned one.
     reference_gain (`float`, *optional*):
         Gain, per dB, of PSNR to references, with `relation_position_encoding="bias"`. `None`: the learned one.
     reference_vote_weight (`float`, *optional*, defaults to 0.0):
-        Share of the answer, in [0, 1), that the labels of the references give by themselves: each class has a vote,
-        the mean attention (with the learned temperature and gain) to its references, whatever their number.
+        Share, in [0, 1), of the votes of the references' labels in the answer. The vote of a class is the mean
+        attention (at the learned temperature and gain) to its references, so that their number does not matter.
     num_added_classes (`int`, *optional*, defaults to 0):
-        How many of the last classes the classifier was not trained on, see [`~RBIForImageClassification.add_classes`].
+        How many of the last classes were added without training, see [`~RBIForImageClassification.add_classes`].
     image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
         Mean that the image processor subtracts from pixels in [0, 1], undone before PSNR.
     image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
         Standard deviation that the image processor divides pixels in [0, 1] by, undone before PSNR.
 
     Raises:
-        UserError: for a field that is unknown, or a `backbone_config` of no known class; the message names it.
-        StrictDataclassError: for a field of the wrong type, out of its range, or at odds with another one (see
+        UserError: for an unknown field, or a `backbone_config` of unknown class; the message names it.
+        StrictDataclassError: for a field of the wrong type, out of its range, or in conflict with another field (see
             `huggingface_hub.errors`); the message names it.
 
     Example:
@@ -248,7 +248,7 @@ class RBIConfig(PreTrainedConfig):
 
     @classmethod
     def own_fields(cls) -> list[str]:
-        """Names of the fields that RBI adds to those of every config."""
+        """Names of the fields that RBIConfig adds to `PreTrainedConfig`."""
         inherited = {field.name for field in fields(PreTrainedConfig)}
         return [field.name for field in fields(cls) if field.name not in inherited]
 
@@ -268,15 +268,15 @@ class RBIConfig(PreTrainedConfig):
         return CONFIG_MAPPING[model_type].from_dict(backbone_config)
 
     def validate_backbone(self):
-        """Part of `@strict`-powered validation: the backbone is one tower of images."""
+        """Part of `@strict`-powered validation: the backbone is a single vision tower."""
         if hasattr(self.backbone_config, "vision_config"):
             raise UserError(
                 f"`backbone_config` is a {type(self.backbone_config).__name__}, of a model with several towers: pass "
-                "its vision tower's, `backbone_config.vision_config`."
+                "the config of its vision tower, `backbone_config.vision_config`."
             )
         if self.backbone_config.model_type == self.model_type:
-            raise UserError("`backbone_config` is an RBIConfig itself: pass the config of the backbone alone.")
-        model_args = getattr(self.backbone_config, "model_args", None) or {}  # those of timm
+            raise UserError("`backbone_config` is an RBIConfig itself: pass the config of the backbone.")
+        model_args = getattr(self.backbone_config, "model_args", None) or {}  # arguments of timm
         num_channels = getattr(self.backbone_config, "num_channels", None) or model_args.get("in_chans")
         num_channels = num_channels or len(self.image_mean)
         for name in ("image_mean", "image_std"):
@@ -291,7 +291,7 @@ class RBIConfig(PreTrainedConfig):
             raise UserError(f"`image_std` must be above 0 in every channel, got {self.image_std}.")
 
     def validate_relations(self):
-        """Part of `@strict`-powered validation: the ranges of the head's fields, and what excludes each other."""
+        """Part of `@strict`-powered validation: ranges of the head's fields, and fields that exclude each other."""
         for name in ("num_attention_heads", "feature_size", "psnr_image_size", "num_reference_neighbors"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -356,14 +356,14 @@ class RBIConfig(PreTrainedConfig):
     @classmethod
     def paper(cls, **kwargs) -> "RBIConfig":
         r"""
-        The paper's method as far as its published parts tell, PSNR on full-size images. Any field can be overridden.
+        The paper's method, as far as it is published, with PSNR on full-size images. Any field can be overridden.
 
         | | `paper` | `kernel` |
         |---|---|---|
         | attention | dot product | cosine of centered features, learned temperature from 0.2 |
         | relation | p w on keys and values, p in [0, 1] | PSNR in dB times a learned gain from 0.5, on the logits |
         | PSNR at | full size | 16 px |
-        | relation to itself | 1 | that to the nearest neighbor |
+        | relation to itself | 1 | as to the nearest neighbor |
         | residual | learned gate | none: the image takes part in its own message |
         | start | uniform +-1/sqrt(fan_in) | identities |
         | references | as a batch | a quarter of the attention, to the nearest 8, at temperature 0.3 and gain 1 |
@@ -383,8 +383,8 @@ class RBIConfig(PreTrainedConfig):
     def kernel(cls, **kwargs) -> "RBIConfig":
         r"""
         The kernel form: the head starts as a similarity kernel over the images and is useful without training. See
-        the table of [`RBIConfig.paper`]. Any field can be overridden. There is no gate because one that starts at 1/2
-        halves what relations do before training.
+        the table of [`RBIConfig.paper`]. Any field can be overridden. It has no gate, which would start at 1/2 and
+        halve the effect of relations before training.
         """
         preset = {
             "attention_type": "cosine",

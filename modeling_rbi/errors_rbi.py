@@ -18,11 +18,11 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Base class of the errors that a user can fix. The message names what is wrong and what to do."""
+    """Base class of errors that the user can fix. The message says what is wrong and what to do."""
 
 
 class MissingPackageError(UserError, ImportError):
-    """A package that is needed for what was asked is not installed."""
+    """A package that the request needs is not installed."""
 
 
 class MismatchedWeightsError(UserError, RuntimeError):

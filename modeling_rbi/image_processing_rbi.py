@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Image processors for RBI: that of the backbone, in a form that can be saved beside the model."""
+"""Image processors for RBI: the processor of the backbone, in a form that can be saved with the model."""
 
 import math
 
@@ -19,7 +19,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-# From `transformers` itself, version 5.17 gives it only where there is torchvision, which it does not need.
+# `transformers` 5.17 exports it only with torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .errors_rbi import UserError
@@ -36,17 +36,17 @@ def load_image_processor(name_or_path: str, **kwargs) -> BaseImageProcessor:
     r"""
     Loads the image processor of a backbone or of an RBI model. For a timm checkpoint, whose own wrapper cannot be
     saved, it is a `CLIPImageProcessor` that does the same as timm's evaluation transform: resize, center crop,
-    normalization. With `backend="pil"` its pixels are timm's own; the default, torchvision, resizes slightly otherwise
-    (by a gray level or so). Where an odd number of pixels is cropped away, the crop can lie one pixel off timm's.
+    normalization. With `backend="pil"` its pixels equal timm's; the default, torchvision, resizes slightly differently
+    (by about one gray level). Where an odd number of pixels is cropped, the crop may be one pixel off.
 
     Args:
         name_or_path (`str`):
-            A folder or a repository of the Hub.
+            Folder or Hub repository.
         kwargs:
             Passed to `AutoImageProcessor.from_pretrained`.
 
     Raises:
-        UserError: where timm's transform is one that cannot be written as such a processor.
+        UserError: if timm's transform cannot be expressed as such a processor.
     """
     processor = AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
     timm_config = getattr(processor, "data_config", None)
@@ -67,10 +67,10 @@ def _from_timm_data_config(data_config: dict, backend: str | None) -> BaseImageP
     if size is None or interpolation not in _TIMM_RESAMPLE:
         raise UserError(
             f"timm's evaluation transform has crop_mode={crop_mode!r}, interpolation={interpolation!r} and input size "
-            f"{height} x {width}; only a square center crop, or a squashed one, with {sorted(_TIMM_RESAMPLE)} can be "
-            "saved as an image processor: build one that suits the model and save it beside it."
+            f"{height} x {width}; only a square center crop, or a squashed image, with {sorted(_TIMM_RESAMPLE)} can "
+            "be saved as an image processor: build one that suits the model and save it with the model."
         )
-    # Imported where it is needed: without torchvision, which timm needs, the import itself warns.
+    # Imported here because the import warns without torchvision. timm needs torchvision.
     from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
     processor_class = CLIPImageProcessorPil if backend == "pil" else CLIPImageProcessor
@@ -85,15 +85,15 @@ def _from_timm_data_config(data_config: dict, backend: str | None) -> BaseImageP
 
 def pixel_statistics(image_processor: BaseImageProcessor, num_channels: int = 3) -> tuple[list[float], list[float]]:
     r"""
-    Gives mean and std, of each channel, such that `pixel_values * std + mean` is the image in [0, 1] again. They are
-    measured on a black and a white image, since processors differ in what they do beside `image_mean` and
-    `image_std` (rescaling by other factors, offsets, normalizing twice).
+    Mean and standard deviation of each channel such that `pixel_values * std + mean` is the image in [0, 1]. They are
+    measured on a black and a white image, since processors do more than `image_mean` and `image_std` say (rescaling by
+    other factors, offsets, normalizing twice).
 
     Args:
         image_processor (`BaseImageProcessor`):
-            The processor that the model's images go through.
+            The processor of the model's images.
         num_channels (`int`, *optional*, defaults to 3):
-            Channels that the model takes: 3, or 1 for gray images.
+            Channels of the model's images: 3, or 1 for gray images.
 
     Returns:
         `tuple[list[float], list[float]]`: `image_mean` and `image_std` for [`RBIConfig`].

@@ -47,18 +47,17 @@ def choose_references(
         labels (`torch.LongTensor` of shape `(n,)`):
             Class of each image, -100 where it is not known.
         class_names (`Mapping[int, str]`):
-            Of the model's classes.
+            Names of the model's classes.
         per_class (`int`, *optional*):
-            Images of each class, or all where a class has fewer.
+            Number of images of each class. A smaller class gives all of its images.
         num_references (`int`, *optional*):
-            Images in all, in place of `per_class`. With neither, all are taken.
+            Total number of images, instead of `per_class`. With neither, all are taken.
         strategy (`str`, *optional*):
-            `"balanced"`: of each class at random, and of all classes as equally many as can be; `"herding"`: the same
-            numbers, and of each class those whose mean comes closest to the class's (Welling, 2009, as iCaRL has it);
-            `"random"`: at random, whatever the class. By default `"balanced"` where all labels are known, else
-            `"random"`.
+            `"balanced"`: at random within each class, as equal numbers as possible; `"herding"`: the same numbers, but
+            the images whose mean comes closest to the mean of the class (Welling, 2009, as in iCaRL); `"random"`: at
+            random, regardless of class. By default `"balanced"` if all labels are known, else `"random"`.
         seed (`int`, *optional*, defaults to 0):
-            Of what is drawn at random.
+            Seed of the random choice.
         features (`torch.FloatTensor` of shape `(n, feature_size)`, *optional*):
             Features of the images, for `"herding"`.
 
@@ -72,7 +71,7 @@ def choose_references(
     strategy = strategy or default_strategy(labels)
     check_choice(per_class, num_references, strategy)
     if not len(labels):
-        raise UserError("There are no images to make references of.")
+        raise UserError("There are no images to use as references.")
     known = labels[is_labeled]
     if len(known) and (known.min() < 0 or known.max() >= len(class_names)):
         wrong = int(known.max() if known.max() >= len(class_names) else known.min())
@@ -82,7 +81,7 @@ def choose_references(
     if strategy != "random" and 0 < len(known) < len(labels):
         raise UserError(
             f'`strategy="{strategy}"` needs a label for each image, but {len(labels) - len(known)} have none: add '
-            "those in a second call, `add_references`."
+            "unlabeled images in a second call, `add_references`."
         )
     if strategy == "balanced" and not len(known):
         raise UserError('`strategy="balanced"` needs labels, and no image has one: use "random" or "herding".')
@@ -92,10 +91,10 @@ def choose_references(
             empty = [class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
             raise UserError(
                 f"{len(empty)} of the model's classes have no image, for instance {empty[0]!r}: add images of "
-                'them, or take `strategy="random"`.'
+                'these classes, or use `strategy="random"`.'
             )
         if per_class is not None and (short := int((counts < per_class).sum())):
-            logger.warning(f"{short} classes have fewer than {per_class} images: all that they have are taken.")
+            logger.warning(f"{short} classes have fewer than {per_class} images: all of their images are taken.")
 
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
@@ -106,7 +105,7 @@ def choose_references(
             if features is None:
                 raise UserError('`strategy="herding"` needs `features`.')
             order = torch.cat([rows[_herd(features[rows])] for rows in _rows_of_each(labels)])
-        # Turn by turn, each class puts its next image in.
+        # In rounds: each class adds its next image.
         turns = torch.empty_like(order)
         for rows in _rows_of_each(labels[order]):
             turns[rows] = torch.arange(len(rows))
@@ -117,16 +116,16 @@ def choose_references(
 
 
 def default_strategy(labels: torch.Tensor) -> str:
-    """The strategy of `choose_references` where none is given."""
+    """The strategy of `choose_references` if none is given."""
     return "balanced" if (labels != NO_LABEL).all() else "random"
 
 
 def check_choice(per_class: int | None, num_references: int | None, strategy: str | None):
     r"""
-    What can be said of the arguments of `choose_references` before there are labels.
+    Checks the arguments of `choose_references` that can be checked without labels.
 
     Raises:
-        UserError: if they are out of range, or exclude each other.
+        UserError: if they are out of range or exclude each other.
     """
     if strategy is not None and strategy not in STRATEGIES:
         raise UserError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
@@ -137,7 +136,7 @@ def check_choice(per_class: int | None, num_references: int | None, strategy: st
             raise UserError(f"`{name}` must be at least 1, got {value}.")
     if strategy == "random" and per_class is not None:
         raise UserError(
-            '`per_class` goes with labels and `strategy="balanced"` or `"herding"`: give `num_references` instead.'
+            '`per_class` needs labels and `strategy="balanced"` or `"herding"`: give `num_references` instead.'
         )
 
 
@@ -146,7 +145,7 @@ def _rows_of_each(labels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _herd(features: torch.Tensor) -> torch.Tensor:
-    """Order of the images of a class: each next one brings the mean of those so far closest to the mean of all."""
+    """Order of the images of a class: each brings the mean of the images so far closest to the mean of all."""
     features = nn.functional.normalize(features.float(), dim=-1)
     mean, total = features.mean(0), torch.zeros_like(features[0])
     order: list[int] = []
@@ -160,13 +159,13 @@ def _herd(features: torch.Tensor) -> torch.Tensor:
 
 
 def labels_before_reading(images: Any) -> torch.Tensor | None:
-    """Labels of a data set that gives them without its images: `labels` of ours, a column of `datasets`."""
+    """Labels that a data set gives without reading its images: an attribute `labels`, or a column of `datasets`."""
     if not (isinstance(images, Sized) and hasattr(images, "__getitem__")):
         return None
     labels = getattr(images, "labels", None)
     for name in ("labels", "label"):
         if labels is None and name in (getattr(images, "column_names", None) or ()):
-            # Else a transform of the data set's is run, on all images.
+            # Without a format, the transform of the data set does not run on all images.
             labels = images.with_format(None)[name][:]  # type: ignore[attr-defined]
     if labels is None or len(labels) != len(images):
         return None
@@ -184,17 +183,17 @@ def read_batches(
 
     Args:
         images (`Dataset` or `Iterable`):
-            Of dicts: one image each, `pixel_values` (C, H, W) or a PIL `image`, or a batch, `pixel_values`
+            Yields dicts: one image, `pixel_values` (C, H, W) or a PIL `image`, or a batch, `pixel_values`
             (B, C, H, W); with `labels` or `label` where they are known.
         rows (`Sequence[int]`, *optional*):
-            Which images of a data set to read, by their numbers; all if it is `None`.
+            Row numbers of the images of a data set to read. `None`: all.
         image_processor (`Callable`, *optional*):
-            For PIL images.
+            Processor for PIL images.
         batch_size (`int`):
-            Images at a time, where they come one by one.
+            Number of images per batch, if they come one by one.
 
     Raises:
-        UserError: if an item is of another form.
+        UserError: if an item has another form.
     """
     if isinstance(images, Mapping):
         raise UserError(
@@ -220,7 +219,7 @@ def read_batches(
 
 def _stacked(images: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     if len({pixel_values.shape for pixel_values, _ in images}) > 1:
-        raise UserError("The images are of several sizes: pass them through the model's image processor.")
+        raise UserError("The images have several sizes: pass them through the model's image processor.")
     return torch.stack([pixel_values for pixel_values, _ in images]), torch.tensor([label for _, label in images])
 
 
@@ -245,10 +244,10 @@ def _pixels_and_labels(item: Any, image_processor: Callable | None) -> tuple[tor
 
 
 def _labels(labels: Any, shape: torch.Size) -> torch.Tensor:
-    """Labels as a tensor, those that are `None` as -100."""
+    """Labels as a tensor, with -100 for `None`."""
     if isinstance(labels, (list, tuple)):
         labels = [NO_LABEL if label is None else label for label in labels]
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of what is no number
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # not numbers
         labels = torch.as_tensor(labels).cpu()
         if labels.shape == shape and not labels.is_floating_point():
             return labels.long()
@@ -256,4 +255,11 @@ def _labels(labels: Any, shape: torch.Size) -> torch.Tensor:
     raise UserError(f"Labels must be one whole number for each image, got {given}.")
 
 
-__all__ = ["choose_references"]
+__all__ = [
+    "STRATEGIES",
+    "check_choice",
+    "choose_references",
+    "default_strategy",
+    "labels_before_reading",
+    "read_batches",
+]
