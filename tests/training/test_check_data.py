@@ -33,6 +33,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_as_a_command(folder, tmp_path):
     (folder / "a" / "[bold]x.jpg").write_bytes(b"")
     (folder / ".DS_Store").write_bytes(b"")

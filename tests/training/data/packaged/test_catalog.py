@@ -51,7 +51,7 @@ def test_passes_the_default_config_and_the_seed(monkeypatch):
     ("name", "config_name"),
     [
         *(("orl_faces", config_name) for config_name in PACKAGED["orl_faces"].config_names),
-        *(("elpv", config_name) for config_name in PACKAGED["elpv"].config_names),
+        ("elpv", "all"),
         ("emoji", "google-fine"),
         ("emoji", "emojione-all"),
         ("cards", "families"),

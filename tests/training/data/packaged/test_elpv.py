@@ -13,8 +13,7 @@ from training.data.packaged.elpv import ELPV, ELPV_CONFIGS, load_elpv_splits
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cells_read_once")]
 
 
-@pytest.mark.parametrize("config_name", ELPV_CONFIGS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "config_name"), list(enumerate(ELPV_CONFIGS)))
 def test_parts_are_other_modules_of_like_composition(config_name, seed):
     splits = load_elpv_splits(config_name, seed)
     kinds = ELPV_CONFIGS[config_name]
