@@ -11,7 +11,6 @@ Exit code 0: measured. 1: model, data and arguments do not fit each other. 2: th
 """
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -22,15 +21,13 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedConfig, TrainingArguments
 
 from modeling_rbi import RBIConfig, UserError
-from modeling_rbi.errors_rbi import listed
 
-from .cli import parse_arguments
+from .cli import parse_arguments, run_command
 from .data.arguments import DataArguments
 from .data.checks import check_images, drop_bad, refuse_bad
 from .data.decode import decode_image
@@ -50,8 +47,8 @@ from .evaluation.classifiers import (
 )
 from .evaluation.features import extract
 from .evaluation.protocols import BATCH_PROTOCOLS, PROTOCOLS, check_sizes
-from .evaluation.report import FILES, PROGRAM, RESULTS_FILE, as_json, draw, results_table, write_tables
-from .files import filled_whole, names_in, write_json
+from .evaluation.report import FILES, PROGRAM, RESULTS_FILE, as_json, plot, results_table, write_tables
+from .files import check_output_dir, filled_whole, write_json
 from .record import describe_environment, resolved_arguments, weights_fingerprint
 
 
@@ -148,7 +145,7 @@ def run(
     """
     start = time.perf_counter() if start is None else start
     output_dir = Path(args.output_dir)
-    check_output_dir(output_dir)
+    check_output_dir(output_dir, "an assessment", FILES, _is_assessment)
     config = load_config(args.model, args.model_revision)
     choose_protocols(config, args.protocols)  # before the images are read
     images = load_images(data, args.seed)
@@ -219,7 +216,7 @@ def run(
 
     with filled_whole(output_dir, last=RESULTS_FILE) as draft:
         write_tables(draft, assessment, names)
-        draw(draft, assessment, names, load)
+        plot(draft, assessment, names, load)
         seconds = {
             "loading and checking": checked - start,
             "backbone pass": extracted.seconds,
@@ -247,25 +244,9 @@ def _fit(
     return split, match_labels(split, config), make_plan(config, args, len(split))
 
 
-def check_output_dir(folder: Path):
-    r"""
-    Raises:
-        UserError: if the folder holds anything but an earlier assessment.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a folder.")
-    names = names_in(folder)
-    others = [name for name in names if name not in FILES]
-    if others or (names and not _is_assessment(folder / RESULTS_FILE)):
-        raise UserError(
-            f"--output_dir {folder} holds other things than an assessment ({listed(others or names)}): name another "
-            "folder."
-        )
-
-
-def _is_assessment(path: Path) -> bool:
+def _is_assessment(folder: Path) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["program"] == PROGRAM
+        return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["program"] == PROGRAM
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
@@ -279,7 +260,7 @@ def choose_protocols(config: PreTrainedConfig, asked: Sequence[str] | None) -> t
     """
     impossible = {}
     if config.model_type != RBIConfig.model_type:
-        reason = f"the answers of a {config.model_type} model do not depend on the batch"
+        reason = f"the predictions of a {config.model_type} model do not depend on the batch"
         impossible = {name: reason for name in PROTOCOLS if name != "single"}
     elif getattr(config, "references", None) is None:
         impossible = {"reference": "the model has no reference bank; `model.set_references` makes one"}
@@ -317,28 +298,11 @@ def make_plan(config: PreTrainedConfig, args: AssessmentArguments, num_images: i
     return Plan(protocols, batch_sizes, left_out)
 
 
-logger = logging.getLogger(__name__)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+def command(argv: Sequence[str], console: Console):
+    """Parses the arguments, measures, and prints the results."""
     start = time.perf_counter()
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    args = None
-    try:
-        args, data, _ = parse_arguments(
-            sys.argv[1:] if argv is None else argv, (AssessmentArguments, DataArguments), {}, description=__doc__
-        )
-        assessment, content = run(args, data, start)
-    except KeyboardInterrupt:
-        print("Stopped. Nothing was written.", file=sys.stderr)
-        return 130
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        logger.debug("Where it happened:", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if args is None else 1
+    args, data, _ = parse_arguments(argv, (AssessmentArguments, DataArguments), {}, description=__doc__)
+    assessment, content = run(args, data, start)
     console.print(results_table(assessment, content["left_out"]))
     for finding in assessment.findings.values():
         console.print(escape(finding.sentence), highlight=False)
@@ -355,7 +319,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gives a trained classifier a reference bank, without training it.
 
-    python -m training.references --model outputs/mine --images camera --output_dir outputs/with-references
+    python -m training.references --model outputs/mine --unlabeled_dir camera --output_dir outputs/with-references
 
-`--model` is an RBI model, or any image classifier that RBI can be plugged into; `--images` are images without labels
-of the place where the model works. With labeled data (`--train_dir` and the like, as in training) its training
-images come into the bank, too, and its validation images say how much relations help, and which temperature, gain
-and share are the best. If none is, nothing is written. The test images are not looked at. A bank that the model has
-already is replaced.
+`--model` is an RBI model, or any image classifier that RBI can be plugged into. `--unlabeled_dir` is a folder of
+unlabeled images from the place where the model works. With labeled data (`--train_dir` and the like, as in training),
+the training images join the bank, and the validation images tell how much relations help and which temperature, gain
+and share are best. If relations do not help, nothing is written. The test images are not read. A bank that the model
+already has is replaced.
 
 Exit code 0: written. 1: model, images and arguments do not fit each other, or relations do not help. 2: the
 arguments are wrong.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from transformers import EvalPrediction, TrainingArguments
@@ -32,7 +30,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 
-from .cli import find_recipes, parse_arguments
+from .cli import find_recipes, parse_arguments, run_command
 from .data.arguments import DataArguments
 from .data.checks import load_checked_images, load_unlabeled_images
 from .data.decode import DEFAULT_MAX_PIXELS
@@ -52,11 +50,9 @@ from .evaluation.reference_settings import (
     paired_gain,
     scores_with_references,
 )
-from .files import filled_whole, write_json
+from .files import check_output_dir, filled_whole, write_json
 from .record import REFERENCES_FILE, RunRecord, describe_environment, resolved_arguments
 
-
-logger = logging.getLogger(__name__)
 
 _SOURCES = ("--dataset_name", "--dataset_format", "--train_dir", "--train_file")
 
@@ -67,11 +63,13 @@ class ReferenceArguments:
 
     model: str = field(metadata={"help": "Folder or Hub repository of an RBI model or another image classifier."})
     output_dir: str = field(metadata={"help": "New folder for the model with its references."})
-    images: list[str] | None = field(
-        default=None, metadata={"help": "Folders of images without labels, searched through, for the bank."}
+    unlabeled_dir: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders of unlabeled images for the bank; their subfolders are searched, too."},
     )
     num_references: int = field(
-        default=1000, metadata={"help": "Take this many of --images at most, drawn at random; of each folder."}
+        default=1000,
+        metadata={"help": "Take this many images of each folder of --unlabeled_dir at most, chosen at random."},
     )
     references_per_class: int | None = field(
         default=None,
@@ -86,7 +84,7 @@ class ReferenceArguments:
     )
     keep_images: bool = field(
         default=True,
-        metadata={"help": "Keep small copies of the images in the model, for PSNR. False: features alone."},
+        metadata={"help": "Keep thumbnails of the images in the model, for PSNR. False: keep only features."},
     )
     use_labels: bool = field(
         default=True,
@@ -163,16 +161,19 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabeledArguments, cons
         UserError, OSError: if model, images and arguments do not fit each other, or relations do not help.
     """
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output_dir {output_dir} is there already: name a new folder.")
+    check_output_dir(output_dir)
     is_labeled = isinstance(data, DataArguments)
-    if not args.images and not is_labeled:
-        raise UserError("Name images for the bank: --images FOLDER, or labeled data (--train_dir and the like).")
+    if not args.unlabeled_dir and not is_labeled:
+        raise UserError(
+            "Name images for the bank: --unlabeled_dir FOLDER, or labeled data (--train_dir and the like)."
+        )
     for name in ("references_per_class", "strategy"):
         if getattr(args, name) is not None and not is_labeled:
             raise UserError(f"--{name} is for training images: name labeled data (--train_dir and the like) too.")
     model, image_processor = load_rbi(args)
-    unlabeled = [load_unlabeled_images(folder, data.max_pixels, data.skip_bad_images) for folder in args.images or []]
+    unlabeled = [
+        load_unlabeled_images(folder, data.max_pixels, data.skip_bad_images) for folder in args.unlabeled_dir or []
+    ]
     images = load_checked_images(data, args.seed)[0] if isinstance(data, DataArguments) else None
     numbers = None if images is None else match_labels(images["train"], model.config)
     _check_classes(model, numbers)
@@ -255,7 +256,7 @@ def _check_size(args: ReferenceArguments, images: DatasetDict | None, unlabeled:
     num_unlabeled = sum(min(args.num_references, len(split)) for split in unlabeled)
     if num_labeled + num_unlabeled > MAX_REFERENCES:
         raise UserError(
-            f"The bank would have {num_labeled} training images and {num_unlabeled} of --images, more than a "
+            f"The bank would have {num_labeled} training images and {num_unlabeled} from --unlabeled_dir, more than a "
             f"model carries ({MAX_REFERENCES}): give --references_per_class, or fewer --num_references."
         )
 
@@ -317,25 +318,12 @@ def _table(results: list[Candidate], model: RBIForImageClassification, held_out:
     return table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    args = None
+def command(argv: Sequence[str], console: Console):
+    """Parses the arguments, makes and fits the bank, and prints what the model carries."""
     names_data = find_recipes(argv) or any(word.split("=")[0] in _SOURCES for word in argv)
     types = (ReferenceArguments, DataArguments if names_data else UnlabeledArguments)
-    try:
-        args, data, _ = parse_arguments(argv, types, {}, description=__doc__)
-        record = run(args, data, console)
-    except KeyboardInterrupt:
-        print("Stopped. Nothing was written.", file=sys.stderr)
-        return 130
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        logger.debug("Where it happened:", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if args is None else 1
+    args, data, _ = parse_arguments(argv, types, {}, description=__doc__)
+    record = run(args, data, console)
     references = record["references"]
     console.print(
         f"{references['num_references']} references, {references['num_bytes'] / 2**20:.1f} MiB, "
@@ -348,7 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     place = Path(args.output_dir).resolve()
     console.print(f"Model and record: {place}", soft_wrap=True, highlight=False, markup=False)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

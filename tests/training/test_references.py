@@ -460,10 +460,10 @@ def everything_in(folder):
 def test_unlabeled_images(kind, classifier_dir, rbi_dir, camera, data_dir, command, tmp_path, capsys):
     source = {"classifier": classifier_dir, "rbi": rbi_dir}[kind]
     before = everything_in(source)
-    assert command(model=source, images=camera) == 0
+    assert command(model=source, unlabeled_dir=camera) == 0
     assert everything_in(source) == before
     record = record_of(tmp_path / "out")
-    assert record["model"] == source and record["arguments"]["images"] == [str(camera)]
+    assert record["model"] == source and record["arguments"]["unlabeled_dir"] == [str(camera)]
     assert record["run"] is None, "it was not trained by `training.train`"
     assert record["references"]["num_references"] == 7 and record["references"]["num_labeled"] == 0
     assert record["settings"]["share"] == (0.25 if kind == "classifier" else None)
@@ -493,7 +493,7 @@ def test_unlabeled_images(kind, classifier_dir, rbi_dir, camera, data_dir, comma
 def fitted(classifier_dir, camera, data_dir, tmp_path_factory):
     """The folder of a run with both kinds of images, for a classifier that knows nothing, and the files it read."""
     folder = tmp_path_factory.mktemp("fitted") / "out"
-    words = ["--model", classifier_dir, "--images", camera, "--train_dir", data_dir, "--output_dir", folder]
+    words = ["--model", classifier_dir, "--unlabeled_dir", camera, "--train_dir", data_dir, "--output_dir", folder]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         read, decode = [], image_dataset.decode_image
@@ -595,7 +595,13 @@ def test_it_loads_without_the_package(fitted, data_dir, tmp_path):
 
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_the_papers_form_with_labeled_data(rbi_dir, data_dir, camera, command, tmp_path, keep_images, capsys):
-    arguments = {"model": rbi_dir, "train_dir": data_dir, "images": camera, "keep_images": keep_images, "force": True}
+    arguments = {
+        "model": rbi_dir,
+        "train_dir": data_dir,
+        "unlabeled_dir": camera,
+        "keep_images": keep_images,
+        "force": True,
+    }
     assert command(**arguments) == 0
     record, model = record_of(tmp_path / "out"), command.model
     assert len(record["candidates"]) == 1 + len(SHARES) * len(VOTE_WEIGHTS)
@@ -684,15 +690,15 @@ def test_labels_do_not_vote_where_they_are_not_to(classifier_dir, data_dir, tmp_
 def test_the_number_of_unlabeled_images(classifier_dir, camera, data_dir, tmp_path, command):
     """Of each folder, as many as there are at most, by chance and by the seed."""
     folders = [camera, data_dir / "test"]
-    assert command(model=classifier_dir, images=folders, num_references=5) == 0
+    assert command(model=classifier_dir, unlabeled_dir=folders, num_references=5) == 0
     assert record_of(tmp_path / "out")["references"]["num_references"] == 10
-    assert command(model=classifier_dir, images=folders, num_references=10**6, output_dir=tmp_path / "all") == 0
+    assert command(model=classifier_dir, unlabeled_dir=folders, num_references=10**6, output_dir=tmp_path / "all") == 0
     whole = command.model.rbi.references.images.flatten(1).tolist()
     assert len(whole) == 13
     chosen = []
     for seed in (0, 0, 1, 2):
         folder = tmp_path / f"{len(chosen)}"
-        assert command(model=classifier_dir, images=camera, num_references=3, seed=seed, output_dir=folder) == 0
+        assert command(model=classifier_dir, unlabeled_dir=camera, num_references=3, seed=seed, output_dir=folder) == 0
         images = command.model.rbi.references.images.flatten(1).tolist()
         assert len(images) == 3 and all(image in whole for image in images)
         chosen.append(images)
@@ -710,7 +716,7 @@ def with_bank(tmp_path):
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_a_bank_that_is_there_is_replaced(with_bank, camera, tmp_path, command, keep_images):
     source = saved(with_bank, tmp_path / "model")
-    assert command(model=source, images=camera, keep_images=keep_images) == 0
+    assert command(model=source, unlabeled_dir=camera, keep_images=keep_images) == 0
     assert record_of(tmp_path / "out")["references"]["num_references"] == 7
     bank = RBIForImageClassification.from_pretrained(tmp_path / "out").rbi.references
     assert len(bank) == 7 and (bank.labels == -100).all() and (bank.images is not None) == keep_images
@@ -720,7 +726,7 @@ def test_added_classes_keep_references(with_bank, camera, data_dir, tmp_path, co
     """They are known by the bank alone."""
     with_bank.add_classes(["wolf"], [{"pixel_values": torch.randn(3, 32, 32), "labels": 0}])
     source = saved(with_bank, tmp_path / "model")
-    for data, missing in (({"images": camera}, "'fox'"), ({"train_dir": data_dir}, "'wolf'")):
+    for data, missing in (({"unlabeled_dir": camera}, "'fox'"), ({"train_dir": data_dir}, "'wolf'")):
         assert command(model=source, **data) == 1
         assert "classes that were added by references" in (error := capsys.readouterr().err) and missing in error
         assert not (tmp_path / "out").exists()
@@ -740,7 +746,7 @@ def test_bad_images_are_named_or_left_out(classifier_dir, camera, tmp_path, comm
     for index, path in enumerate(sorted(camera.rglob("*.png"))):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / f"{index}.png").write_bytes(path.read_bytes()[: -40 if index == 3 else None])
-    arguments = {"model": classifier_dir, "images": tmp_path / "images"}
+    arguments = {"model": classifier_dir, "unlabeled_dir": tmp_path / "images"}
     assert command(**arguments) == 1
     error = capsys.readouterr().err
     assert str(tmp_path / "images" / "3.png") in error and "--skip_bad_images" in error
@@ -754,7 +760,7 @@ def test_bad_images_are_left_out_beside_labeled_ones(classifier_dir, data_dir, t
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
     Image.new("RGB", (32, 32), "teal").save(tmp_path / "images" / "good.png")
-    arguments = {"model": classifier_dir, "images": tmp_path / "images", "train_dir": data_dir}
+    arguments = {"model": classifier_dir, "unlabeled_dir": tmp_path / "images", "train_dir": data_dir}
     assert command(**arguments) == 1
     assert "bad.png" in capsys.readouterr().err
     assert command(**arguments, skip_bad_images=True) == 0
@@ -765,7 +771,7 @@ def test_unlike_classifiers_are_refused(camera, tmp_path, command, capsys):
     """PoolFormer has a normalization before its classifier."""
     config = PoolFormerConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
     source = saved(PoolFormerForImageClassification(config), tmp_path / "model")
-    assert command(model=source, images=camera) == 1
+    assert command(model=source, unlabeled_dir=camera) == 1
     assert "PoolFormerForImageClassification does more than pooling" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -785,26 +791,26 @@ def places(classifier_dir, camera, data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ({}, 1, "Name images for the bank: --images FOLDER, or labeled data"),
-        ({"images": "{tmp}/empty"}, 1, "holds no images"),
-        ({"images": "{tmp}/nowhere"}, 1, "nowhere is not a folder"),
-        ({"images": "{camera}", "output_dir": "{tmp}/full"}, 1, "full is there already: name a new folder"),
-        ({"images": "{camera}", "output_dir": "{tmp}/full/note.txt"}, 1, "note.txt is there already"),
-        ({"images": "{camera}", "model": "{tmp}/nowhere"}, 1, "there is no such folder"),
-        ({"images": "{camera}", "model": "{camera}"}, 1, "config.json"),
+        ({}, 1, "Name images for the bank: --unlabeled_dir FOLDER, or labeled data"),
+        ({"unlabeled_dir": "{tmp}/empty"}, 1, "holds no images"),
+        ({"unlabeled_dir": "{tmp}/nowhere"}, 1, "nowhere is not a folder"),
+        ({"unlabeled_dir": "{camera}", "output_dir": "{tmp}/full"}, 1, "full is not empty: name a new folder"),
+        ({"unlabeled_dir": "{camera}", "output_dir": "{tmp}/full/note.txt"}, 1, "note.txt is a file"),
+        ({"unlabeled_dir": "{camera}", "model": "{tmp}/nowhere"}, 1, "there is no such folder"),
+        ({"unlabeled_dir": "{camera}", "model": "{camera}"}, 1, "config.json"),
         ({"train_dir": "{tmp}/others"}, 1, "1 of the 2 labels of the data are none of the model's (yak"),
-        ({"images": "{camera}", "references_per_class": 2}, 1, "--references_per_class is for training images"),
-        ({"images": "{camera}", "strategy": "herding"}, 1, "--strategy is for training images"),
+        ({"unlabeled_dir": "{camera}", "references_per_class": 2}, 1, "--references_per_class is for training images"),
+        ({"unlabeled_dir": "{camera}", "strategy": "herding"}, 1, "--strategy is for training images"),
         (
             {"train_dir": "{data}", "references_per_class": 2, "strategy": "random"},
             2,
             "--references_per_class goes with",
         ),
-        ({"images": "{camera}", "num_references": 0}, 2, "--num_references must be at least 1, got 0"),
+        ({"unlabeled_dir": "{camera}", "num_references": 0}, 2, "--num_references must be at least 1, got 0"),
         ({"train_dir": "{data}", "references_per_class": 0}, 2, "--references_per_class must be at least 1, got 0"),
-        ({"images": "{camera}", "strategy": "best"}, 2, "invalid choice: 'best'"),
-        ({"images": "{camera}", "image": "x"}, 2, "did you mean `--images`"),
-        ({"images": "{camera}", "train_dir": "{data}", "train_file": "x"}, 2, "exactly one way"),
+        ({"unlabeled_dir": "{camera}", "strategy": "best"}, 2, "invalid choice: 'best'"),
+        ({"unlabeled_dir": "{camera}", "unlabeled": "x"}, 2, "did you mean `--unlabeled_dir`"),
+        ({"unlabeled_dir": "{camera}", "train_dir": "{data}", "train_file": "x"}, 2, "exactly one way"),
     ],
 )
 def test_errors(places, arguments, code, message, command, capsys):
@@ -822,9 +828,9 @@ def test_the_bank_has_a_limit(classifier_dir, camera, data_dir, tmp_path, comman
     monkeypatch.setattr(references, "MAX_REFERENCES", 14)
     monkeypatch.setattr(RBIForImageClassification, "set_references", None)
     for arguments, counts in (
-        ({"train_dir": data_dir}, "15 training images and 0 of --images"),
-        ({"train_dir": data_dir, "images": camera, "references_per_class": 4}, "12 training images and 7 of"),
-        ({"images": [camera, camera, camera], "num_references": 5}, "0 training images and 15 of"),
+        ({"train_dir": data_dir}, "15 training images and 0 from --unlabeled_dir"),
+        ({"train_dir": data_dir, "unlabeled_dir": camera, "references_per_class": 4}, "12 training images and 7 from"),
+        ({"unlabeled_dir": [camera, camera, camera], "num_references": 5}, "0 training images and 15 from"),
     ):
         assert command(model=classifier_dir, **arguments) == 1
         error = capsys.readouterr().err
@@ -834,7 +840,7 @@ def test_the_bank_has_a_limit(classifier_dir, camera, data_dir, tmp_path, comman
 
 def test_the_limit_itself_is_kept(classifier_dir, camera, data_dir, tmp_path, command, monkeypatch):
     monkeypatch.setattr(references, "MAX_REFERENCES", 14)
-    arguments = {"train_dir": data_dir, "images": camera, "references_per_class": 3, "num_references": 5}
+    arguments = {"train_dir": data_dir, "unlabeled_dir": camera, "references_per_class": 3, "num_references": 5}
     assert command(model=classifier_dir, **arguments) == 0
     assert record_of(tmp_path / "out")["references"]["num_references"] == 14
 
@@ -844,6 +850,6 @@ def test_an_interrupted_run_writes_nothing(classifier_dir, camera, tmp_path, com
         raise KeyboardInterrupt
 
     monkeypatch.setattr(references, "write_json", stop)
-    assert command(model=classifier_dir, images=camera) == 130
+    assert command(model=classifier_dir, unlabeled_dir=camera) == 130
     assert "Nothing was written" in capsys.readouterr().err
     assert not everything_in(tmp_path / "out")

@@ -53,7 +53,9 @@ class Assessment:
     def most_telling(self) -> Condition:
         """The condition that a deployed model works under, if it was measured; otherwise the largest batches."""
         protocol = next(name for name in _MOST_TELLING if any(name == each.protocol for each in self.predictions))
-        return max((each for each in self.predictions if each.protocol == protocol), key=lambda each: each.batch_size or 0)
+        return max(
+            (each for each in self.predictions if each.protocol == protocol), key=lambda each: each.batch_size or 0
+        )
 
 
 def assess(

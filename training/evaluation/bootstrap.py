@@ -110,7 +110,11 @@ class Bootstrap:
         return dict(zip(METRICS, resampled, strict=True))
 
     def _metrics(self, predictions: Predictions, order: int, counts: torch.Tensor) -> torch.Tensor:
-        """`METRICS` of one order where the images occur so often, `(n, r)`: `(len(METRICS), r)`."""
+        r"""
+        `METRICS` of one order, `(len(METRICS), r)`, where each image occurs `counts` times, `(n, r)`. Sums over the
+        images give all resamples at once; the modules of `metrics` would need a pass over the scores for each of the r
+        resamples. The tests compare both.
+        """
         classes, confidences = predictions.classes[order], predictions.confidences[order]
         is_right, num_drawn = (classes == self.labels).float(), counts.sum(0)
 

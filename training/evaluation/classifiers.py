@@ -24,12 +24,15 @@ from .protocols import Predict
 def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     r"""
     Raises:
-        UserError: if it is a folder that is not there.
+        UserError: if the folder does not exist, or its config cannot be read.
         OSError: if it is no model of the Hub, or the Hub cannot be reached.
     """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"--model {name}: there is no such folder.")
-    return AutoConfig.from_pretrained(name, revision=revision)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except ValueError as error:
+        raise UserError(f"--model {name}: its config cannot be read ({error}).") from error
 
 
 def load_classifier(name: str, revision: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, Any]:
@@ -40,13 +43,18 @@ def load_classifier(name: str, revision: str, config: PreTrainedConfig) -> tuple
         UserError: if it is no image classifier, lacks weights, which would start at random, or they cannot be read.
         OSError: if there is no such model, or no image processor beside it.
     """
-    image_processor = load_image_processor(name, revision=revision)
+    try:
+        image_processor = load_image_processor(name, revision=revision)
+    except ValueError as error:
+        raise UserError(f"--model {name}: its image processor cannot be read ({error}).") from error
     is_rbi = config.model_type == RBIConfig.model_type
     model_class = RBIForImageClassification if is_rbi else AutoModelForImageClassification
     try:
         model, info = model_class.from_pretrained(name, revision=revision, output_loading_info=True)
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {name}: its weights cannot be read ({error}).") from error
+    except ValueError as error:
+        raise UserError(f"--model {name}: it cannot be loaded as an image classifier ({error}).") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"--model {name} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: it "
@@ -99,7 +107,7 @@ def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Ten
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """Of `id2label` or, where that has but numbered names, of `label2id`."""
+    """Class names from `id2label`, or from `label2id` where those are placeholders (`LABEL_0`)."""
     named = {int(number): name for name, number in (config.label2id or {}).items()}
     names = {int(number): name for number, name in config.id2label.items()}
     return [

@@ -148,8 +148,8 @@ def confused_pairs(
     return pairs
 
 
-def draw(folder: Path, assessment: Assessment, names: Sequence[str], load: Callable[[int], Any]):
-    """Draws the figures; that over batch sizes only where there are any. `load` gives the image of a row."""
+def plot(folder: Path, assessment: Assessment, names: Sequence[str], load: Callable[[int], Any]):
+    """Plots the figures; accuracy over batch size only if there are batches. `load` gives the image of a row."""
     curves: dict[str, dict[int | None, Estimate]] = {}
     for condition, metrics in assessment.metrics.items():
         curves.setdefault(condition.protocol, {})[condition.batch_size] = metrics["accuracy"]
@@ -164,7 +164,9 @@ def draw(folder: Path, assessment: Assessment, names: Sequence[str], load: Calla
     plot_confusion_matrix(
         folder / "confusion_matrix.png", counts[used][:, used], [all_names[label] for label in used.tolist()], title
     )
-    largest = {condition.protocol: condition for condition in assessment.predictions}  # the last has the largest batches
+    largest = {
+        condition.protocol: condition for condition in assessment.predictions
+    }  # the last has the largest batches
     plot_reliability(
         folder / "reliability.png",
         {protocol: (str(condition), assessment.predictions[condition]) for protocol, condition in largest.items()},

@@ -346,7 +346,7 @@ def test_a_run_that_fails_leaves_an_earlier_one(model, data, tmp_path, monkeypat
     folder = _save(model, tmp_path / "model")
     _run(folder, tmp_path / "out", data)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(assess_command, "draw", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(assess_command, "plot", lambda *args: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         _run(folder, tmp_path / "out", data, protocols=["single"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -409,12 +409,12 @@ class TestRefused:
     def test_a_folder_that_holds_other_things(self, model, data, tmp_path):
         folder = _save(model, tmp_path / "model")
         before = sorted((tmp_path / "model").iterdir())
-        with pytest.raises(ValueError, match="other things than an assessment"):
+        with pytest.raises(ValueError, match="other files than an assessment"):
             _run(folder, tmp_path / "model", data)
         assert sorted((tmp_path / "model").iterdir()) == before
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "results.json").write_text('{"program": "another"}')
-        with pytest.raises(ValueError, match="other things than an assessment"):
+        with pytest.raises(ValueError, match="other files than an assessment"):
             _run(folder, tmp_path / "other", data)
         with pytest.raises(ValueError, match="is a file"):
             _run(folder, tmp_path / "other" / "results.json", data)
