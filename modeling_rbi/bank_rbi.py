@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The reference bank: thumbnails, features and labels of images that a model stores for others to attend to."""
+"""The reference bank: thumbnails, features and labels of reference images that a model stores."""
 
 import math
 
@@ -40,7 +40,7 @@ class ReferenceBank(nn.Module):
     features: torch.Tensor  # (N, d)
     labels: torch.Tensor  # (N,)
     images: torch.Tensor | None  # the thumbnails, (N, C, height, width)
-    probe: torch.Tensor  # (d,)
+    probe: torch.Tensor  # features of a fixed test pattern, which identify the backbone, (d,)
     mean: torch.Tensor  # (d,)
     keys: torch.Tensor  # (N, d)
     values: torch.Tensor  # (N, d)
@@ -57,7 +57,6 @@ class ReferenceBank(nn.Module):
         self.register_buffer("labels", torch.full((size,), NO_LABEL))
         images = None if image_shape is None else torch.zeros(size, *image_shape, dtype=torch.uint8)
         self.register_buffer("images", images)
-        # The features of a fixed test pattern identify the backbone that computed the bank.
         self.register_buffer("probe", torch.zeros(num_features))
         self.register_buffer("mean", torch.zeros(num_features), persistent=False)
         self.register_buffer("keys", torch.zeros(size, num_features), persistent=False)
@@ -79,8 +78,8 @@ class ReferenceBank(nn.Module):
 
     def count_votes(self, logits: torch.Tensor, num_labels: int) -> torch.Tensor:
         r"""
-        Votes of the classes: for each head, the mean of exp(logit) over the labeled references of a class, normalized
-        over the classes; then the mean over the heads.
+        Votes of the classes: for each head, the mean of exp(logit) over the labeled references of a class (masked
+        references count as 0), normalized over the classes; then the mean over the heads.
 
         Args:
             logits (`torch.FloatTensor` of shape `(batch_size, num_heads, N)`):
@@ -103,7 +102,7 @@ class ReferenceBank(nn.Module):
 
 
 def quantized(images: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1] as 8-bit numbers. Rounding is noise of 58.9 dB, above the default ceiling of PSNR."""
+    """Pixels in [0, 1] as 8-bit numbers. Rounding gives a PSNR of 58.9 dB, above the default `psnr_max` of 50 dB."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -114,8 +113,8 @@ def check_size(num_references: int):
     """
     if num_references > MAX_REFERENCES:
         raise UserError(
-            f"{num_references} references are more than a model carries ({MAX_REFERENCES}): choose fewer by "
-            "`num_references` or `per_class`."
+            f"{num_references} references are more than a model carries ({MAX_REFERENCES}): reduce `num_references` "
+            "or `per_class`."
         )
 
 

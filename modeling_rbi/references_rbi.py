@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a model offers for its references: setting, adding, removing and describing them, and classes added by them."""
+"""Methods that set, add, remove and describe the references of a model, and that add classes from them."""
 
 import copy
 import math
@@ -37,17 +37,17 @@ from .reference_images_rbi import (
 )
 
 
-# Relative tolerance for recognizing, by its features of a fixed test pattern, the backbone that built a bank. Half
-# precision, and the kernels of another processor, change them far less.
+# Relative tolerance when the features of a fixed test pattern are compared to tell whether the current backbone built
+# the bank. Half precision, and the kernels of another processor, change the features far less.
 PROBE_TOLERANCE = 0.1
 # The mean relation of a bank is taken over the pairs of at most this many of its images.
 NUM_MEAN_REFERENCES = 1024
-# Logit of a class that is never answered, finite in half precision.
+# Logit of a class that is never predicted, finite in half precision.
 NEVER = -1e4
 
 
 class ReferencesMixin:
-    """For all RBI models: the reference bank of the base model, as its user sees it."""
+    """For all RBI models: the public methods for the reference bank of the base model."""
 
     config: RBIConfig
     base_model: Any
@@ -66,13 +66,14 @@ class ReferencesMixin:
     ):
         r"""
         Gives the model a reference bank: images, kept as features and thumbnails, that each image attends to. It sets
-        `relation_scope="reference"`, so that in evaluation an answer uses relations but does not depend on the rest of
-        the batch. References need no labels: they may be training images, images from the place of deployment, or both
-        (see [`~RBIPreTrainedModel.add_references`]).
+        `relation_scope="reference"`, so that predictions in evaluation use relations but do not depend on the batch.
+        References need no labels: they may be training images, images from the place of deployment, or both (see
+        [`~RBIPreTrainedModel.add_references`]).
 
-        The bank is saved with the model. **Whoever gets the model gets thumbnails of these images**
-        (`psnr_image_size` squared pixels, 8 bits; 32 x 32 where PSNR is on full size) and their features. Choose
-        images that you may pass on, or leave the thumbnails out with `keep_images=False`.
+        The bank is saved with the model. **Anyone who has the model has thumbnails of these images**
+        (`psnr_image_size` x `psnr_image_size` pixels, 8 bits per channel; 32 x 32 where PSNR is on full size) and
+        their features. Choose images that you are allowed to share, or leave the thumbnails out with
+        `keep_images=False`.
 
         Memory: 4 d bytes per reference, for d features, plus its thumbnail. Compute per image: 2 d multiply-adds, plus
         one per thumbnail value, for each reference; and 3 d^2 for the image's own projections. 1,000 references with
@@ -95,7 +96,7 @@ class ReferencesMixin:
                 `"balanced"`, `"herding"` or `"random"`, see [`choose_references`]. By default `"balanced"` if all
                 images have labels, else `"random"`.
             seed (`int`, *optional*, defaults to 0):
-                Seed of the choice.
+                Random seed of the selection.
             image_processor (`BaseImageProcessor`, *optional*):
                 Processor for PIL images.
             keep_images (`bool`, *optional*, defaults to `True`):
@@ -105,8 +106,8 @@ class ReferencesMixin:
                 Number of images per forward pass.
 
         Raises:
-            UserError: if the images or labels have another form, a class of the model has no image (unless chosen at
-                random), or there are more references than `MAX_REFERENCES`. The model is then unchanged.
+            UserError: if the images or labels are malformed, a class of the model has no image (unless
+                `strategy="random"`), or there are more references than `MAX_REFERENCES`. The model is then unchanged.
         """
         features, thumbnails, labels, strategy = self._choose_references(
             images, per_class, num_references, strategy, seed, image_processor, batch_size
@@ -146,7 +147,7 @@ class ReferencesMixin:
         labels: torch.Tensor | None = None,
     ):
         r"""
-        As [`~RBIPreTrainedModel.set_references`], from features that are already computed (see
+        Same as [`~RBIPreTrainedModel.set_references`], but takes precomputed features (see
         [`RBIModel.extract_features`]).
 
         Args:
@@ -154,7 +155,7 @@ class ReferencesMixin:
                 Features of the references.
             pixel_values (`torch.FloatTensor` of shape `(N, num_channels, height, width)`, *optional*):
                 Their images from the image processor, at full size or averaged down to `psnr_image_size`. `None`: the
-                bank keeps no thumbnails.
+                bank keeps no thumbnails, and all relations are 1.
             labels (`torch.LongTensor` of shape `(N,)`, *optional*):
                 Their classes, -100 where unknown.
 
@@ -170,7 +171,7 @@ class ReferencesMixin:
             )
         if not (is_finite := features.isfinite().all(-1)).all():
             raise UserError(
-                f"The features of reference {int((~is_finite).nonzero()[0])} are not finite: leave it out."
+                f"The features of reference {int((~is_finite).nonzero()[0])} are not finite: remove this image."
             )
         labels = torch.full((len(features),), NO_LABEL) if labels is None else labels.cpu()
         if pixel_values is not None:
@@ -183,8 +184,8 @@ class ReferencesMixin:
         self.base_model.set_bank(features.detach(), thumbnails, labels, facts)
 
     def remove_references(self):
-        """Removes the reference bank. In evaluation, each image then attends only to itself."""
-        # torch ignores weights for a child that is `None`, unless the child was deleted first.
+        """Removes the reference bank. A `relation_scope` of `"reference"` becomes `"self"`."""
+        # Deleted first: for a child that is set to `None`, `load_state_dict` accepts any weights without an error.
         del self.base_model.references
         self.base_model.references = None
         self.config.references = None
@@ -198,7 +199,7 @@ class ReferencesMixin:
         Returns:
             `dict[str, Any]`: the entries of `config.references`, and `has_images` (whether it keeps thumbnails),
             `references_per_class` (number of labeled references by class name), `num_bytes` (bytes that the bank adds
-            to the model's file) and `multiply_adds_per_image` (what it adds to the cost of an answer).
+            to the model's file) and `multiply_adds_per_image` (what it adds to the cost of an image).
 
         Raises:
             UserError: if the model has no bank.
@@ -220,7 +221,7 @@ class ReferencesMixin:
         bank = self.base_model.references
         if bank.images is not None and bank.images.shape[1:] != thumbnails.shape[1:]:
             raise UserError(
-                f"The thumbnails of the bank have the shape {tuple(bank.images.shape[1:])}, but those to be added "
+                f"The thumbnails of the bank have the shape {tuple(bank.images.shape[1:])}, but the new ones "
                 f"{tuple(thumbnails.shape[1:])}: give images of the size that the model takes."
             )
         facts = {
@@ -266,7 +267,7 @@ class ReferencesMixin:
     def _read_images(
         self, images, rows: torch.Tensor | None, image_processor, batch_size: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features, thumbnails and labels of these rows, or of all images, computed in evaluation mode."""
+        """Features, thumbnails and labels of these rows, or of all images, with the backbone in evaluation mode."""
         model = self.base_model
         parameter = next(model.backbone.parameters())
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
@@ -283,7 +284,7 @@ class ReferencesMixin:
                 features, _ = model.extract_features(pixel_values.to(parameter.dtype))
                 if not features.isfinite().all():
                     row = sum(map(len, parts[2])) + int((~features.isfinite().all(-1)).nonzero()[0])
-                    raise UserError(f"Image {row} has features that are not finite: leave it out.")
+                    raise UserError(f"Image {row} has features that are not finite: remove it.")
                 for part, values in zip(
                     parts, (features.cpu(), model.rpe.thumbnails(pixel_values).cpu(), labels), strict=True
                 ):
@@ -298,7 +299,7 @@ class ReferencesMixin:
 
 
 class ReferenceBankMixin:
-    """For [`RBIModel`]: builds its bank, keeps what attention needs of it up to date, and knows whose bank it is."""
+    """For [`RBIModel`]: builds the bank, keeps its keys and values up to date, checks which backbone computed it."""
 
     config: RBIConfig
     training: bool
@@ -314,14 +315,14 @@ class ReferenceBankMixin:
         bank = getattr(self, "references", None)
         if bank is None or bank.features.is_meta:
             return
-        # Offloaded weights are loaded only when the whole head is called.
+        # Offloaded (meta) weights are available only inside the `forward` of the head.
         bank.is_prepared = not any(parameter.is_meta for parameter in self.rra.parameters())
         if bank.is_prepared:
             bank.mean, bank.keys, bank.values = self.rra.project_references(bank)
 
     def require_references(self, purpose: str) -> ReferenceBank:
         r"""
-        The bank, to do with it what `purpose` says ("add to").
+        Returns the bank. `purpose` completes the error message, such as "add to".
 
         Raises:
             UserError: if there is none.
@@ -332,7 +333,7 @@ class ReferenceBankMixin:
 
     def require_own_references(self, purpose: str) -> ReferenceBank:
         r"""
-        The bank, to do with it what `purpose` says ("add to").
+        Returns the bank. `purpose` completes the error message, such as "add to".
 
         Raises:
             UserError: if there is none, or the backbone has been trained since it was set.
@@ -371,7 +372,7 @@ class ReferenceBankMixin:
         self, features: torch.Tensor, thumbnails: torch.Tensor | None, labels: torch.Tensor, facts: dict[str, Any]
     ):
         r"""
-        Puts a new bank in place, instead of the present one if there is one, and sets `relation_scope="reference"`.
+        Sets the bank, replacing an existing one, and sets `relation_scope="reference"`.
 
         Args:
             features (`torch.FloatTensor` of shape `(N, feature_size)`):
@@ -425,19 +426,20 @@ class ReferenceBankMixin:
 
 
 class AddedClassesMixin(ReferencesMixin):
-    """For [`RBIForImageClassification`]: what the labels of references add to its answers."""
+    """For [`RBIForImageClassification`]: predictions from the labels of references."""
 
     num_labels: int
     classifier: nn.Linear
 
     def with_votes(self, logits: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
         r"""
-        Combines the classifier's answers with the votes of the references, if the config asks for it.
+        Combines the logits of the classifier with the votes of the references, if the config asks for it.
 
         Without added classes, p_c = (1 - w) softmax(logits)_c + w v_c with the votes v and
-        w = `reference_vote_weight`, as in kNN-LM (Khandelwal et al., 2020). With added classes, votes decide,
-        p_c ~ v_c for the new ones, and the classifier orders the classes that it knows, p_c ~ v_c sqrt(q_c / max q)
-        with q = softmax(logits): it never outbids a class that it does not know.
+        w = `reference_vote_weight`, as in kNN-LM (Khandelwal et al., 2020). With added classes, the weight is not
+        used, and votes decide: p_c is proportional to v_c for a new class, and to v_c sqrt(q_c / max q) with q =
+        softmax(logits) for a class that the classifier knows. The classifier thus orders the known classes, and never
+        favors one over a new class.
 
         Args:
             logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
@@ -456,7 +458,7 @@ class AddedClassesMixin(ReferencesMixin):
         if not num_added:
             return torch.lerp(known.softmax(-1), votes, weight).clamp(min=tiny).log()
         order = (known - known.amax(-1, keepdim=True)) / 2
-        # Without any vote, as when all labeled references are masked, only classes of the classifier are answered.
+        # Without any vote, as when all labeled references are masked, only known classes are predicted.
         has_votes = votes.sum(-1, keepdim=True) > 0
         order = torch.cat([order, torch.where(has_votes, 0.0, NEVER).expand(-1, num_added)], dim=-1)
         return (votes.clamp(min=tiny).log() + order).log_softmax(-1)
@@ -473,8 +475,9 @@ class AddedClassesMixin(ReferencesMixin):
         Adds classes that the classifier was not trained on, from labeled images, without training. The images are
         added to the reference bank, which must also hold labeled images of the other classes.
         `relation_scope="reference"` then tells all classes apart by the votes v of the bank (`reference_votes` of
-        [`RBIModelOutput`]): p_c ~ v_c for the new classes, and p_c ~ v_c sqrt(q_c / max q) for the classes that the
-        classifier knows, where q are its own probabilities. The other scopes never answer a new class.
+        [`RBIModelOutput`]): p_c is proportional to v_c for the new classes, and to v_c sqrt(q_c / max q) for the
+        classes that the classifier knows, where q are its own probabilities. In the other scopes, a new class is never
+        predicted. Replaces `classifier` with a larger layer, so create optimizers afterwards.
 
         Args:
             names (`Sequence[str]`):

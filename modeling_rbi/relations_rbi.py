@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The head of RBI: who attends to whom (Neighborhood), how images are related (RPE), and the attention (RRA)."""
+"""The head of RBI: which images attend to which (Neighborhood), their relations (RPE), and the attention (RRA)."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ from .bank_rbi import ReferenceBank, quantized
 from .configuration_rbi import RBIConfig
 
 
-# Height and width of a thumbnail where PSNR is computed on full-size images. Its ranks agree with theirs (0.997).
+# Height and width of a thumbnail where PSNR is computed on full-size images. PSNR of such thumbnails ranks pairs of
+# images almost as full-size PSNR does (Spearman correlation 0.997).
 _FULL_SIZE_THUMBNAILS = 32
 # The largest scale of cosine attention, 1 / temperature, as in SwinV2.
 _MAX_LOGIT_SCALE = 100.0
@@ -70,7 +71,8 @@ class Neighborhood:
             gather_across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         )
         self.batch_size = batch_size
-        # own: the rows of this batch in the neighborhood. itself[i, j]: whether image i of the batch is image j there.
+        # own: the rows of this batch in the neighborhood. itself[i, j]: whether image i of the batch is image j
+        # of the neighborhood.
         self.own = slice(0, batch_size)
         self.itself = torch.eye(batch_size, dtype=torch.bool, device=device)
         if self.is_gathered:
@@ -91,23 +93,23 @@ class Neighborhood:
 
 def pairwise_mean_squared_error(images: torch.Tensor, neighbors: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    Mean squared error between all pairs of images, as one matrix product: (|x|^2 + |y|^2 - 2 x y) / n on centered
-    images.
+    Mean squared error between all pairs of images, as one matrix product: (|x|^2 + |y|^2 - 2 x y) / n.
 
-    Centering leaves the differences unchanged and keeps the cancellation small. The product is in float64 where the
+    Pass centered images: centering doesn't change the differences, and it keeps the rounding error of the subtraction
+    small. The product is in float64 where the
     device has it: in float32, as on Apple's GPUs, it is off by up to 0.1 dB at 45 dB for images of high contrast, and
-    tensor cores may round the factors further (TF32, or bf16 under `torch.set_float32_matmul_precision`). It is small:
-    2 B^2 n operations, 0.4 GFLOP for 256 images at 32 px, 20 GFLOP at 224 px.
+    tensor cores may round the factors further (TF32, or bf16 under `torch.set_float32_matmul_precision`). The cost is
+    small: 2 B^2 n operations, 0.4 GFLOP for 256 images at 32 px, 20 GFLOP at 224 px.
 
     Args:
         images (`torch.FloatTensor` of shape `(batch_size, n)`):
             Flattened images, float32.
         neighbors (`torch.FloatTensor` of shape `(num_neighbors, n)`, *optional*):
-            The images to compare them with. `None`: with each other.
+            The images to compare with. Defaults to `images` themselves.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, num_neighbors)`: not negative; without `neighbors` also symmetric,
-        and exactly 0 on the diagonal.
+        `torch.FloatTensor` of shape `(batch_size, num_neighbors)`. Non-negative; without `neighbors`, symmetric with
+        an exact zero diagonal.
     """
     precise = images.double() if images.device.type in ("cpu", "cuda") else images
     if neighbors is None:
@@ -130,8 +132,9 @@ def _neighbors_mean(rows: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tens
 class RelationshipPositionEncoding(nn.Module):
     r"""
     Relationship Position Encoding (RPE): the relation of each pair of images, computed from the PSNR of their pixels,
-    p_ij = min(PSNR_ij, psnr_max) / psnr_max. The paper uses PSNR of images; the ceiling as normalizer is a
-    reconstruction. RPE has no parameters, and no gradient flows through it.
+    p_ij = min(PSNR_ij, psnr_max) / psnr_max. The relation p_ii of an image to itself is 1 or,
+    with `self_relation="nearest"`, its highest relation to a neighbor. The paper doesn't say how PSNR is normalized;
+    dividing by the ceiling `psnr_max` is our choice. RPE has no parameters, and no gradient flows through it.
     """
 
     def __init__(self, config: RBIConfig):
@@ -154,14 +157,14 @@ class RelationshipPositionEncoding(nn.Module):
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
                 Images from the image processor, in any float dtype.
             relation_mask (`torch.BoolTensor`, *optional*):
-                Of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`: `False` where an image is no neighbor, of
-                any image or of the image of the row.
+                `False` excludes an image as a neighbor: of all images, shape `(num_neighbors,)`, or of the image of
+                that row, shape `(batch_size, num_neighbors)`.
             neighborhood (`Neighborhood`, *optional*):
-                The images to relate the batch to. `None`: the batch itself.
+                The images to relate the batch to. Defaults to the batch.
 
         Returns:
             The relations, `torch.FloatTensor` of shape `(batch_size, num_neighbors)`, float32 in [0, 1]; and which
-            neighbors are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. The others have the relation 0.
+            neighbors are finite, `torch.BoolTensor` of shape `(num_neighbors,)`. Relations to non-finite images are 0.
         """
         if neighborhood is None:
             neighborhood = Neighborhood(pixel_values.shape[0], pixel_values.device)
@@ -191,7 +194,7 @@ class RelationshipPositionEncoding(nn.Module):
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, *optional*):
                 Images from the image processor. Not needed for a bank without thumbnails.
             references (`ReferenceBank`):
-                The bank of N references. Without thumbnails, every relation is the mean relation of its images.
+                The bank of N references. Without thumbnails, every relation is the mean relation of the bank.
             batch_size (`int`):
                 Number of images.
             reference_mask (`torch.BoolTensor` of shape `(batch_size, N)`, *optional*):
@@ -224,7 +227,7 @@ class RelationshipPositionEncoding(nn.Module):
         return (psnr / self.psnr_max).clamp(0, 1)
 
     def _self_similarities(self, similarities: torch.Tensor, is_neighbor: torch.Tensor) -> torch.Tensor:
-        """The relation p_ii of each image to itself, (B, 1): 1, or the highest relation to another neighbor."""
+        """The relation p_ii of each image to itself, (B, 1), see `self_relation` of [`RBIConfig`]."""
         ones = torch.ones_like(similarities[:, :1])
         if self.self_relation == "one":
             return ones
@@ -232,13 +235,13 @@ class RelationshipPositionEncoding(nn.Module):
         return torch.where(is_neighbor.any(-1, keepdim=True), nearest, ones)
 
     def thumbnails(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What a bank keeps of images, (B, C, H, W) -> (B, C, size, size), 8 bits. 32 px if PSNR is on full size."""
+        """8-bit thumbnails for a bank, `psnr_image_size` (`None`: 32) pixels or less, (B, C, H, W) -> (B, C, h, w)."""
         limit = self.image_size or _FULL_SIZE_THUMBNAILS
         size = [min(limit, length) for length in pixel_values.shape[-2:]]
         return quantized(self.unit_range_images(pixel_values, size)).view(len(pixel_values), -1, *size)
 
     def unit_range_images(self, pixel_values: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
-        """Images in [0, 1], averaged down to `size` or `psnr_image_size`, flattened: (B, C, H, W) -> (B, n)."""
+        """Undoes the normalization, averages to `size` or `psnr_image_size`, flattens: (B, C, H, W) -> (B, n)."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixel_values.device)[:, None, None]
             for values in (self.image_mean, self.image_std)
@@ -262,7 +265,8 @@ class RRAOutput(NamedTuple):
             Attention of each image to each neighbor. With references, `num_neighbors` is 1 + N, the image itself
             first. `None` without neighbors.
         vote_logits (`torch.FloatTensor` of shape `(batch_size, num_heads, N)`, *optional*):
-            With references: attention logits at the learned temperature and gain, see [`ReferenceBank.count_votes`].
+            With references: attention logits for the votes, see [`ReferenceBank.count_votes`]. They use the learned
+            temperature and gain, even where `attention` uses `reference_temperature` and `reference_gain`.
     """
 
     features: torch.Tensor
@@ -273,15 +277,17 @@ class RRAOutput(NamedTuple):
 class ResidualRelationshipAttention(nn.Module):
     r"""
     Residual Relationship Attention (RRA): attention between the images of a batch, modulated by their relations p,
-    next to a residual path that keeps each image's own features.
+    next to a residual path that keeps each image's own features. With the fields of [`RBIConfig.paper`], where q, k, v
+    and r are linear projections of the features:
 
         A_ij = softmax_j(q_i (k_j + p_ij w) / sqrt(d_head)),  m_i = sum_j A_ij (v_j + p_ij w)
         beta_i = sigmoid(w_beta [m_i; r_i; m_i - r_i]),       z_i = beta_i r_i + (1 - beta_i) m_i
 
     This is the operator of `torch_geometric.nn.TransformerConv(beta=True, edge_dim=1)` on the complete graph, the
-    head of the authors' earlier code; that the paper's head is the same with p as edge attribute is a reconstruction.
-    The relation p_ij w has rank one, so no tensor of shape (B, B, d) is built: q_i (p_ij w) = p_ij (q_i w), and
-    sum_j A_ij p_ij w = (sum_j A_ij p_ij) w.
+    head of the authors' earlier code. We assume that the paper uses the same head, with p as the edge attribute. Other
+    values of `attention_type`, `relation_position_encoding` and `residual_gate` replace parts of it, see
+    [`RBIConfig`]. The relation p_ij w has rank one, so no tensor of shape (B, B, d) is built: q_i (p_ij w) = p_ij (q_i
+    w), and sum_j A_ij p_ij w = (sum_j A_ij p_ij) w.
     """
 
     def __init__(self, config: RBIConfig):
@@ -293,7 +299,7 @@ class ResidualRelationshipAttention(nn.Module):
         self.psnr_max = float(config.psnr_max)
         self.relation_position_encoding = config.relation_position_encoding
         self.is_cosine = config.attention_type == "cosine"
-        # The fields about attention to references may change after the model is built.
+        # Kept because the `reference_*` fields can change after the model is built.
         self.config = config
 
         self.query = nn.Linear(size, size)
@@ -320,8 +326,8 @@ class ResidualRelationshipAttention(nn.Module):
         references: ReferenceBank | None = None,
     ) -> RRAOutput:
         r"""
-        Three kinds of attention, by the arguments: each image to itself (neither `is_neighbor` nor `references`; then
-        nothing is computed across images), to the batch (`is_neighbor`), or to references (`references`).
+        The arguments select one of three kinds of attention: to the image itself (neither `is_neighbor` nor
+        `references`; then nothing is computed across images), to the batch (`is_neighbor`), or to references.
 
         Args:
             features (`torch.FloatTensor` of shape `(batch_size, feature_size)`):
@@ -331,9 +337,9 @@ class ResidualRelationshipAttention(nn.Module):
                 `references`, `(batch_size, 1 + N)`, the relation to the image itself first.
             is_neighbor (`torch.BoolTensor` of shape `(num_neighbors,)` or `(batch_size, num_neighbors)`, *optional*):
                 Whether an image is a neighbor, of all images or of the image of the row. Each image attends to itself
-                in any case. With `references`, `(batch_size, N)`; `None`: all references are neighbors.
+                in any case. With `references`, of shape `(batch_size, N)`, and by default all are neighbors.
             neighborhood (`Neighborhood`, *optional*):
-                The images that can be attended to. `None`: the batch itself.
+                The images that can be attended to. Defaults to the batch.
             references (`ReferenceBank`, *optional*):
                 The N images to attend to instead of the batch.
         """
@@ -360,7 +366,7 @@ class ResidualRelationshipAttention(nn.Module):
         neighborhood: Neighborhood,
     ) -> RRAOutput:
         neighbors = neighborhood.gather(features)
-        # Pooled features of one network point in much the same direction: the mean hides what tells images apart.
+        # Pooled features of one network are nearly parallel; subtracting the mean exposes the differences.
         compared = neighbors - _neighbors_mean(neighbors, is_neighbor) if self.is_cosine else neighbors
         query = self._by_head(self.query(compared[neighborhood.own]))
         key, value = self._by_head(self.key(compared)), self._by_head(self.value(neighbors))
@@ -390,26 +396,26 @@ class ResidualRelationshipAttention(nn.Module):
         relation = self._relation_vector(features)
         with maybe_autocast(device_type=features.device.type, enabled=False):
             query, own_key, key = (self._comparable(each) for each in (query, own_key, key))
-            # Of the batch, each image meets only itself.
+            # Within the batch, each image attends only to itself.
             products = torch.cat([(query * own_key).sum(-1, keepdim=True), query @ key.transpose(1, 2)], dim=-1)
-            votes = self._scores(products, query, relation, similarities)
+            vote_logits = self._scores(products, query, relation, similarities)
             scores = self._scores(
                 products, query, relation, similarities, self.config.reference_temperature, self.config.reference_gain
             )
             if is_neighbor is not None:
                 allowed = nn.functional.pad(is_neighbor, (1, 0), value=True)
-                scores, votes = (each.masked_fill(~allowed, -math.inf) for each in (scores, votes))
+                scores, vote_logits = (each.masked_fill(~allowed, -math.inf) for each in (scores, vote_logits))
             attention = self._share_out(scores[..., :1], scores[..., 1:])
         attention = nn.functional.dropout(attention, p=self.attention_dropout, training=self.training)
         weights = attention.to(own_value.dtype)
         message = weights[..., :1] * own_value + weights[..., 1:] @ value
         message = self._with_relations(message, attention, similarities, relation).to(own_value.dtype)
         return RRAOutput(
-            self._with_residual(message, features), attention.transpose(0, 1), votes[..., 1:].transpose(0, 1)
+            self._with_residual(message, features), attention.transpose(0, 1), vote_logits[..., 1:].transpose(0, 1)
         )
 
     def project_references(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What attention needs of a bank: the mean that cosines are centered on, (d,); keys and values, (N, d)."""
+        """Mean to subtract before the cosine (zeros for dot products), (d,); keys and values of a bank, (N, d)."""
         features = references.features.to(self.key.weight.dtype)
         mean = features.mean(0) if self.is_cosine else torch.zeros_like(features[0])
         return mean, self.key(features - mean), self.value(features)
@@ -439,7 +445,11 @@ class ResidualRelationshipAttention(nn.Module):
         return scores
 
     def _share_out(self, own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Attention to itself and to the references, from the logits of both, (heads, B, 1) and (heads, B, N)."""
+        """
+        Softmax over the image itself, (heads, B, 1), and its `num_reference_neighbors` references with the highest
+        logits (more if logits tie), (heads, B, N). With `reference_share`, the references get that share of the
+        attention, and the image the rest, independently of its own logit.
+        """
         num_neighbors, share = self.config.num_reference_neighbors, self.config.reference_share
         if num_neighbors is not None and num_neighbors < others.shape[-1]:
             least = others.topk(num_neighbors, dim=-1).values[..., -1:]
@@ -459,7 +469,7 @@ class ResidualRelationshipAttention(nn.Module):
         similarities: torch.Tensor | None,
         relation: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Messages, (heads, B, d_head) -> (B, d), with what the relations add to the values."""
+        """Messages plus the contribution of the relations to the values, (heads, B, d_head) -> (B, d)."""
         if self.relation_position_encoding == "key_value":
             message = message + (attention * similarities).sum(-1, keepdim=True).to(relation.dtype) * relation
         return message.transpose(0, 1).flatten(1)
@@ -474,7 +484,7 @@ class ResidualRelationshipAttention(nn.Module):
         return beta * residual + (1 - beta) * message
 
     def _relation_vector(self, features: torch.Tensor) -> torch.Tensor | None:
-        """The vector w, (heads, 1, d_head), from a call of its layer: accelerate loads offloaded weights by calls."""
+        """The vector w, (heads, 1, d_head). Calls its layer: accelerate loads offloaded weights in `forward`."""
         if self.relation is None:
             return None
         return self.relation(features.new_ones(1, 1)).view(self.num_heads, 1, self.head_size)

@@ -6,7 +6,7 @@
     python -m training.check_data --config training/recipes/orl_faces.yaml
 
 It takes the arguments and recipes of `training.train`, uses those that describe the data, and ignores the others. Exit
-code 0: fit for training. 1: a finding stops a training. 2: wrong arguments.
+code 0: fit for training. 1: a finding prevents training. 2: wrong arguments.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class CheckArguments:
 def findings_table(report: DataReport, num_files: int) -> Table:
     """One row for each kind of finding, with the messages of its first `num_files` findings (0: of all)."""
     table = Table(title="Findings")
-    for column in ("finding", "stops training", "number", "where"):
+    for column in ("finding", "prevents training", "number", "where"):
         table.add_column(column, justify="right" if column == "number" else "left", overflow="fold")
     for kind, findings in report.by_kind().items():
         shown = [escape(finding.message) for finding in findings[: num_files or None]]
@@ -111,7 +111,7 @@ def check(data_args: DataArguments, args: CheckArguments, console: Console) -> D
             + ", ".join(f"{number} of {name}" for name, number in left_out.items())
             + "."
         )
-    console.print(f"{len(report.fatal)} findings stop a training, {len(report.notes)} are notes.")
+    console.print(f"{len(report.fatal)} findings prevent training, {len(report.notes)} are notes.")
     return report
 
 

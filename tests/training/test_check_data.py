@@ -41,7 +41,7 @@ def test_as_a_command(folder, tmp_path):
     result = subprocess.run([*command, "--report", str(tmp_path / "r.json")], capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     text = result.stdout.replace("\n", "")
-    for words in ("train: 11 images", "zero_size", "hidden_file", "1 findings stop a training, 1 are notes"):
+    for words in ("train: 11 images", "zero_size", "hidden_file", "1 findings prevent training, 1 are notes"):
         assert words in text
     assert "[bold]x" in text
     report = json.loads((tmp_path / "r.json").read_text())
@@ -51,7 +51,7 @@ def test_as_a_command(folder, tmp_path):
 def test_clean(folder, tmp_path, capsys):
     words = ["--train_dir", str(folder), "--seed", "3", "--report", str(tmp_path / "r.json"), "--num_workers", "2"]
     assert main(words) == 0
-    assert "0 findings stop a training" in capsys.readouterr().out
+    assert "0 findings prevent training" in capsys.readouterr().out
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["arguments"]["train_dir"] == str(folder)
     assert report["fingerprint"] == fingerprint(load_images(DataArguments(train_dir=str(folder)), 3))

@@ -1,10 +1,10 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what is wrong with a data set before it costs a training run.
+"""Finds problems in a data set before training.
 
-Every image is decoded once. The cache (`$RBI_CACHE`) keeps the results, in one file for all images of a data set
-however they are labeled and split, so a training with another seed, fold or learning rate does not decode them again.
-A file counts as unchanged if its path, size and modification time are the same.
+Every image is decoded once. The results are cached (`$RBI_CACHE`) in one file per set of images, so another fold,
+learning rate or seed (unless it draws other images) does not decode them again. If an image is added, removed or
+changed (path, size or modification time), all images are decoded again.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ from .reading import load_images
 
 logger = logging.getLogger(__name__)
 
-# The kinds of findings, in the order of a report.
+# The kinds of findings, in the order of a report. Kinds up to `leak` are fatal, and so is `missing_class` in
+# validation unless it is allowed; the others are notes.
 KINDS = {
     "unreadable": "missing, or not an image",
     "truncated": "broken or cut off",
@@ -73,7 +74,7 @@ class Place:
 @dataclass(frozen=True)
 class Finding:
     """
-    One finding: its kind (a key of `KINDS`), a message, whether it stops a training, the places, and the places to
+    One finding: its kind (a key of `KINDS`), a message, whether it prevents training, the places, and the places to
     leave out to fix it.
     """
 
@@ -93,16 +94,16 @@ class DataReport:
 
     @property
     def fatal(self) -> list[Finding]:
-        """Findings that stop a training."""
+        """Findings that prevent training."""
         return [finding for finding in self.findings if finding.fatal]
 
     @property
     def notes(self) -> list[Finding]:
-        """Findings that do not stop a training."""
+        """Findings that do not prevent training."""
         return [finding for finding in self.findings if not finding.fatal]
 
     def by_kind(self) -> dict[str, list[Finding]]:
-        """The findings of each kind that there are any of."""
+        """Findings grouped by kind."""
         kinds: dict[str, list[Finding]] = {}
         for finding in self.findings:
             kinds.setdefault(finding.kind, []).append(finding)
@@ -111,7 +112,8 @@ class DataReport:
     def rows_to_leave_out(self) -> dict[str, list[int]]:
         r"""
         Row numbers of each split to leave out, in ascending order: images that can't be used, all images of a
-        label clash, and of an image in several splits those in all but the last of train, validation and test.
+        label clash, and, if an image is in several splits, its copies in all but the last of them (in the
+        order train, validation, test).
         """
         rows: dict[str, set[int]] = {split: set() for split in self.images}
         for finding in self.findings:
@@ -132,7 +134,7 @@ class DataReport:
 
 
 class _Facts(NamedTuple):
-    """Result of decoding an image: a kind of problem and its message, or the hash of the pixels; hash of the file."""
+    """Result of decoding an image: the kind of problem, if any, and its message; hashes of the file and the pixels."""
 
     problem: str | None
     detail: str
@@ -174,7 +176,7 @@ def check_images(
         ignored (mapping of `"hidden"` and `"stray"` to paths, *optional*):
             Other files among the images, to be reported; see [`ignored_files`].
         allow_missing_classes (`bool`, *optional*, defaults to `False`):
-            If `True`, a class without validation images does not stop a training.
+            If `True`, a class without validation images does not prevent training.
     """
     images = list(_list_images(dataset))
     facts = _look_at_all(dataset, [image.key for image in images], max_pixels, num_workers or _num_cores())
@@ -247,7 +249,7 @@ def refuse_bad(report: DataReport):
     """
     if not report.fatal:
         return
-    lines = ["The data has findings that stop a training:"]
+    lines = ["The data has findings that prevent training:"]
     for kind, findings in DataReport(report.images, tuple(report.fatal)).by_kind().items():
         lines.append(f"- {kind} ({KINDS[kind]}), {len(findings)}:")
         lines += [f"    {finding.message}" for finding in findings[:3]]
@@ -265,7 +267,7 @@ def drop_bad(dataset: datasets.DatasetDict, report: DataReport) -> datasets.Data
 
     Raises:
         BadDataError: if that empties a split or removes all training images of a class, or if a fatal finding remains.
-        UserError: if the report is about another data set.
+        UserError: if the splits have other sizes than in the report.
     """
     if {name: len(split) for name, split in dataset.items()} != report.images:
         raise UserError(
@@ -329,7 +331,7 @@ def _look_at_all(
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
             warnings.catch_warnings(),
         ):
-            # `max_pixels` decides.
+            # The limit is `max_pixels`, not that of Pillow.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             task = progress.add_task("Checking images", total=len(wanted))
             # In chunks: the bytes of all images would fill the memory.
