@@ -245,6 +245,26 @@ class Hub:
             env["HF_TOKEN"] = token or self.token
         return env | more
 
+    def connect(self, monkeypatch, folder: Path):
+        """
+        Lets the client of this process talk to this Hub, with its cache in `folder` and alice's token. It suffices for
+        calls of huggingface_hub; transformers and datasets keep what they read at import.
+        """
+        from huggingface_hub import constants
+
+        monkeypatch.setenv("HF_TOKEN", self.token)
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HOME": str(folder),
+            "HF_HUB_CACHE": str(folder / "hub"),
+            "HF_TOKEN_PATH": str(folder / "token"),
+            "HF_STORED_TOKENS_PATH": str(folder / "stored_tokens"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+
     def repo(self, repo_id: str, repo_type: str = "model") -> Repo:
         """A repository; `KeyError` without one."""
         return self.repos[repo_type, repo_id]

@@ -1,22 +1,21 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Exports a saved RBI model to ONNX or to a program of torch.export, and checks that it answers as the model does.
+"""Exports a saved RBI model to ONNX or torch.export, and checks that the file gives the same logits as the model.
 
     python -m training.export --model outputs/mine --output_dir outputs/onnx
     python -m training.export --model outputs/mine --dtype float32 int8 --train_dir images --output_dir outputs/onnx
 
-ONNX comes in the layout that transformers.js loads: onnx/model.onnx (model_fp16.onnx, model_quantized.onnx),
-config.json and preprocessor_config.json. With data, all files are measured on their images, and int8 is calibrated
-on the training images.
+ONNX files have the layout of transformers.js: onnx/model.onnx (model_fp16.onnx, model_quantized.onnx), config.json and
+preprocessor_config.json. With a data set, the command measures the accuracy of all files and calibrates int8 on the
+training images.
 
-Exit code 0: exported. 1: model, data and arguments do not fit each other, or the export answers otherwise than the
-model: nothing is written. 2: the arguments are wrong.
+Exit code 0: exported. 1: model, data and arguments do not match, or the export differs from the model; nothing is
+written. 2: wrong arguments.
 """
 
 import dataclasses
 import importlib.util
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedConfig
@@ -35,97 +33,107 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import RBIForImageClassification, UserError
 
-from .cli import parse_arguments
+from .cli import parse_arguments, run_command
 from .data.arguments import DataArguments
 from .data.checks import check_images, drop_bad, refuse_bad
 from .data.reading import load_images
 from .deployment.client import client_config, client_image_processor, scores_note
 from .deployment.exporters import (
-    _PROGRAM_FILE,
     CONFIG_FILE,
     DTYPES,
     FORMATS,
     ONNX_FOLDER,
     PROCESSOR_FILE,
     PROGRAM,
+    PROGRAM_FILE,
     SCOPES,
-    _backbone_type,
-    _image_size,
-    _loader,
-    _note,
-    _OnnxExporter,
-    _ProgramExporter,
-    _references,
-    _require_packages,
+    OnnxExporter,
+    ProgramExporter,
+    backbone_type,
     choose_scope,
+    describe_export,
+    describe_references,
+    image_size,
+    make_loader,
     measure,
+    require_packages,
     results_table,
 )
 from .evaluation.classifiers import in_order_of_content, load_classifier, load_config, match_labels
-from .files import filled_whole, names_in, write_json
+from .files import check_output_dir, filled_whole, write_json
+
+
+_NAMES = {CONFIG_FILE, PROCESSOR_FILE, ONNX_FOLDER, PROGRAM_FILE}
 
 
 @dataclass
 class ExportArguments:
     r"""
-    What to export, and how.
+    Arguments of `training.export`.
 
     Raises:
-        UserError: if a value is out of its range, or the values do not go together.
+        UserError: if a value is out of range, or values contradict each other.
     """
 
-    model: str = field(metadata={"help": "RBI model, in a folder or of the Hub."})
+    model: str = field(metadata={"help": "RBI model: a folder or a repository of the Hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     format: str = field(
         default="onnx",
-        metadata={"help": "onnx, or torch_export: a .pt2 file for torch.export.load.", "choices": list(FORMATS)},
+        metadata={
+            "help": "onnx, or torch_export for a .pt2 file that torch.export.load reads.",
+            "choices": list(FORMATS),
+        },
     )
-    scope: str | None = field(
+    relation_scope: str | None = field(
         default=None,
         metadata={
-            "help": "Whom an image attends to: itself, the model's references, or the others of the batch; by "
-            "default the model's own relation_scope.",
+            "help": "What an image attends to: only itself, the model's references, or the other images of the batch "
+            "(default: the model's own relation_scope).",
             "choices": list(SCOPES),
         },
     )
     dtype: list[str] | None = field(
         default=None,
         metadata={
-            "help": "float32 if not given. float16: weights in half precision, arithmetic in single. int8: both in 8 "
-            "bits, which needs data to calibrate it. With several there is a file of each, and transformers.js takes "
-            "the first.",
+            "help": "Precisions, one file for each (default: float32). float16 stores float16 weights and computes in "
+            "float32; int8 needs images for calibration. transformers.js uses the first by default.",
             "choices": list(DTYPES),
         },
     )
     output_dir: str = field(
         default="outputs/export",
-        metadata={"help": "Folder for the export: a new one, or that of another export, which is replaced."},
+        metadata={"help": "Folder for the export: a new one, or one of an earlier export, which is replaced."},
     )
     split: str = field(
         default="test",
-        metadata={"help": "Images to measure on, if data are named.", "choices": ["validation", "test"]},
+        metadata={"help": "Split to measure on, if a data set is given.", "choices": ["validation", "test"]},
     )
     num_calibration_images: int = field(
-        default=128, metadata={"help": "Training images that the ranges for int8 are taken from, drawn at random."}
+        default=128, metadata={"help": "Number of random training images for the calibration of int8."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Images in a step of the measurement."})
+    per_device_eval_batch_size: int = field(
+        default=16, metadata={"help": "Batch size of measurement and calibration."}
+    )
     seed: int = field(
-        default=42, metadata={"help": "Random seed; also of what is held out for validation, as in training."}
+        default=42,
+        metadata={"help": "Random seed of the calibration images and, as in training, of the validation split."},
     )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self):
         self.dtype = list(dict.fromkeys(self.dtype or ["float32"]))
-        for name, least in (("num_calibration_images", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("num_calibration_images", 1), ("per_device_eval_batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
         if self.dtype != ["float32"] and self.format != "onnx":
-            raise UserError(f"--dtype {' '.join(self.dtype)} goes with --format onnx: {self.format} is float32 alone.")
+            raise UserError(
+                f"--dtype {' '.join(self.dtype)} goes with --format onnx: {self.format} supports only float32."
+            )
 
 
 @dataclass
 class MeasuringArguments(DataArguments):
-    """Images to calibrate and to measure on; none need be named."""
+    """Data set for calibration and measurement, which is optional."""
 
     def __post_init__(self):
         if self.is_given:
@@ -133,82 +141,82 @@ class MeasuringArguments(DataArguments):
 
     @property
     def is_given(self) -> bool:
-        """Whether any of the arguments is."""
+        """Whether any of the arguments differs from its default."""
         return any(getattr(self, each.name) != each.default for each in dataclasses.fields(self))
 
 
 def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[dict[str, Any], list[str]]:
     r"""
-    Exports, checks and, with data, measures; and writes all files, or none.
+    Exports a model, checks the files and, with a data set, measures them. Writes all files or none.
 
     Args:
         args (`ExportArguments`):
-            What to export.
+            Arguments of the command.
         data (`MeasuringArguments`, *optional*):
             Images to calibrate int8 and to measure on.
 
     Returns:
-        What `config.json` says of the export, and remarks for its user.
+        `rbi_export` of the export's `config.json`, and notes for the user.
 
     Raises:
-        UserError, OSError: if model, data and arguments do not fit each other, or the export answers otherwise than
-            the model.
+        UserError: if model, data and arguments do not match, or the export differs from the model.
+        OSError: if a file cannot be read or written.
         MissingPackageError: if the packages for ONNX are not installed.
     """
     assert args.dtype is not None
     output_dir = Path(args.output_dir)
-    check_output_dir(output_dir)
+    check_output_dir(output_dir, "an export", _NAMES, _is_export)
     is_onnx = args.format == "onnx"
     if is_onnx:
-        _require_packages("onnx", "onnxruntime", "onnxscript")
+        require_packages("onnx", "onnxruntime", "onnxscript")
     if data is not None and not data.is_given:
         data = None
     if data is None and args.split != "test":
-        raise UserError(f"--split {args.split} is of data: name them, for instance by --train_dir.")
+        raise UserError(f"--split {args.split} needs a data set: name one, for instance with --train_dir.")
     if "int8" in args.dtype and data is None:
         raise UserError(
-            "--dtype int8 needs images to calibrate it and to measure what it costs: name them, for instance by "
+            "--dtype int8 needs images for calibration and for measuring its accuracy: name them, for instance with "
             "--train_dir."
         )
     config = load_config(args.model, args.model_revision)
-    scope = choose_scope(args.model, config, args.scope)
+    scope = choose_scope(args.model, config, args.relation_scope)
     splits = None if data is None else _load_labeled(args, data, config)
     model, image_processor = _load_model(args, config)
-    size = _image_size(image_processor)
+    size = image_size(image_processor)
     processor_fields, client_note = client_image_processor(image_processor, len(config.image_mean))
     notes = [note for note in (client_note if is_onnx else None, scores_note(config) if is_onnx else None) if note]
 
     with filled_whole(output_dir, last=CONFIG_FILE) as draft:
-        exporter = _OnnxExporter(model, scope, size) if is_onnx else _ProgramExporter(model, scope, size)
+        exporter = OnnxExporter(model, scope, size) if is_onnx else ProgramExporter(model, scope, size)
         folder = draft / ONNX_FOLDER if is_onnx else draft
         folder.mkdir(exist_ok=True)
         exported = {"float32": exporter.export(folder)}
-        if isinstance(exporter, _OnnxExporter):
+        if isinstance(exporter, OnnxExporter):
             if "float16" in args.dtype:
                 exported["float16"] = exporter.halve(folder)
             if "int8" in args.dtype:
                 assert splits is not None and data is not None
                 images = _drawn(splits["train"], args.num_calibration_images, args.seed)
-                loader = _loader(images, image_processor, data, args.batch_size)
+                loader = make_loader(images, image_processor, data, args.per_device_eval_batch_size)
                 exported["int8"] = exporter.quantize(folder, (batch["pixel_values"] for batch in loader), len(loader))
         measured: dict[str, dict[str, Any]] = {}
         if splits is not None and data is not None:
             predicts = {dtype: file.predict for dtype, file in exported.items() if dtype in args.dtype}
             split = in_order_of_content(splits[args.split])
-            loader = _loader(split, image_processor, data, args.batch_size)
+            loader = make_loader(split, image_processor, data, args.per_device_eval_batch_size)
             numbers = match_labels(split, config)
             measured = measure(exporter.reference, predicts, loader, numbers, progress=not args.disable_tqdm)
         if "float32" not in args.dtype:
             for path in exported.pop("float32").paths:
                 path.unlink()
-        references = _references(model) if scope == "reference" else None
+        references = describe_references(model) if scope == "reference" else None
         facts: dict[str, Any] = {
             "program": PROGRAM,
             "format": args.format,
             "relation_scope": scope,
             "answers_depend_on_batch": scope == "batch",
-            "note": _note(model, scope),
-            "backbone": _backbone_type(model),
+            "note": describe_export(model, scope),
+            "backbone": backbone_type(model),
             "references": references,
             "image_size": "dynamic" if exporter.is_dynamic else list(size),
             "files": {
@@ -233,40 +241,23 @@ def run(args: ExportArguments, data: MeasuringArguments | None = None) -> tuple[
         write_json(
             draft / CONFIG_FILE, client_config(config, facts, [exported[dtype] for dtype in args.dtype], is_onnx)
         )
-        # Of an earlier export; a folder does not replace another one.
+        # Remove an earlier export first: renaming cannot replace a folder.
         (output_dir / CONFIG_FILE).unlink(missing_ok=True)
         shutil.rmtree(output_dir / ONNX_FOLDER, ignore_errors=True)
-        (output_dir / _PROGRAM_FILE).unlink(missing_ok=True)
+        (output_dir / PROGRAM_FILE).unlink(missing_ok=True)
     if scope == "batch":
-        notes.append("Answers depend on the other images of a batch: a client that is given several relates them.")
+        notes.append("Predictions depend on the other images in a batch: a client must not batch unrelated images.")
     if references:
         copies = " and small copies" if references["has_images"] else ""
         notes.append(f"The files carry features{copies} of {references['num_references']} reference images.")
     if not is_onnx:
-        notes.append("torch.export.load may run code that a .pt2 file holds: load such files from yourself alone.")
+        notes.append("torch.export.load may run code in a .pt2 file: load only files that you trust.")
     return facts, notes
 
 
-def check_output_dir(folder: Path):
-    r"""
-    Raises:
-        UserError: if the folder holds anything but an earlier export.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a folder.")
-    names = names_in(folder)
-    others = set(names) - {CONFIG_FILE, PROCESSOR_FILE, ONNX_FOLDER, _PROGRAM_FILE}
-    if others or (names and not _is_export(folder / CONFIG_FILE)):
-        listed = ", ".join((sorted(others) or names)[:5])
-        raise UserError(
-            f"--output_dir {folder} holds other things than an export ({listed}): name another folder. An export "
-            "cannot share that of its model, as each has its own config.json."
-        )
-
-
-def _is_export(path: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["rbi_export"]["program"] == PROGRAM
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["rbi_export"]["program"] == PROGRAM
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
@@ -280,10 +271,10 @@ def _load_model(
         if "image processor" not in str(error):
             raise
         raise UserError(
-            f"--model {args.model} has no image processor, which says how its images are prepared: save it beside "
-            "the model (`image_processor.save_pretrained`)."
+            f"--model {args.model} has no image processor, which defines how images are prepared: save it there with "
+            "`image_processor.save_pretrained`."
         ) from error
-    # In evaluation again, so that keys and values of the references are of this precision, too.
+    # `eval` again recomputes keys and values of the references in float32.
     return model.float().eval(), image_processor
 
 
@@ -304,32 +295,19 @@ def _drawn(split: datasets.Dataset, number: int, seed: int) -> datasets.Dataset:
     return split.select(order[:number].tolist())
 
 
-logger = logging.getLogger(__name__)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    args = None
-    try:
-        args, data, _ = parse_arguments(
-            sys.argv[1:] if argv is None else argv, (ExportArguments, MeasuringArguments), {}, description=__doc__
-        )
-        facts, notes = run(args, data)
-    except KeyboardInterrupt:
-        print("Stopped. Nothing was written.", file=sys.stderr)
-        return 130
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        logger.debug("Where it happened:", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if args is None else 1
+def command(argv: Sequence[str], console: Console):
+    """Exports and prints a table of the files."""
+    args, data, _ = parse_arguments(argv, (ExportArguments, MeasuringArguments), {}, description=__doc__)
+    facts, notes = run(args, data)
     console.print(results_table(facts))
     for note in notes:
         console.print(escape(note), highlight=False, soft_wrap=True)
     console.print(f"Written: {escape(str(Path(args.output_dir).resolve()))}", soft_wrap=True, highlight=False)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the app of `model_cards/space` on this machine, with a model of yours.
+"""Runs the app of `model_cards/space` on this machine with your model.
 
     python -m training.space --model outputs/mine
 
-It is what a Space of the Hub runs: one image's answer with and without the model's references, and the relations
+A Space of the Hub runs the same app. It shows predictions with and without the model's references, and the relations
 between several images. Ctrl-C stops it.
 
-Exit code 0: stopped. 1: the model cannot be shown, or the app not started. 2: the arguments are wrong.
+Exit code 0: the app ended. 1: the model cannot be loaded, or the app cannot start. 2: wrong arguments. 130: Ctrl-C.
 """
 
 import errno
 import importlib.util
-import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -21,35 +20,29 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers.hf_argparser import HfArg
+from rich.console import Console
 
 from modeling_rbi import MissingPackageError, UserError
 
-from .cli import parse_arguments
+from .cli import parse_arguments, run_command
 
-
-logger = logging.getLogger(__name__)
 
 APP = Path(__file__).resolve().parents[1] / "model_cards" / "space" / "app.py"
 
 
 @dataclass
 class SpaceArguments:
-    """Which model, and where its page is."""
+    """Arguments of `training.space`."""
 
-    model: str = field(metadata={"help": "RBI classifier: a folder, or a repository of the Hub."})
+    model: str = field(metadata={"help": "RBI classifier: a folder or a repository of the Hub."})
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."}
     )
-    host: str = HfArg(
-        aliases=["--server_name"],
+    host: str = field(
         default="127.0.0.1",
-        help="Address to listen at; 0.0.0.0 lets other machines in.",
+        metadata={"help": "Address to listen at; 0.0.0.0 accepts connections from other machines."},
     )
-    port: int | None = HfArg(
-        aliases=["--server_port"], default=None, help="By default 7860, or the next that is free."
-    )
+    port: int | None = field(default=None, metadata={"help": "Port (default: 7860, or the next free port)."})
 
     def __post_init__(self):
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -57,7 +50,7 @@ class SpaceArguments:
 
 
 class _LoaderWithoutCache(SourceFileLoader):
-    """Keeps no bytecode: it would lie in the folder that is uploaded, with the paths of this machine."""
+    """Writes no bytecode, which would put paths of this machine into the folder to upload."""
 
     def set_data(self, path, data, *, _mode=0o666):
         pass
@@ -65,7 +58,7 @@ class _LoaderWithoutCache(SourceFileLoader):
 
 def load_app() -> ModuleType:
     r"""
-    The Space's `app.py`, which stands by itself and belongs to no package.
+    Imports the Space's `app.py`, which belongs to no package.
 
     Raises:
         MissingPackageError: if Gradio is not installed.
@@ -84,16 +77,16 @@ def load_app() -> ModuleType:
 
 def check_address(host: str, port: int | None):
     r"""
-    Checks that the app can listen there, since Gradio takes every reason why not for a port that is taken.
+    Checks that the app can listen at an address. Gradio would report every failure as a port that is taken.
 
     Args:
         host (`str`):
             Name or address of this machine.
         port (`int`, *optional*):
-            `None`: whichever is free.
+            Port; `None` for any free one.
 
     Raises:
-        OSError: if it cannot; the message says why, and which argument to change.
+        OSError: if it cannot; the message says why and which argument to change.
     """
     try:
         # An IPv6 address may stand in brackets, as it does in a URL.
@@ -104,26 +97,27 @@ def check_address(host: str, port: int | None):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except OSError as error:
-        place = f"{host}, port {port}" if port else host
+        address = f"{host}, port {port}" if port else host
         argument = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
-        raise OSError(f"Cannot listen at {place}: {error.strerror}. Name another by --{argument}.") from error
+        raise OSError(f"Cannot listen at {address}: {error.strerror}. Choose another --{argument}.") from error
+
+
+def command(argv: Sequence[str], console: Console):
+    """Serves the app until Ctrl-C."""
+    args, _ = parse_arguments(argv, (SpaceArguments,), {}, description=__doc__)
+    check_address(args.host, args.port)
+    app = load_app()
+    try:
+        page = app.build(args.model, args.model_revision)
+    # The app does not depend on this package, so it cannot raise `UserError`.
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    app.serve(page, args.host, args.port)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = None
-    try:
-        args, _ = parse_arguments(sys.argv[1:] if argv is None else argv, (SpaceArguments,), {}, description=__doc__)
-        check_address(args.host, args.port)
-        app = load_app()
-        app.serve(app.build(args.model, args.model_revision), args.host, args.port)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        logger.debug("Where it happened:", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if args is None else 1
-    return 0
+    return run_command(command, argv, on_stop="The app is closed.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 // Copyright 2026 The RBI authors. All rights reserved.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Classifies images with an exported model by the pipeline of transformers.js, and prints its answers as JSON.
+// Classifies images with an exported model in the pipeline of transformers.js, and prints the predictions as JSON.
 //
 //     node classify.mjs '{"folder": "export", "images": ["a.png"], "batches": [["a.png", "b.png"]], "dtype": "q8"}'
 //
-// Of each of the images by itself, then of each batch: [[{label, score}, ...], ...]. Without a dtype it is the one that
-// the config asks for.
+// The output has the predictions for each image alone, and for each batch: [[{label, score}, ...], ...]. Without a dtype,
+// transformers.js uses the dtype of the config.
 
 import path from 'node:path';
 

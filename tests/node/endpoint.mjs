@@ -1,7 +1,7 @@
 // Copyright 2026 The RBI authors. All rights reserved.
 // SPDX-License-Identifier: Apache-2.0
 
-// Asks an endpoint through @huggingface/inference, and prints what came of it as JSON:
+// Sends requests to an endpoint through @huggingface/inference, and prints the responses as JSON:
 //     node endpoint.mjs ADDRESS IMAGE BROKEN_IMAGE
 
 import { readFile } from "node:fs/promises";
@@ -15,7 +15,7 @@ function asBlob(file, type = "image/png") {
     return new Blob([file], { type });
 }
 
-// The client sends `inputs` as the whole body, and `parameters` beside an image not at all.
+// The client sends `inputs` as the whole body and never sends `parameters` beside an image.
 function asJson(file, parameters) {
     const body = { inputs: file.toString("base64"), parameters };
     return new Blob([JSON.stringify(body)], { type: "application/json" });

@@ -1,6 +1,5 @@
-"""`python -m training.publish` against a Hub on loopback, with the real client; and the card's code, as it stands."""
+"""`python -m training.publish` against a Hub on loopback with the real client, and the code in its cards."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -11,12 +10,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from training.assess import main as assess
+from training.deployment import publication
 from training.publish import main
 
 
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "tests" / "training" / "pets.yaml"
-# Only what someone has who never heard of this project.
+# The packages of a user without this project.
 OUTSIDER = """
 import sys
 
@@ -27,31 +27,16 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-# Each command line of the JSON in argv[1], with the changes to the environment beside it.
-COMMANDS = """
-import contextlib, io, json, os, sys
-from training.assess import main as assess
-from training.publish import main
-
-results = []
-for argv, environment in json.loads(sys.argv[1]):
-    os.environ.update(environment)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(argv)
-    results.append([code, out.getvalue(), err.getvalue()])
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
 def assessed(model_folder, image_files, tmp_path_factory):
-    """The model's images in folders, and its assessment on them."""
+    """The model's images in class folders, and its assessment on them."""
     folder = tmp_path_factory.mktemp("assessed")
     for path in image_files:
-        place = folder / "images" / path.stem.split("_")[0]
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, place)
+        class_folder = folder / "images" / path.stem.split("_")[0]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, class_folder)
     data = ["--train_dir", str(folder / "images"), "--split", "train", "--output_dir", str(folder / "assessment")]
     more = ["--batch_sizes", "4", "--resamples", "100", "--use_cpu", "--disable_tqdm"]
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +47,7 @@ def assessed(model_folder, image_files, tmp_path_factory):
 
 @pytest.fixture
 def command(model_folder, assessed, image_files):
-    """Gives the words of a publication's command line."""
+    """Makes the command line of a publication."""
 
     def make(repo_id="alice/pets", *more):
         facts = ["--config", str(CARD), "--assessment", str(assessed / "assessment"), "--share_images"]
@@ -73,56 +58,71 @@ def command(model_folder, assessed, image_files):
 
 
 @pytest.fixture
-def run(hub, tmp_path):
-    """Runs command lines in one process that talks to the Hub: exit code, output and errors of each."""
+def run(hub, monkeypatch, tmp_path, capsys):
+    """Runs a command line against the Hub in this process: exit code, output and errors."""
+    hub.connect(monkeypatch, tmp_path / "home")
 
-    def run(*command_lines, **environment):
-        lines = [line if isinstance(line, tuple) else (line, {}) for line in command_lines]
-        result = subprocess.run(
-            [sys.executable, "-c", COMMANDS, json.dumps(lines)],
-            env=hub.env(tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-        return [json.loads(line) for line in result.stdout.splitlines()]
+    def run(words, token=None):
+        with monkeypatch.context() as patch:
+            if token is not None:
+                patch.setenv("HF_TOKEN", token)
+            code = main(words)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run
 
 
+@pytest.fixture
+def reloaded(monkeypatch):
+    """Folders that would be reloaded in a fresh process, which `test_checks.py` and one test here do."""
+    folders = []
+    monkeypatch.setattr(publication, "check_loads_back", lambda folder, *_: folders.append(folder))
+    return folders
+
+
 @pytest.mark.slow
-def test_publications_and_the_code_of_their_card(hub, hub_module, run, command, tmp_path):
+def test_publications_and_the_code_of_their_card(hub, hub_module, run, reloaded, command, tmp_path):
     draft, sharded = tmp_path / "draft", command("zoo/pets", "--private", "--max_shard_size", "15kB")
-    # The first upload is cut when one of the large files has arrived, and what the client sends again is refused.
+    # The connection breaks when one of the large files has arrived, and the client's next attempt is refused.
     hub.fail("^PUT", skip=1)
     hub.fail("^PUT", status=403, skip=1)
-    (cut,) = run(sharded)
+    cut = run(sharded)
     repo = hub.repo("zoo/pets")
     assert cut[0] == 1 and "The upload was interrupted" in cut[2] and "403" in cut[2]
     assert repo.history() == [] and repo.private
     arrived = set(repo.objects)
 
-    (again,) = run(sharded)
-    # What others have put there stays; so it must where names are like those of a publication.
+    again = run(sharded)
+    # Files of others stay, even if their names resemble those of a publication.
     others = ["scripts/prepare_rbi.py", "examples/mine/cat.png", "onnx/model.safetensors", "notes.md"]
     commit = repo.commit()
     files = commit.files | {name: hub_module.File(b"mine", False) for name in others}
     repo.add("main", "mine", "", "alice", files)
 
-    whole, dry = run(
-        command("zoo/pets", "--private"),
-        command("zoo/pets", "--private", "--dry_run", "--output_dir", str(draft)),
+    whole = run(command("zoo/pets", "--private"))
+    assert len(reloaded) == 3
+    # The one dry run in a process of its own, which reloads the folder in another.
+    dry = subprocess.run(
+        [
+            *(sys.executable, "-m", "training.publish"),
+            *command("zoo/pets", "--private", "--dry_run", "--output_dir", str(draft)),
+        ],
+        env=hub.env(tmp_path, OMP_NUM_THREADS="1"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert again[0] == whole[0] == dry[0] == 0, again[2] + whole[2] + dry[2]
+    assert again[0] == whole[0] == dry.returncode == 0, again[2] + whole[2] + dry.stderr
+    assert "Reloaded in a fresh process" in dry.stdout
     first, mine, second = repo.history()
     assert set(others) < set(mine.files) and set(others) < set(second.files)
     assert first.id in again[1] and second.id in whole[1]
     large = [path for path, file in first.files.items() if file.is_lfs]
     assert 0 < len(arrived) < len(large)
     assert hub.count("^PUT") == len(large) + 1, "a large file that has arrived is not sent again"
-    # Nothing of the former is left, and the dry run writes just what is sent.
+    # No file of the earlier publication is left, and the dry run writes what the upload sends.
     sent = {path: content for path, content in repo.files().items() if path not in (".gitattributes", *others)}
     assert sent == {
         path.relative_to(draft).as_posix(): path.read_bytes() for path in draft.rglob("*") if path.is_file()
@@ -146,62 +146,62 @@ def test_publications_and_the_code_of_their_card(hub, hub_module, run, command, 
 
 
 @pytest.mark.slow
-def test_what_is_refused_touches_nothing(hub, hub_module, run, command, tmp_path):
+def test_what_is_refused_touches_nothing(hub, hub_module, run, reloaded, command, tmp_path):
     hub.add_user("bob")
     reader = hub.add_user("carol", can_write=False)
-    # As a plain Trainer leaves it, of another model.
+    # Files that a plain Trainer leaves.
     old = hub.repos["model", "alice/old"] = hub_module.Repo("model", "alice/old", False, "alice")
     names = ("training_args.bin", "processor_config.json", ".env", "notes.md", "other/adapter_config.json")
     old.add("main", "mine", "", "alice", {name: hub_module.File(b"{}", False) for name in names})
-    no_token = {"HF_TOKEN": "", "HF_HOME": str(tmp_path / "nobody")}
-    results = run(
-        (command("bob/pets"), {}),
-        (command("alice/pets", "--license", "no-such-license"), {}),
-        (command("alice/pets", "--description", "hf_" + "x" * 34), {}),
-        (command("alice/pets", "--assessment", str(tmp_path)), {}),
-        (command("alice/pets", "--revision", "v2"), {}),
-        (command("alice/old", "--revision", "v2"), {}),
-        (command("alice/old"), {}),
-        (command("carol/pets"), {"HF_TOKEN": reader}),
-        (command(), {"HF_TOKEN": "hf_wrong"}),
-        (command(), no_token),
-    )
+    results = [
+        run(command("bob/pets")),
+        run(command("alice/pets", "--license", "no-such-license")),
+        run(command("alice/pets", "--description", "hf_" + "x" * 34)),
+        run(command("alice/pets", "--assessment", str(tmp_path))),
+        run(command("alice/pets", "--revision", "v2")),
+        run(command("alice/old", "--revision", "v2")),
+        run(command("alice/old")),
+        run(command("carol/pets"), token=reader),
+        run(command(), token="hf_wrong"),
+        run(command(), token=""),
+    ]
     other, license, secret, assessment, no_repo, no_branch, unfit, may_read, wrong, none = results
     assert [code for code, *_ in results] == [1] * 10
-    assert "bob is another owner. The token is of alice" in other[2]
-    assert "The Hub does not take the card" in license[2] and "license" in license[2]
-    assert "is not there yet" in no_repo[2] and "has no such branch" in no_branch[2]
+    assert "the token belongs to alice and cannot write to bob" in other[2]
+    assert "The Hub does not accept the card" in license[2] and "license" in license[2]
+    assert "does not exist yet" in no_repo[2] and "has no such branch" in no_branch[2]
     for name in names:
         assert (name in unfit[2]) == (name not in names[3:])
-    assert "hf repos delete-files alice/old" in unfit[2] and "may only read" in may_read[2]
+    assert "hf repos delete-files alice/old" in unfit[2] and "read-only" in may_read[2]
     assert "README.md holds a token of Hugging Face" in secret[2]
-    assert "no output folder of training.assess" in assessment[2]
+    assert "not an output folder of training.assess" in assessment[2]
     assert "does not know the token" in wrong[2]
     assert "hf auth login" in none[2] and "HF_TOKEN" in none[2]
-    assert all("Traceback" not in error for _, _, error in results)
+    assert len(reloaded) == 1  # only the Hub knows which licenses there are
     assert hub.count("/commit/") == 0 and set(hub.repos) == {("model", "alice/old")}
 
 
-def test_a_dry_run_that_would_be_refused_says_why(command, tmp_path, capsys):
+def test_a_dry_run_that_would_be_refused_says_why(reloaded, command, tmp_path, capsys):
     words = command("alice/pets", "--dry_run", "--output_dir", str(tmp_path / "draft"))
     words[words.index("--config") + 1] = str(tmp_path / "empty.yaml")
     (tmp_path / "empty.yaml").write_text("license: mit\n")
     assert main(words) == 1
     printed = capsys.readouterr()
-    assert "it would be refused" in printed.err and "--data_bias" in printed.err and "Fit to be" not in printed.out
+    assert "it would be refused" in printed.err and "--data_bias" in printed.err and "Ready to be" not in printed.out
     card = ModelCard.load(tmp_path / "draft" / "README.md")
     assert card.data.license == "mit" and card.text.count("**Missing") > 3
-    # The mended one takes its place; a folder of other things does not give way.
+    # The corrected folder replaces it, but a folder with other files is not replaced.
     words[words.index("--config") + 1] = str(CARD)
     assert main(words) == 0
-    assert "Fit to be published" in capsys.readouterr().out
+    assert "Ready to be published" in capsys.readouterr().out
     assert "**Missing" not in (tmp_path / "draft" / "README.md").read_text()
+    assert len(reloaded) == 2
     assert main(["--model", str(tmp_path / "draft"), *words[2:]]) == 1
     assert "is the model's own folder" in capsys.readouterr().err
     (tmp_path / "draft" / "mine.txt").touch()
     before = (tmp_path / "draft" / "README.md").read_bytes()
     assert main(words) == 1
-    assert "holds other things than a publication" in capsys.readouterr().err
+    assert "holds other files than a publication" in capsys.readouterr().err
     assert (tmp_path / "draft" / "README.md").read_bytes() == before
 
 
@@ -213,7 +213,7 @@ def test_wrong_arguments_end_with_2(command, capsys):
 
 
 def test_the_committed_cards_say_what_was_measured():
-    """Their tables and their metadata are the same figures, nothing is missing, and no path of a machine is told."""
+    """Tables and metadata have the same figures, nothing is missing, and no local path appears."""
     cards = [ROOT / "model_cards" / name for name in ("orl_faces.md", "emoji.md")]
     for path in cards:
         card = ModelCard.load(path)

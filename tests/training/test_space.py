@@ -1,11 +1,13 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The command that starts the Space's app: arguments, exit codes, messages. `tests/model_cards` has the app itself."""
+"""`python -m training.space`: arguments, exit codes, messages. `tests/model_cards` tests the app itself."""
 
 import importlib.util
 import shutil
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +22,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def served(monkeypatch):
-    """What the app is asked to serve, and where, in place of serving it."""
+    """Calls of the app's `serve`, which does nothing else."""
     calls = []
     app = space.load_app()
     monkeypatch.setattr(app, "serve", lambda *where: calls.append(where))
@@ -28,17 +30,16 @@ def served(monkeypatch):
     return calls
 
 
-def test_serves_on_this_machine_alone(served, model_folder):
+def test_serves_only_this_machine(served, model_folder):
     assert space.main(["--model", str(model_folder)]) == 0
     ((app, host, port),) = served
     assert app.title == "RBI: pets"
     assert (host, port) == ("127.0.0.1", None)
 
 
-@pytest.mark.parametrize("names", [("--host", "--port"), ("--server_name", "--server_port")])
-def test_serves_where_it_is_told(served, model_folder, names):
+def test_serves_where_it_is_told(served, model_folder):
     port = free_port()
-    assert space.main(["--model", str(model_folder), names[0], "0.0.0.0", names[1], str(port)]) == 0
+    assert space.main(["--model", str(model_folder), "--host", "0.0.0.0", "--port", str(port)]) == 0
     assert served[0][1:] == ("0.0.0.0", port)
 
 
@@ -49,6 +50,7 @@ def test_serves_where_it_is_told(served, model_folder, names):
         (["--model", "x", "--prot", "8000"], "did you mean `--port`"),
         (["--model", "x", "--port", "0"], "between 1 and 65535"),
         (["--model", "x", "--port", "many"], "many"),
+        (["--model", "x", "--server_port", "8000"], "no argument --server_port"),
     ],
 )
 def test_wrong_arguments(served, capsys, argv, message):
@@ -74,9 +76,9 @@ def test_a_port_that_is_taken(capsys, model_folder):
     assert "--port" in error
 
 
-# The address is kept for documentation (RFC 5737), the name for those that are of nobody (RFC 6761).
+# RFC 5737 reserves the address for documentation, RFC 6761 the name for hosts that do not exist.
 @pytest.mark.parametrize("host", ["192.0.2.1", "nobody.invalid"])
-def test_a_host_that_is_none(served, capsys, model_folder, host):
+def test_a_host_that_does_not_exist(served, capsys, model_folder, host):
     assert space.main(["--model", str(model_folder), "--host", host, "--port", str(free_port())]) == 1
     error = capsys.readouterr().err
     assert host in error
@@ -85,7 +87,7 @@ def test_a_host_that_is_none(served, capsys, model_folder, host):
     assert not served
 
 
-def test_other_failures_are_told_as_they_are(served, capsys, model_folder, monkeypatch):
+def test_other_errors_keep_their_message(served, capsys, model_folder, monkeypatch):
     def serve(*where):
         raise PermissionError(13, "Permission denied", "/uploads")
 
@@ -105,7 +107,7 @@ def test_leaves_nothing_in_the_folder_that_is_uploaded(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "space_app", raising=False)
     assert space.load_app().__file__ == str(folder / "app.py")
     assert sorted(folder.rglob("*")) == before
-    # As Python itself does it.
+    # Python's own loader does leave files.
     spec = importlib.util.spec_from_file_location("space_app", space.APP)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert list(folder.rglob("*.pyc"))
@@ -115,3 +117,11 @@ def test_without_gradio(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(space.importlib.util, "find_spec", lambda name: None)
     assert space.main(["--model", str(tmp_path)]) == 1
     assert 'pip install -e ".[space]"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_as_a_process(tmp_path):
+    command = [sys.executable, "-m", "training.space", "--model", str(tmp_path / "absent"), "--port", str(free_port())]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: There is no folder") and not result.stdout

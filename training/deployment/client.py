@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The config and image processor of an export, for the clients that load it."""
+"""Config and image processor of an export, in the form that transformers.js loads."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,16 +18,16 @@ from .exporters import ExportedFile
 
 
 _CLIENT_DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "q8"}
-# transformers.js refuses types of model that it does not list, and treats all image classifiers alike.
+# transformers.js refuses unknown model types, but treats all image classifiers alike.
 _CLIENT_MODEL_TYPE = "vit"
-# Gray levels that two image processors may differ by, as torchvision's and Pillow's resizing do.
+# Largest difference of two image processors in gray levels, as between the resizing of torchvision and Pillow.
 _MAX_GRAY_LEVELS = 2.0
 
 
 def client_config(
     config: PreTrainedConfig, facts: dict[str, Any], files: Sequence[ExportedFile], is_onnx: bool
 ) -> dict[str, Any]:
-    """The `config.json` of an export; the first of the files is the one that transformers.js takes by default."""
+    """Content of `config.json`. transformers.js uses the first of the files by default."""
     names = class_names(config)
     content: dict[str, Any] = {
         "architectures": ["RBIForImageClassification"],
@@ -48,26 +48,26 @@ def client_image_processor(
     image_processor: BaseImageProcessor, num_channels: int
 ) -> tuple[dict[str, Any] | None, str | None]:
     r"""
-    The image processor as a `CLIPImageProcessor`, whose steps (resize, crop, rescale, normalize) transformers.js has,
-    and has as transformers does. Of other kinds it does some otherwise (EfficientNet), or does not know the name
-    (those that end in Pil).
+    Converts an image processor to a `CLIPImageProcessor`, whose steps (resize, crop, rescale, normalize) are the same
+    in transformers and transformers.js. Some others are implemented differently there (EfficientNet) or unknown by
+    name (those that end in Pil).
 
     Args:
         image_processor (`BaseImageProcessor`):
-            The model's.
+            The model's image processor.
         num_channels (`int`):
-            Channels that the model takes.
+            Number of channels of the model's images.
 
     Returns:
-        The content of `preprocessor_config.json`; or `None`, where the processor does more than these steps, and a
-        sentence that says so.
+        The content of `preprocessor_config.json` and `None`; or, if the processor does more than these steps, `None`
+        and a sentence that says so.
     """
     given = image_processor.to_dict()
     size, crop_size = _lengths(given.get("size")), _lengths(given.get("crop_size"))
     if not given.get("do_center_crop"):
         crop_size = None
     if given.get("crop_pct") and size and (edge := size.get("shortest_edge")):
-        # ConvNeXt's, which crops small images alone.
+        # ConvNeXt crops only if the size is below 384.
         is_small = edge < 384
         crop_size = {"height": edge, "width": edge} if is_small else None
         size = {"shortest_edge": int(edge / given["crop_pct"])} if is_small else {"height": edge, "width": edge}
@@ -89,8 +89,8 @@ def client_image_processor(
     if _prepare_alike(image_processor, CLIPImageProcessorPil(**fields), num_channels, min(std)):
         return {"image_processor_type": "CLIPImageProcessor"} | fields, None
     return None, (
-        f"{type(image_processor).__name__} prepares images in a way that transformers.js may not have: give the "
-        "model prepared pixel_values there."
+        f"{type(image_processor).__name__} has steps that transformers.js may not support: pass prepared "
+        "pixel_values to the model there."
     )
 
 
@@ -112,9 +112,10 @@ def _prepare_alike(first: Callable, second: Callable, num_channels: int, std: fl
 
 
 def scores_note(config: PreTrainedConfig) -> str | None:
+    """A warning for models whose scores are not a softmax, which is all that transformers.js computes."""
     if config.num_labels > 1 and config.problem_type in (None, "single_label_classification"):
         return None
     return (
-        "The pipeline of transformers.js makes scores by softmax, which this model's are not: take the logits of its "
+        "The pipeline of transformers.js applies a softmax, which is wrong for this model: use the logits of "
         "AutoModelForImageClassification there."
     )

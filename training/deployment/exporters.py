@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Export of a model to ONNX or `torch.export`, checked against the model."""
+"""Exports a model to ONNX or `torch.export` and compares the files with the model."""
 
 import contextlib
 import importlib.util
@@ -41,30 +41,40 @@ logger = logging.getLogger(__name__)
 PROGRAM = "training.export"
 CONFIG_FILE, PROCESSOR_FILE, ONNX_FOLDER = "config.json", "preprocessor_config.json", "onnx"
 FORMATS, SCOPES, DTYPES = ("onnx", "torch_export"), ("self", "reference", "batch"), ("float32", "float16", "int8")
-# As transformers.js looks for them, and what it calls the dtype.
+# Names that transformers.js expects for each dtype.
 _ONNX_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
-_PROGRAM_FILE = "model.pt2"
-# Largest difference of logits in single precision, where logits are up to 1; beyond, relative to the largest of them.
+PROGRAM_FILE = "model.pt2"
+# Largest difference of logits of float32 files, relative to the largest logit (at least 1): about 1,700 unit roundoffs
+# (6e-8), since another runtime fuses operations and sums in another order.
 MAX_DIFFERENCE = 1e-4
-# Largest difference of probabilities where weights are rounded to half precision, after which logits differ by more.
+# Largest difference of probabilities of float16 files. Rounding changes each weight by up to a relative 5e-4, which
+# shifts logits by more than kernels do. int8 has no fixed limit: its loss of accuracy is measured on images.
 MAX_HALF_DIFFERENCE = 0.05
-# ONNX files of 2 GiB and more cannot be: their weights go to a file of their own.
+# ONNX files are limited to 2 GiB. The weights of larger models go to a separate file.
 _MAX_FILE_BYTES = 2**31 - 2**20
-# The newest that the exporter writes without conversion.
+# Newest opset that the exporter writes without conversion.
 _OPSET = 18
-# What stays in single precision is little, and sensitive: PSNR, attention and the classifier.
+# Parts in reduced precision. PSNR, attention and classifier stay in float32: they are small and sensitive.
 _REDUCED_PARTS = ("backbone", "rra.query", "rra.key", "rra.value", "rra.residual")
-# Activations beyond this percentile are cut off in 8 bits: rare large ones would leave few levels to the others.
+# int8 clips activations beyond this percentile: rare large values would leave few levels for the others.
 _CALIBRATION_PERCENTILE = 99.99
 Predict = Callable[[torch.Tensor], torch.Tensor]
 
 
 def choose_scope(name: str, config: PreTrainedConfig, asked: str | None) -> str:
     r"""
-    The scope to export: the one that is asked for, or else the model's own.
+    Relation scope to export: the requested one, or the model's own.
+
+    Args:
+        name (`str`):
+            The model's name, for error messages.
+        config (`PreTrainedConfig`):
+            The model's config.
+        asked (`str`, *optional*):
+            The value of `--relation_scope`.
 
     Raises:
-        UserError: if it is no RBI model, or has no references to attend to.
+        UserError: if it is not an RBI model, or lacks the references for scope `reference`.
     """
     if config.model_type != RBIConfig.model_type:
         raise UserError(
@@ -74,28 +84,30 @@ def choose_scope(name: str, config: PreTrainedConfig, asked: str | None) -> str:
     scope = asked or config.relation_scope
     if scope == "reference" and config.references is None:
         raise UserError(
-            f"--scope reference: {name} has no reference bank. Make one, with training.references or "
-            "`model.set_references`, or choose --scope self."
+            f"--relation_scope reference: {name} has no reference bank. Create one with training.references or "
+            "`model.set_references`, or choose --relation_scope self."
         )
     return scope
 
 
-def _require_packages(*names: str):
+def require_packages(*names: str):
+    """Raises a `MissingPackageError` if one of the packages is not installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise MissingPackageError(f'--format onnx needs {", ".join(missing)}: pip install -e ".[export]"')
 
 
-def _loader(
+def make_loader(
     split: datasets.Dataset, image_processor: BaseImageProcessor, data: DataArguments, batch_size: int
 ) -> DataLoader:
+    """Batches of the prepared images of a split, in its order."""
     images = ImageDataset(
         split, EvalTransform(image_processor), crop_to_boxes=data.crop_to_boxes, max_pixels=data.max_pixels
     )
     return DataLoader(images, batch_size=batch_size, collate_fn=Collator())
 
 
-def _image_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of prepared images, those of a square one where they depend on it."""
+def image_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of prepared images; if they depend on the input, those for a square image."""
     try:
         return processed_size(image_processor)
     except ValueError:
@@ -105,11 +117,11 @@ def _image_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
 
 class Deployed(nn.Module):
     r"""
-    A model from pixels to logits, with its scope fixed: what is exported.
+    The module that is exported: a model from pixels to logits with a fixed relation scope.
 
     Args:
         model (`RBIForImageClassification`):
-            In evaluation mode, in float32.
+            Model in evaluation mode and float32.
         scope (`str`):
             `"self"`, `"reference"` or `"batch"`.
     """
@@ -130,8 +142,8 @@ class Deployed(nn.Module):
 
     def _for_relations(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """
-        The pixels averaged down to the size that PSNR is taken at, which the model then leaves as they are: its own
-        `adaptive_avg_pool2d` cannot be exported for images of any size.
+        The pixels averaged down to the size for PSNR, so that the model need not do it: its `adaptive_avg_pool2d`
+        cannot be exported for images of any size.
         """
         bank, limit = self.model.rbi.references, self.model.rbi.rpe.image_size
         if self.scope == "self" or self.model.config.relation_position_encoding == "none":
@@ -145,21 +157,21 @@ class Deployed(nn.Module):
         else:
             size = [min(limit, length) for length in pixel_values.shape[-2:]]
         rows, columns = (_averages(length, part) for length, part in zip(pixel_values.shape[-2:], size, strict=True))
-        # Each product is of images with one matrix: its batch axis stays an axis of any length.
+        # Multiplying the whole batch with one matrix keeps the batch axis dynamic.
         return ((pixel_values @ columns.T).transpose(-1, -2) @ rows.T).transpose(-1, -2)
 
 
 def _averages(length: int, size: int) -> torch.Tensor:
-    """The matrix, (size, length), by which `adaptive_avg_pool` averages an axis."""
-    parts, places = torch.arange(size), torch.arange(length)
+    """Matrix, (size, length), that averages an axis as `adaptive_avg_pool` does."""
+    parts, positions = torch.arange(size), torch.arange(length)
     first, end = (parts * length) // size, ((parts + 1) * length + size - 1) // size
-    is_inside = (places >= first[:, None]) & (places < end[:, None])
+    is_inside = (positions >= first[:, None]) & (positions < end[:, None])
     return is_inside.float() / (end - first)[:, None]
 
 
 @dataclass
 class ExportedFile:
-    """A file that was exported, with that of its weights if they are apart, and how it answers."""
+    """An exported file, the file of its weights if they are separate, a function that runs it, and its difference."""
 
     path: Path
     predict: Predict
@@ -168,12 +180,12 @@ class ExportedFile:
 
     @property
     def paths(self) -> list[Path]:
-        """All its files."""
+        """The file and, if separate, the file of its weights."""
         return [self.path] if self.weights is None else [self.path, self.weights]
 
 
-class _Exporter:
-    """Exports a model, for images of any size if that can be, and compares what is exported with it."""
+class Exporter:
+    """Exports a model, for images of any size if possible, and compares the files with it."""
 
     def __init__(self, model: RBIForImageClassification, scope: str, size: tuple[int, int]):
         self.model, self.scope, self.size = model, scope, size
@@ -181,15 +193,17 @@ class _Exporter:
 
     @torch.no_grad()
     def reference(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the model itself answers."""
+        """The model's own logits."""
         return self.model(pixel_values=pixel_values, relation_scope=self.scope).logits
 
     def export(self, folder: Path) -> ExportedFile:
         r"""
+        Writes the float32 file to a folder.
+
         Raises:
-            UserError: if the file answers otherwise than the model.
+            UserError: if its logits differ from the model's.
         """
-        # Whether a backbone takes images of any size shows when it is traced, or in what it then answers.
+        # Only tracing a backbone and running the result shows whether it supports images of any size.
         try:
             return self._export(folder)
         except Exception:
@@ -203,7 +217,7 @@ class _Exporter:
         return file
 
     def trace(self, module: Deployed) -> ExportedProgram:
-        """The program, for batches of any size from 1."""
+        """The traced program, for any batch size."""
         height, width = self.size
         shape: dict[int, Any] = {0: Dim("batch_size", min=1)}
         if self.is_dynamic:
@@ -212,7 +226,7 @@ class _Exporter:
         with torch.no_grad(), _quiet():
             program = torch.export.export(module.eval(), (pixel_values,), dynamic_shapes=(shape,), strict=False)
         for node in program.graph.nodes:
-            # Where the code stands on this machine is nobody's business.
+            # Stack traces would reveal paths of this machine.
             node.meta.pop("stack_trace", None)
         return program
 
@@ -221,18 +235,18 @@ class _Exporter:
 
     def compare(self, file: ExportedFile, is_half: bool = False) -> float:
         r"""
-        The largest difference of logits between the file and the model, over several batches.
+        Largest difference of logits between the file and the model, over several batches.
 
         Raises:
-            UserError: if it, or with `is_half` that of probabilities, is too large.
+            UserError: if the difference of logits, or of probabilities with `is_half`, exceeds its limit.
         """
         difference = 0.0
         for pixel_values in example_batches(self.model, self.size, self.is_dynamic):
             expected, got = self.reference(pixel_values), file.predict(pixel_values)
             if got.shape != expected.shape or not torch.equal(got.isfinite(), expected.isfinite()):
                 raise UserError(
-                    f"{file.path.name} gives {_describe(got)} where the model gives {_describe(expected)} for a batch "
-                    f"of {tuple(pixel_values.shape)}: nothing is written."
+                    f"{file.path.name} returns {_describe(got)} but the model returns {_describe(expected)} for a "
+                    f"batch of {tuple(pixel_values.shape)}. Nothing was written."
                 )
             largest = _largest_difference(got, expected)
             difference = max(difference, largest)
@@ -243,8 +257,8 @@ class _Exporter:
                 what, limit = "logits", MAX_DIFFERENCE * max(1.0, expected.nan_to_num().abs().max().item())
             if largest > limit:
                 raise UserError(
-                    f"{file.path.name} differs from the model by {largest:.1e} in its {what}, more than {limit:.1e}: "
-                    "nothing is written."
+                    f"The {what} of {file.path.name} differ from the model's by {largest:.1e}, more than {limit:.1e}. "
+                    "Nothing was written."
                 )
         return difference
 
@@ -253,12 +267,12 @@ def _largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first - second).nan_to_num().abs().max().item()
 
 
-class _ProgramExporter(_Exporter):
-    """Programs of `torch.export`, which need no Python code of the model's."""
+class ProgramExporter(Exporter):
+    """Writes a program of `torch.export`, which runs without the model's Python code."""
 
     def write(self, folder: Path, program: ExportedProgram) -> ExportedFile:
-        path = folder / _PROGRAM_FILE
-        # An example is pickled with the program, which is the only part that would be.
+        path = folder / PROGRAM_FILE
+        # The example inputs are the only part that would be pickled.
         program.example_inputs = None
         with _quiet():
             torch.export.save(program, path)
@@ -271,8 +285,8 @@ class _ProgramExporter(_Exporter):
         return ExportedFile(path, predict)
 
 
-class _OnnxExporter(_Exporter):
-    """ONNX files, whose weights can be made smaller."""
+class OnnxExporter(Exporter):
+    """Writes ONNX files, in float32, float16 and int8."""
 
     def write(self, folder: Path, program: ExportedProgram) -> ExportedFile:
         with _quiet():
@@ -294,7 +308,7 @@ class _OnnxExporter(_Exporter):
             for node in graph.graph
             if any(scope in node.metadata_props.get("pkg.torch.onnx.name_scopes", "") for scope in scopes)
         }
-        _describe_graph(graph, self.scope, _note(self.model, self.scope))
+        _describe_graph(graph, self.scope, describe_export(self.model, self.scope))
         return self._save(graph, folder / _ONNX_FILES["float32"])
 
     def _save(self, graph: "Model", path: Path) -> ExportedFile:
@@ -307,14 +321,14 @@ class _OnnxExporter(_Exporter):
 
     def halve(self, folder: Path) -> ExportedFile:
         r"""
-        The float file with weights in half precision, and arithmetic as it was: half the size, on any device.
+        Writes a copy of the float32 file with float16 weights. It computes in float32, so it runs on any device.
 
         Args:
             folder (`Path`):
-                That of the float file.
+                Folder of the float32 file.
 
         Raises:
-            UserError: if it answers otherwise than the model.
+            UserError: if its probabilities differ too much from the model's.
         """
         import onnx_ir
 
@@ -323,7 +337,7 @@ class _OnnxExporter(_Exporter):
         for node in list(graph):
             if node.name not in self.reduced_nodes:
                 continue
-            for place, value in enumerate(node.inputs):
+            for position, value in enumerate(node.inputs):
                 if value is None or not value.is_initializer() or value.const_value is None or value.name is None:
                     continue
                 if value.const_value.dtype != onnx_ir.DataType.FLOAT or not value.const_value.shape.rank():
@@ -336,7 +350,7 @@ class _OnnxExporter(_Exporter):
                     cast = onnx_ir.node("Cast", [stored], {"to": onnx_ir.DataType.FLOAT}, name=f"{name}_cast")
                     graph.insert_before(node, cast)
                     widened[name] = cast.outputs[0]
-                node.replace_input_with(place, widened[name])
+                node.replace_input_with(position, widened[name])
         for name in widened:
             if not graph.initializers[name].uses():
                 del graph.initializers[name]
@@ -346,16 +360,16 @@ class _OnnxExporter(_Exporter):
 
     def quantize(self, folder: Path, pixel_values: Iterator[torch.Tensor], num_batches: int) -> ExportedFile:
         r"""
-        The float file with weights and activations of the backbone and of the head's linear layers in 8 bits, in
-        ranges that they have on the images.
+        Writes a copy of the float32 file in which the backbone and the head's linear layers have 8-bit weights and
+        activations, with ranges calibrated on images.
 
         Args:
             folder (`Path`):
-                That of the float file.
+                Folder of the float32 file.
             pixel_values (`Iterator[torch.FloatTensor]`):
-                Batches to calibrate with, not all of one size necessarily.
+                Calibration batches. Their sizes may differ.
             num_batches (`int`):
-                Their number.
+                Number of batches.
         """
         from onnxruntime.quantization import (
             CalibrationDataReader,
@@ -387,14 +401,14 @@ class _OnnxExporter(_Exporter):
                 path,
                 Reader(),
                 quant_format=QuantFormat.QDQ,
-                # With what cuts off the range of a convolution, so that no levels go to what is cut off.
+                # Include activations that clip a convolution's output, so that no levels are spent on clipped values.
                 op_types_to_quantize=["Conv", "Gemm", "MatMul", "Clip", "Relu"],
                 nodes_to_quantize=sorted(self.reduced_nodes),
                 calibrate_method=CalibrationMethod.Percentile,
-                # A batch at a time: the activations of all of them are many gigabytes, and must be of one shape.
+                # One batch at a time: the activations of all batches take many gigabytes, and their shapes may differ.
                 extra_options={"CalibPercentile": _CALIBRATION_PERCENTILE, "CalibStridedMinMax": 1},
                 per_channel=True,
-                # Of 7 bits, whose sums no processor cuts off: the answers are the same on all of them.
+                # 7-bit weights: with 8 bits, sums saturate on some processors, so that results depend on the machine.
                 reduce_range=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
@@ -417,7 +431,7 @@ def _session(path: Path) -> Predict:
 
 
 def _describe_graph(graph: "Model", scope: str, note: str):
-    """Says in the file what it is, in place of what the exporter notes of the code at each node."""
+    """Replaces the exporter's notes on the source code of each node by a description of the model."""
     graph.graph.metadata_props.clear()
     for value in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()):
         value.metadata_props.clear()
@@ -437,7 +451,7 @@ def _describe_graph(graph: "Model", scope: str, note: str):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on their own parts."""
+    """Silences logs, warnings and output of the exporters."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "")]
     levels = [logger.level for logger in loggers]
     try:
@@ -455,16 +469,16 @@ def example_batches(
     model: RBIForImageClassification, size: tuple[int, int], is_dynamic: bool
 ) -> Iterator[torch.Tensor]:
     r"""
-    Batches that an export is compared with its model on: of 1, 2 and 9 images, smooth ones, noise, black, the same
-    one twice, and of the model's references; with `is_dynamic` also of a larger size, and not square.
+    Batches for comparing an export with its model: 1, 2 and all of up to 9 images, which are smooth, noise, black, a
+    duplicate and one of the references. With `is_dynamic` also larger images that are not square.
 
     Args:
         model (`RBIForImageClassification`):
-            Whose normalization and references are taken.
+            Model with the normalization and the references.
         size (`tuple[int, int]`):
-            Height and width that its images have.
+            Height and width of its images.
         is_dynamic (`bool`):
-            Whether images may have other sizes.
+            Whether to add batches of another size.
     """
     sizes = [size, (size[0] + size[0] // 2, 2 * size[1])] if is_dynamic else [size]
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
@@ -491,22 +505,22 @@ def measure(
     reference: Predict, predicts: dict[str, Predict], loader: DataLoader, numbers: torch.Tensor, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
     r"""
-    Accuracy of files on labeled images, and how often they answer as the model itself does.
+    Accuracy of exported files on labeled images, and how often they predict the same class as the model.
 
     Args:
         reference (`Predict`):
-            The model, from pixels to logits.
+            Maps pixels to the model's logits.
         predicts (`dict[str, Predict]`):
-            The files.
+            The same for each file, by name.
         loader (`DataLoader`):
             Batches of `pixel_values` and `labels`.
         numbers (`torch.LongTensor` of shape `(num_classes,)`):
-            The model's number of each class of the data.
+            The model's label of each class of the data.
         progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a bar, on a terminal.
+            Whether to show a progress bar on a terminal.
 
     Returns:
-        `dict[str, dict[str, Any]]`: of each file `accuracy`, `model_accuracy` and `agreement`, fractions in [0, 1].
+        `dict[str, dict[str, Any]]`: for each file `accuracy`, `model_accuracy` and `agreement`, fractions in [0, 1].
     """
     right = dict.fromkeys([*predicts, "model"], 0)
     same, total = dict.fromkeys(predicts, 0), 0
@@ -529,36 +543,39 @@ def measure(
     }
 
 
-def _references(model: RBIForImageClassification) -> dict[str, Any]:
+def describe_references(model: RBIForImageClassification) -> dict[str, Any]:
+    """Facts about the references for the config of an export."""
     facts = model.describe_references()
     return {name: facts[name] for name in ("num_references", "num_labeled", "has_images")}
 
 
-def _backbone_type(model: RBIForImageClassification) -> str:
+def backbone_type(model: RBIForImageClassification) -> str:
+    """`model_type` of the backbone."""
     return model.rbi.backbone.config.model_type
 
 
-def _note(model: RBIForImageClassification, scope: str) -> str:
+def describe_export(model: RBIForImageClassification, scope: str) -> str:
+    """Sentences on an export for people who find the file."""
     attends = {
-        "self": "Each image is answered by itself, whatever else is in the batch.",
-        "reference": "Each image attends to references that are in the file; the others of the batch do not matter.",
-        "batch": "The images of a batch attend to each other: AN ANSWER DEPENDS ON THE OTHER IMAGES OF THE BATCH.",
+        "self": "Each image is classified independently of the other images in the batch.",
+        "reference": "Each image attends to the references in the file, not to the other images in the batch.",
+        "batch": "The images of a batch attend to each other: PREDICTIONS DEPEND ON THE OTHER IMAGES IN THE BATCH.",
     }[scope]
     return (
-        f"Export of an RBI model (backbone: {_backbone_type(model)}). {attends} The model_type in "
-        "config.json is one that transformers.js takes for an image classifier, not that of the model."
+        f"Export of an RBI model (backbone: {backbone_type(model)}). {attends} The model_type in "
+        "config.json is not the model's own, but one that transformers.js accepts for image classifiers."
     )
 
 
 def results_table(facts: dict[str, Any]) -> Table:
-    """Size, difference and, where it was measured, accuracy of each file."""
+    """Table of each file's size, difference from the model and, if measured, accuracy."""
     on = facts["measured_on"]
-    title = f"Scope {facts['relation_scope']}"
+    title = f"Relation scope {facts['relation_scope']}"
     if on:
         title += f", measured on {on['images']:,} images of {on['split']}"
     table = Table(title=title)
     columns = ["", "MB", "largest difference of logits"]
-    for column in [*columns, *(("accuracy", "of the model", "same answer") if on else ())]:
+    for column in [*columns, *(("accuracy", "model's accuracy", "same prediction") if on else ())]:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, entry in facts["files"].items():
         difference = entry["max_logit_difference"]

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Making the folder that a model is published as, proving it, and sending it to the Hub in one commit."""
+"""Builds the folder of a publication, checks it, and uploads it to the Hub in one commit."""
 
 import glob
 import logging
@@ -43,62 +43,62 @@ from .checks import (
     PICKLE_SUFFIXES,
     RefusedError,
     check_loads_back,
+    find_local_paths,
     find_pickles,
-    find_places,
     find_secrets,
-    without_places,
+    without_local_paths,
 )
 
 
 logger = logging.getLogger(__name__)
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
-# What the backbones of timm need beside the requirements of all.
+# Additional requirements of timm backbones.
 TIMM_REQUIREMENTS = "timm>=1.0.23\ntorchvision>=0.25\n"
 _EXAMPLE_SIZE = 512
 _MOST_EXAMPLES = 8
-# The files of a publication: what is not of these was put there by someone else.
+# Paths of a publication. All other files of a repository belong to someone else and stay.
 _PUBLISHED = re.compile(
     r"README\.md|requirements\.txt|handler\.py|\w+_rbi\.py|(?:preprocessor_)?config\.json"
     r"|model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     rf"|{EXAMPLES_DIR}/[^/]+\.png|{ASSESSMENT_DIR}/[^/]+\.(?:png|csv|json)"
 )
-# What would be loaded in place of what is published, or with it.
+# Files that transformers would load instead of the published ones, or together with them.
 _TAKES_PRECEDENCE = {"adapter_config.json", "processor_config.json"}
 _SIZE = re.compile(r"\d+(?:\.\d+)?[KMGT]i?B", flags=re.IGNORECASE)
-# What the client's HTTP library raises where no answer comes; which library that is depends on the client's version.
+# Errors of the client's HTTP library when the Hub does not respond.
 _NO_ANSWER = tuple(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
 
 
 @dataclass
 class PublicationArguments:
-    """What to publish, and where."""
+    """Arguments of `training.publish`."""
 
     model: str = field(metadata={"help": "Folder of a trained RBI model."})
-    repo_id: str = field(metadata={"help": "Repository on the Hub, user/name; it is made if it is not there."})
-    assessment: str | None = field(
-        default=None, metadata={"help": "Output folder of training.assess, on this very model."}
-    )
+    repo_id: str = field(metadata={"help": "Hub repository, user/name. It is created if it does not exist."})
+    assessment: str | None = field(default=None, metadata={"help": "Output folder of training.assess for this model."})
     examples: list[str] | None = field(
         default=None,
-        metadata={"help": "Images, or a folder of them, to try the model with, for all to see; or none."},
+        metadata={"help": "Public example images for the model page: files, folders, or `none`."},
     )
     share_images: bool = field(
         default=False,
         metadata={
-            "help": "The small copies of images in the model's references, and the assessment's figure of confused "
-            "images, may be seen by all. Needed for references, unless the repository is private."
+            "help": "Allow everyone to see the thumbnails in the model's reference bank and the assessment's figure "
+            "of confused images. Required for a bank with thumbnails, unless the repository is private."
         },
     )
-    private: bool = field(default=False, metadata={"help": "Make the repository a private one."})
-    revision: str = field(default="main", metadata={"help": "Branch to commit to; it must be there."})
-    commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Larger weights are split into files of this size."})
+    private: bool = field(default=False, metadata={"help": "Create a private repository."})
+    revision: str = field(default="main", metadata={"help": "Branch to commit to. It must exist."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "Largest size of a weights file; larger weights are split."}
+    )
     dry_run: bool = field(
-        default=False, metadata={"help": "Write the folder to --output_dir, check it, and send nothing."}
+        default=False, metadata={"help": "Write the folder to --output_dir and check it, without uploading."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "New folder for --dry_run; by default outputs/publish and the name."}
+        default=None, metadata={"help": "Folder for --dry_run (default: outputs/publish/ and the repository's name)."}
     )
 
     def __post_init__(self):
@@ -109,16 +109,16 @@ class PublicationArguments:
         if self.repo_id.count("/") != 1:
             raise UserError(f"--repo_id {self.repo_id} must be of the form user/name.")
         if not _SIZE.fullmatch(self.max_shard_size):
-            raise UserError(f"--max_shard_size {self.max_shard_size} is no size, such as 5GB or 500MB.")
+            raise UserError(f"--max_shard_size {self.max_shard_size} is not a size such as 5GB or 500MB.")
         if self.output_dir is not None and not self.dry_run:
-            raise UserError("--output_dir goes with --dry_run: nothing is kept where the folder is sent to the Hub.")
+            raise UserError("--output_dir goes with --dry_run: an upload keeps no local folder.")
         if self.output_dir is None:
             self.output_dir = os.path.join("outputs", "publish", self.repo_id.split("/")[1])
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A folder that is written, what it was made from, and what stands in the way of publishing it."""
+    """A written folder, its sources, and the problems that prevent its publication."""
 
     folder: Path
     model: RBIForImageClassification
@@ -127,40 +127,42 @@ class Publication:
     problems: list[str]
 
     def check_loads_back(self):
-        """As [`check_loads_back`], with the example images."""
+        """Calls [`check_loads_back`] on the folder with its example images."""
         check_loads_back(self.folder, self.model, self.image_processor, self.examples)
 
 
 def check_destination(args: PublicationArguments, api: HfApi) -> None:
     r"""
-    Whether the user may write there, before any work is done.
+    Checks that the user may write to the repository, before any work is done.
 
     Raises:
-        RefusedError: without a token, with one that the Hub does not know or that may only read, for a repository of
-            another owner, where `--private` or `--revision` contradicts what is there, or where something is there
-            that must not stand beside a publication.
+        RefusedError: if the token is missing, unknown to the Hub or read-only, if the repository has another owner,
+            if `--private` or `--revision` contradicts its current state, or if it holds files that must not lie
+            beside a publication.
         OSError: if the Hub cannot be reached.
     """
     if api.token is None and get_token() is None:
-        raise RefusedError("There is no token of the Hub: `hf auth login`, or set HF_TOKEN. --dry_run needs none.")
+        raise RefusedError("There is no Hub token: run `hf auth login` or set HF_TOKEN. --dry_run needs no token.")
     try:
         user = api.whoami()
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
-            raise RefusedError("The Hub does not know the token (it is wrong or expired): `hf auth login`.") from error
+            raise RefusedError(
+                "The Hub does not know the token (it is wrong or expired): run `hf auth login`."
+            ) from error
         raise
     except _NO_ANSWER as error:
-        raise ConnectionError(f"{api.endpoint} does not answer ({error}).") from error
+        raise ConnectionError(f"{api.endpoint} does not respond ({error}).") from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise RefusedError(
-            "The token may only read: make one that may write, on https://huggingface.co/settings/tokens."
+            "The token is read-only: create one with write access, on https://huggingface.co/settings/tokens."
         )
     owner = args.repo_id.split("/")[0]
     organizations = [each["name"] for each in user.get("orgs", []) if each.get("roleInOrg") != "read"]
     owners = [user["name"], *organizations]
     if owner.lower() not in (name.lower() for name in owners):
         raise RefusedError(
-            f"--repo_id {args.repo_id}: {owner} is another owner. The token is of {user['name']}, who can write to "
+            f"--repo_id {args.repo_id}: the token belongs to {user['name']} and cannot write to {owner}, only to "
             f"{', '.join(owners)}."
         )
     try:
@@ -168,18 +170,18 @@ def check_destination(args: PublicationArguments, api: HfApi) -> None:
     except RepositoryNotFoundError:
         if args.revision != "main":
             raise RefusedError(
-                f"--revision {args.revision}: {args.repo_id} is not there yet, so it has no branch but main."
+                f"--revision {args.revision}: {args.repo_id} does not exist yet, so its only branch is main."
             ) from None
         return
     if args.private and not info.private:
         raise RefusedError(
-            f"{args.repo_id} is there and public, which --private does not change: change its visibility in its "
-            "settings, or name another."
+            f"{args.repo_id} exists and is public, which --private does not change: change its visibility in its "
+            "settings, or name another repository."
         )
     if not api.revision_exists(args.repo_id, args.revision):
         raise RefusedError(
-            f"--revision {args.revision}: {args.repo_id} has no such branch (`hf repos branch create {args.repo_id} "
-            f"{args.revision}`)."
+            f"--revision {args.revision}: {args.repo_id} has no such branch. Create it with `hf repos branch "
+            f"create {args.repo_id} {args.revision}`."
         )
     names = api.list_repo_files(args.repo_id, revision=args.revision)
     unfit = [
@@ -189,29 +191,30 @@ def check_destination(args: PublicationArguments, api: HfApi) -> None:
     ]
     if unfit:
         raise RefusedError(
-            f"{args.repo_id} holds {', '.join(unfit)}: pickles, secrets or what is loaded in place of what would be "
-            f"published. Delete them (`hf repos delete-files {args.repo_id} {' '.join(map(shlex.quote, unfit))}`), or "
-            "name another repository."
+            f"{args.repo_id} holds {', '.join(unfit)}: pickles, secrets, or files that would be loaded instead of the "
+            f"published ones. Name another repository, or delete them: `hf repos delete-files {args.repo_id} "
+            f"{' '.join(map(shlex.quote, unfit))}`."
         )
 
 
 def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) -> Publication:
     r"""
-    Writes all that is published.
+    Writes all files of a publication.
 
     Args:
         args (`PublicationArguments`):
-            What to publish.
+            Arguments of the command.
         given (`CardArguments`):
-            What the card says beside the records.
+            Facts for the card that the records do not contain.
         folder (`Path`):
             An empty folder.
 
     Returns:
-        The folder, and what stands in the way of publishing it.
+        `Publication`: the folder, and the problems that prevent its publication.
 
     Raises:
-        UserError, OSError: if model, records, images and arguments do not fit each other.
+        UserError: if model, records, images and arguments contradict each other.
+        OSError: if a file cannot be read or written.
     """
     model, image_processor = load_published_model(args.model)
     source = Path(args.model)
@@ -220,8 +223,8 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
     may_be_seen = args.share_images or args.private
     if references is not None and references["has_images"] and not may_be_seen:
         problems.append(
-            f"The model carries small copies of {references['num_references']} images, which all could see: "
-            "--share_images if they may, --private, or make the references with --keep_images False."
+            f"The model contains thumbnails of {references['num_references']} images, which everyone could see: pass "
+            "--share_images if they may be public, pass --private, or make the references with --keep_images False."
         )
     assessment, figures = None, []
     if args.assessment is not None:
@@ -245,7 +248,7 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
         (folder / ASSESSMENT_DIR).mkdir()
         for name in (*figures, *(name for name in ASSESSMENT_FILES if name.endswith(".csv"))):
             shutil.copyfile(Path(args.assessment) / name, folder / ASSESSMENT_DIR / name)
-        write_json(folder / ASSESSMENT_DIR / RESULTS_FILE, without_places(assessment))
+        write_json(folder / ASSESSMENT_DIR / RESULTS_FILE, without_local_paths(assessment))
     sources = CardSources(
         repo_id=args.repo_id,
         config=model.config,
@@ -264,23 +267,24 @@ def make_folder(args: PublicationArguments, given: CardArguments, folder: Path) 
         card, missing = make_card(sources, given)
     except KeyError as error:
         raise UserError(
-            f"run.json or {REFERENCES_FILE} beside the model, or the assessment, lacks {error}: it is of another "
-            "version, or was changed, so make it anew."
+            f"run.json or {REFERENCES_FILE} beside the model, or the assessment, lacks {error}: it was changed, or "
+            "written by another version. Create it again."
         ) from error
     (folder / "README.md").write_text(str(card) + "\n", encoding="utf-8")
     problems += [f"The card lacks {fact}" for fact in missing]
-    problems += find_secrets(folder) + find_places(folder, source) + find_pickles(folder)
+    problems += find_secrets(folder) + find_local_paths(folder, source) + find_pickles(folder)
     return Publication(folder, model, image_processor, [folder / EXAMPLES_DIR / name for name in examples], problems)
 
 
 def publish(args: PublicationArguments, publication: Publication, api: HfApi) -> CommitInfo:
     r"""
-    Sends a folder to the Hub in one commit, if it loads back. Files that arrived before an interruption are not sent
-    again.
+    Uploads a folder to the Hub in one commit, if it loads in a fresh process. Files that arrived before an
+    interruption are not uploaded again.
 
     Raises:
-        RefusedError: if something stands in the way, or it does not load back.
-        OSError: if the Hub refuses it or the connection fails; nothing is committed then.
+        RefusedError: if the publication has problems or does not load.
+        OSError: if the Hub refuses the upload or the connection fails. Nothing was published then, unless the final
+            commit had just gone through.
     """
     if publication.problems:
         raise RefusedError("\n".join(publication.problems))
@@ -288,7 +292,7 @@ def publish(args: PublicationArguments, publication: Publication, api: HfApi) ->
     try:
         _check_card(publication.folder, api)
         api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
-        # What a former publication had, and this one has no more.
+        # Delete the files of an earlier publication that this one does not have.
         there = filter(_PUBLISHED.fullmatch, api.list_repo_files(args.repo_id, revision=args.revision))
         return api.upload_folder(
             repo_id=args.repo_id,
@@ -299,67 +303,69 @@ def publish(args: PublicationArguments, publication: Publication, api: HfApi) ->
         )
     except HfHubHTTPError:
         raise
-    # The client raises RuntimeError where the upload of a large file fails.
+    # The client raises RuntimeError if the upload of a large file fails.
     except (RuntimeError, *_NO_ANSWER) as error:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise ConnectionError(
-            f"The upload was interrupted: {reason} What is published changes in the last step alone, so most likely "
-            "it is as it was. The same command again goes on."
+            f"The upload was interrupted: {reason} Nothing was published, unless the final commit had just gone "
+            "through. Run the same command again to continue."
         ) from error
 
 
 def _check_card(folder: Path, api: HfApi):
-    """Asks the Hub whether it takes the card, which it would otherwise say when there is a repository already."""
+    """Lets the Hub validate the card before the repository is created."""
     content = {"repoType": "model", "content": (folder / "README.md").read_text(encoding="utf-8")}
     headers = build_hf_headers(token=api.token)
     response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=content, headers=headers)
     if response.status_code == 400:
         errors = [each["message"] for each in response.json()["errors"]]
-        raise RefusedError(f"The Hub does not take the card: {' '.join(errors)}")
+        raise RefusedError(f"The Hub does not accept the card: {' '.join(errors)}")
     hf_raise_for_status(response)
 
 
 def is_publication(folder: Path) -> bool:
-    """Whether a folder is one that a dry run wrote, and nothing else."""
+    """Whether a folder holds a publication, as a dry run writes it, and nothing else."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return {"README.md", "handler.py", "config.json"} <= names and all(map(_PUBLISHED.fullmatch, names))
 
 
 def left_out(source: Path, publication: Publication) -> list[str]:
-    """Names of what lies beside a model and is not published."""
+    """Names of the files and folders beside the model that are not published."""
     return sorted(path.name for path in source.iterdir() if not (publication.folder / path.name).exists())
 
 
 def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseImageProcessor]:
     r"""
+    Loads the model to publish and its image processor.
+
     Raises:
-        UserError: if it is no folder with an RBI model in safetensors files and its image processor.
+        UserError: if the folder does not hold an RBI model in safetensors files, or lacks its image processor.
         OSError: if a file cannot be read.
     """
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"--model {folder}: there is no such folder.")
     if not (path / "config.json").exists():
-        raise UserError(f"--model {folder} has no config.json: it is no model that `save_pretrained` wrote.")
+        raise UserError(f"--model {folder} has no config.json: it was not written by `save_pretrained`.")
     config = load_config(folder)
     if config.model_type != "rbi":
         raise UserError(
-            f"--model {folder} is a {config.model_type} model; what is published here is RBI. "
-            "`RBIForImageClassification.from_image_classifier` makes one of it."
+            f"--model {folder} is a {config.model_type} model, not RBI. "
+            "`RBIForImageClassification.from_image_classifier` converts it."
         )
     if not (path / "preprocessor_config.json").exists():
         raise UserError(
-            f"--model {folder} has no preprocessor_config.json, without which no one can use the model: "
-            "`image_processor.save_pretrained` beside it."
+            f"--model {folder} has no preprocessor_config.json, which users of the model need: save it "
+            "there with `image_processor.save_pretrained`."
         )
     if not any(path.glob("*.safetensors")):
         pickles = sorted(each.name for each in path.iterdir() if each.suffix in PICKLE_SUFFIXES)
-        found = f" (it has {', '.join(pickles)}: pickles, which are not read)" if pickles else ""
+        found = f" (only pickles, which are not read: {', '.join(pickles)})" if pickles else ""
         raise UserError(f"--model {folder} has no weights in safetensors files{found}.")
     if len(config.image_mean) == 1:
         raise UserError(
-            f"--model {folder} takes images of one channel, which `pipeline` and the Hub's widgets never give: they "
-            "turn all images to RGB. Publish one of three channels."
+            f"--model {folder} takes images of one channel, but `pipeline` and the Hub's widgets convert "
+            "all images to RGB. Publish a model of three channels."
         )
     model, image_processor = load_classifier(folder, "main", config)
     return model, image_processor
@@ -367,33 +373,35 @@ def load_published_model(folder: str) -> tuple[RBIForImageClassification, BaseIm
 
 def read_assessment(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     r"""
+    Reads the assessment of a model.
+
     Raises:
-        UserError: if it is no assessment, or one of other weights.
+        UserError: if the folder holds no assessment, or that of other weights.
     """
     content = read_json(folder / RESULTS_FILE, "assessment")
     if content is None or content.get("program") != ASSESSMENT_PROGRAM:
-        raise UserError(f"--assessment {folder} is no output folder of training.assess.")
+        raise UserError(f"--assessment {folder} is not an output folder of training.assess.")
     if content["model"].get("weights") != weights_fingerprint(model):
         raise UserError(
-            f"--assessment {folder} is of a model with other weights or references ({content['model']['name']}): "
-            "assess this one."
+            f"--assessment {folder} assessed a model with other weights or references ({content['model']['name']}): "
+            "assess this model."
         )
     return content
 
 
 def requirements(backbone_type: str) -> str:
-    """What an endpoint installs for a model with a backbone of this type."""
+    """Requirements of an endpoint for a model with a backbone of this type."""
     common = (MODEL_CARDS / "requirements.txt").read_text(encoding="utf-8")
     return common + (TIMM_REQUIREMENTS if backbone_type == "timm_wrapper" else "")
 
 
 def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:
-    """Example images by file name, without metadata (where it was taken), and no larger than needed."""
+    """Example images by file name, scaled down and without metadata, such as the location."""
     if names is None or list(names) == ["none"]:
         return {}
     paths = [path for name in names for path in _images_of(Path(name))]
     if len(paths) > _MOST_EXAMPLES:
-        raise UserError(f"--examples names {len(paths)} images: {_MOST_EXAMPLES} are enough.")
+        raise UserError(f"--examples names {len(paths)} images; at most {_MOST_EXAMPLES} are allowed.")
     examples: dict[str, Image.Image] = {}
     stems = [path.stem for path in paths]
     for path in paths:
@@ -401,14 +409,14 @@ def _read_examples(names: Sequence[str] | None) -> dict[str, Image.Image]:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise UserError(
                 f"{path} has {image.width} x {image.height} pixels, one side more than {MAX_ASPECT_RATIO} times "
-                "the other, which an endpoint refuses: crop it."
+                "the other, which endpoints refuse: crop it."
             )
         image.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
-        # Images in folders of their classes are often called alike.
+        # Images in class folders often have the same names.
         stem = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
         name = re.sub(r"[^\w.-]", "_", stem) + ".png"
         if name in examples:
-            raise UserError(f"--examples has two images of the name {name}: rename one.")
+            raise UserError(f"--examples has two images named {name}: rename one.")
         examples[name] = Image.fromarray(np.asarray(image))
     return examples
 
@@ -425,6 +433,6 @@ def _images_of(path: Path) -> list[Path]:
 
 
 def describe(folder: Path) -> str:
-    """The files of a folder with their sizes, one a line."""
+    """The files of a folder with their sizes in bytes, one per line."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return "\n".join(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in paths)

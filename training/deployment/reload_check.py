@@ -1,27 +1,27 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a model folder as someone would who has transformers alone, and writes what it answers.
+"""Loads a model folder as a user without this package would, and writes its logits.
 
-    python -E -P training/reload_check.py FOLDER IMAGE... OUTPUT.safetensors
+    python -E -P training/deployment/reload_check.py FOLDER IMAGE... OUTPUT.safetensors
 
-Run by its path, in a process of its own. It refuses to import the project's packages, so that the folder's own code is
-what runs.
+Run it by its path, in a process of its own. It refuses to import the project's packages, so that the code in the
+folder is what runs.
 """
 
 import sys
 
 
 class _Absent:
-    """Finds nothing under the project's names, and lets nothing else find it."""
+    """Import hook that makes the project's packages unavailable."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("modeling_rbi", "training", "model_cards"):
-            raise ModuleNotFoundError(f"No module named {name!r} (it must not be needed)", name=name)
+            raise ModuleNotFoundError(f"No module named {name!r} (the folder must work without it)", name=name)
         return None
 
 
 def main(folder: str, images: list[str], output: str):
-    """Logits of the images, `(len(images), num_labels)`, in each scope that the model has, to `output`."""
+    """Writes the logits, `(len(images), num_labels)`, for each relation scope that the model supports to `output`."""
     sys.meta_path.insert(0, _Absent())
     import torch
     from PIL import Image
@@ -38,7 +38,7 @@ def main(folder: str, images: list[str], output: str):
         logits = {scope: model(**inputs, relation_scope=scope).logits.float() for scope in scopes}
     (answer,) = pipeline("image-classification", model=folder, trust_remote_code=True)(opened[0], top_k=1)
     if answer["label"] not in model.config.label2id:
-        raise ValueError(f"The pipeline answers {answer['label']!r}, which is no class of the model.")
+        raise ValueError(f"The pipeline predicts {answer['label']!r}, which is not a class of the model.")
     save_file(logits, output)
 
 
