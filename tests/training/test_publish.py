@@ -206,7 +206,7 @@ def test_a_dry_run_that_would_be_refused_says_why(reloaded, command, tmp_path, c
 
 
 def test_wrong_arguments_end_with_2(command, capsys):
-    assert main([*command(), "--license", "mit"]) == 2
+    assert main([*command(), "--licens", "mit"]) == 2
     assert "--license" in capsys.readouterr().err
     assert main(command("pets")) == 2
     assert "user/name" in capsys.readouterr().err
