@@ -50,6 +50,7 @@ from .evaluation.reference_settings import (
     paired_gain,
     scores_with_references,
 )
+from .evaluation.report import METRIC_TITLES
 from .files import check_output_dir, filled_whole, write_json
 from .record import REFERENCES_FILE, RunRecord, describe_environment, resolved_arguments
 
@@ -305,7 +306,7 @@ def _choose(
 def _table(results: list[Candidate], model: RBIForImageClassification, held_out: CachedImages) -> Table:
     """Without relations, and with the settings that the model has now."""
     table = Table(title="Held-out images, in %")
-    for column in ("", "accuracy", "top-5", "macro-F1", "calibration error"):
+    for column in ("", *METRIC_TITLES.values()):
         table.add_column(column, justify="left" if not column else "right")
     scores = scores_with_references(model, held_out, "reference")
     with_references = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
@@ -313,7 +314,7 @@ def _table(results: list[Candidate], model: RBIForImageClassification, held_out:
     description = ", ".join(f"{name} {value:g}" for name, value in asdict(settings).items() if value)
     described = f"references: {description}" if description else "references"
     for title, metrics in (("each alone", results[0].metrics), (described, with_references)):
-        values = (metrics[name] for name in ("accuracy", "top5_accuracy", "macro_f1", "calibration_error"))
+        values = (metrics[name] for name in METRIC_TITLES)
         table.add_row(title, *(f"{100 * value:.2f}" for value in values))
     return table
 

@@ -17,7 +17,7 @@ from modeling_rbi import RBIConfig, RBIForImageClassification, UserError, load_i
 from modeling_rbi.errors_rbi import listed
 
 from ..data.form import iter_rows, labels_of
-from .features import ExtractedImages, is_itself
+from .features import CachedImages, is_itself
 from .protocols import Predict
 
 
@@ -117,7 +117,7 @@ def class_names(config: PreTrainedConfig) -> list[str]:
 
 
 @torch.no_grad()
-def count_in_bank(model: PreTrainedModel, images: ExtractedImages) -> int:
+def count_in_bank(model: PreTrainedModel, images: CachedImages) -> int:
     """How many of the images are in the model's bank themselves."""
     if not isinstance(model, RBIForImageClassification) or model.rbi.references is None:
         return 0
@@ -128,10 +128,10 @@ def count_in_bank(model: PreTrainedModel, images: ExtractedImages) -> int:
     return number
 
 
-def predict_from(model: PreTrainedModel, images: ExtractedImages) -> Predict:
+def predict_from(model: PreTrainedModel, images: CachedImages) -> Predict:
     """
-    Logits of rows of the images, from their features alone; of a classifier that is not RBI, they are these. An
-    image that is in the model's bank itself does not attend to itself there.
+    Computes logits from cached features. For a classifier that is not RBI, the features are the logits. An image that
+    is in the model's bank does not attend to itself there.
     """
 
     @torch.no_grad()

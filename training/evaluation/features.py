@@ -29,16 +29,23 @@ from ..data.image_dataset import Collator, ImageDataset
 class CachedImages:
     """Images of a data set with their features, row by row."""
 
-    pixel_values: torch.Tensor  # (n, num_channels, height, width), as the image processor gives them
+    pixel_values: "torch.Tensor | EightBitPixels"  # (n, num_channels, height, width), normalized
     features: torch.Tensor  # (n, feature_size)
     labels: torch.Tensor  # (n,)
+    seconds: float = 0.0  # duration of the backbone pass, including reading the images
+
+    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`pixel_values` in float32, features and labels of these rows, `(n,)`."""
+        return self.pixel_values[rows], self.features[rows], self.labels[rows]
 
 
 # Up to here, images at full size are kept as they are.
 _MAX_FLOAT_BYTES = 2**30
-# Of two small images, pixels in [0, 1], that are the same: 50 dB, less than one gray level.
+# Mean squared error, of pixels in [0, 1], below which two thumbnails show the same image: 50 dB, less than one gray
+# level.
 _SAME_IMAGE = 1e-5
-# Of two images' features that are those of the same one, relatively: beyond what rounding does.
+# Relative distance below which two feature vectors come from the same image. Rounding, which differs between batch
+# sizes and machines, stays far below it.
 _SAME_FEATURES = 1e-3
 # Gray levels that a pixel may be off [0, 1] by rounding.
 _TOLERANCE = 0.5
@@ -90,18 +97,6 @@ class EightBitPixels:
         return (self.levels[rows].float() / 255 - self.mean) / self.std
 
 
-@dataclass(frozen=True)
-class ExtractedImages(CachedImages):
-    """Cached images as [`extract`] gives them, on the CPU."""
-
-    pixel_values: torch.Tensor | EightBitPixels  # type: ignore[assignment]
-    seconds: float = 0.0  # that the pass took, with reading the images
-
-    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`pixel_values` in float32, features and labels of these rows, `(n,)`."""
-        return self.pixel_values[rows], self.features[rows], self.labels[rows]
-
-
 @torch.no_grad()
 def extract(
     model: PreTrainedModel,
@@ -110,7 +105,7 @@ def extract(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     progress: bool = True,
-) -> ExtractedImages:
+) -> CachedImages:
     r"""
     Runs the backbone once over all images.
 
@@ -170,7 +165,7 @@ def extract(
             done = rows.stop
             bar.update(len(batch["labels"]))
     assert kept is not None and features is not None
-    return ExtractedImages(kept, features, labels, seconds=time.perf_counter() - start)
+    return CachedImages(kept, features, labels, seconds=time.perf_counter() - start)
 
 
 def _for_psnr(pixel_values: torch.Tensor, psnr_image_size: int | None) -> torch.Tensor:
@@ -192,7 +187,7 @@ def _make_room(num_images: int, pixel_values: torch.Tensor, config: RBIConfig) -
 def is_itself(
     rpe: RelationshipPositionEncoding, bank: ReferenceBank, pixel_values: torch.Tensor, features: torch.Tensor
 ) -> torch.Tensor:
-    """Which references are the images themselves, (n, N): by small images or, where none are kept, by features."""
+    """Which references are the images themselves, `(n, N)`: by thumbnails, or by features if none are kept."""
     if bank.images is not None:
         images = rpe.thumbnails(pixel_values).flatten(1).float() / 255
         return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_IMAGE

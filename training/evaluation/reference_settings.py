@@ -15,27 +15,28 @@ from transformers import EvalPrediction
 from modeling_rbi import RBIForImageClassification
 
 from .bootstrap import Bootstrap, interval
-from .features import CachedImages, is_itself
+from .classifiers import predict_from
+from .features import CachedImages
 from .metrics import compute_metrics
 from .protocols import Predictions
 
 
-# With fewer held-out images, what is best among them is chance: the model keeps the settings that it has.
+# With fewer held-out images the best settings are a matter of chance, and the model keeps its own.
 MIN_FOR_FIT = 100
 SHARES = (0.25, 0.5)
 # Temperature and gain.
 KERNELS = ((0.1, 0.25), (0.2, 0.5), (0.2, 1.0), (0.3, 0.5), (0.3, 1.0), (0.5, 0.5), (0.5, 1.0))
 VOTE_WEIGHTS = (0.0, 0.5)
-# Factors of the logits, one of which takes the model's confidence out of a comparison.
+# Factors of the logits. The best one is fitted per candidate, so that confidence does not decide a comparison.
 _CONFIDENCES = [2.0 ** (step / 2) for step in range(-8, 7)]
 _STEP = 256
-# Of taking settings for better that are not.
+# Probability of taking settings for better that are not.
 _CHANCE = 0.05
 
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """How an image attends to references; all `None` where it does not."""
+    """How an image attends to references; all `None` if it does not."""
 
     share: float | None = None
     temperature: float | None = None
@@ -43,7 +44,7 @@ class ReferenceSettings:
     vote_weight: float = 0.0
 
     def apply(self, model: RBIForImageClassification):
-        """Writes them to the model's config, unless they are none."""
+        """Writes the settings to the model's config; does nothing if all are `None`."""
         if self.share is not None:
             model.config.reference_share = self.share
             model.config.reference_temperature, model.config.reference_gain = self.temperature, self.gain
@@ -51,7 +52,7 @@ class ReferenceSettings:
 
     @classmethod
     def of(cls, model: RBIForImageClassification) -> "ReferenceSettings":
-        """Those that the model has."""
+        """The settings of the model."""
         config = model.config
         return cls(
             config.reference_share,
@@ -87,18 +88,10 @@ def candidates_for(model: RBIForImageClassification) -> list[ReferenceSettings]:
     ]
 
 
-@torch.no_grad()
 def scores_with_references(model: RBIForImageClassification, images: CachedImages, scope: str) -> torch.Tensor:
-    """Logits, (n, num_labels); an image that is in the bank itself does not attend to that."""
-    parts, bank = [], model.rbi.references
-    for rows in torch.arange(len(images.labels)).split(_STEP):
-        pixel_values, features = images.pixel_values[rows].to(model.device), images.features[rows].to(model.device)
-        mask = None
-        if scope == "reference" and bank is not None:
-            mask = ~is_itself(model.rbi.rpe, bank, pixel_values, features)
-        output = model(pixel_values=pixel_values, image_features=features, relation_scope=scope, reference_mask=mask)
-        parts.append(output.logits.float().cpu())
-    return torch.cat(parts)
+    """Logits of all images, `(n, num_labels)`, in this relation scope; see [`predict_from`]."""
+    predict = predict_from(model, images)
+    return torch.cat([predict(rows, scope) for rows in torch.arange(len(images.labels)).split(_STEP)])
 
 
 def fit_references(

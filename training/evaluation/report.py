@@ -46,13 +46,15 @@ def results_table(assessment: Assessment, left_out: Mapping[str, str]) -> Table:
     for title in ("", "batch", *METRIC_TITLES.values()):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for condition, metrics in assessment.metrics.items():
-        table.add_row(condition.protocol, _size(condition), *(_percent(metrics[name]) for name in METRIC_TITLES))
+        table.add_row(
+            condition.protocol, _size(condition), *(percent_with_interval(metrics[name]) for name in METRIC_TITLES)
+        )
     table.add_section()
     for (first, second), metrics in assessment.differences.items():
         table.add_row(
             f"{first.protocol} - {second.protocol}",
             _size(first),
-            *(_percent(metrics[name], "+") for name in METRIC_TITLES),
+            *(percent_with_interval(metrics[name], "+") for name in METRIC_TITLES),
         )
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
@@ -67,8 +69,9 @@ def _size(condition: Condition) -> str:
     return "" if condition.batch_size is None else str(condition.batch_size)
 
 
-def _percent(estimate: Estimate, sign: str = "") -> str:
-    # Without the sign of what rounds to 0.
+def percent_with_interval(estimate: Estimate, sign: str = "") -> str:
+    """`value [low, high]` in percent, or in points with `sign="+"`."""
+    # Adding 0.0 turns -0.0 into 0.0.
     value, low, high = (round(100 * number, 1) + 0.0 for number in (estimate.value, estimate.low, estimate.high))
     return f"{value:{sign}.1f} [{low:.1f}, {high:.1f}]"
 

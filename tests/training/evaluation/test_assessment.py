@@ -18,7 +18,7 @@ from training.data.reading import load_images
 from training.evaluation.assessment import assess
 from training.evaluation.bootstrap import METRICS
 from training.evaluation.classifiers import class_names, in_order_of_content, match_labels, predict_from
-from training.evaluation.features import ExtractedImages
+from training.evaluation.features import CachedImages
 from training.evaluation.metrics import compute_metrics
 from training.evaluation.protocols import Condition, Predictions
 from training.evaluation.report import FILES, confused_pairs, confusion, results_table
@@ -84,7 +84,7 @@ def _with_features(model, features, labels):
     with torch.no_grad():
         model.classifier.weight.copy_(3 * torch.eye(NUM_CLASSES, 24))
         model.classifier.bias.zero_()
-    images = ExtractedImages(torch.zeros(len(labels), 3, 4, 4), features, labels)
+    images = CachedImages(torch.zeros(len(labels), 3, 4, 4), features, labels)
     return predict_from(model.eval(), images), labels
 
 
