@@ -148,6 +148,7 @@ def dry_run_of_backbone(model, monkeypatch, capsys, *more):
     return type(built[0][0].rbi.backbone).__name__
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("model", [name for name, kind in MODELS.items() if kind != "TimmWrapperModel"])
 def test_each_backbone_trains_a_step(model, made_once, monkeypatch, capsys):
     """With all of its fields, at its image size, but with one block per stage and fewer features."""

@@ -337,6 +337,7 @@ def test_there_must_be_a_run_to_go_on_with(arguments, tmp_path, capsys):
     assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint_it_starts_again(arguments, tmp_path, stop_at, capsys):
     go_on = stop_at(2, KeyboardInterrupt())
     train.main(arguments(tmp_path / "out", num_train_epochs=1))
@@ -345,6 +346,7 @@ def test_killed_before_its_first_checkpoint_it_starts_again(arguments, tmp_path,
     assert train.main(arguments(tmp_path / "out", num_train_epochs=1, resume_from_checkpoint="last")) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, capsys):
     original = RBITrainer._save_optimizer_and_scheduler
 
@@ -364,6 +366,7 @@ def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, caps
     assert train.main([*line, "--resume_from_checkpoint", "last"]) == 0
 
 
+@pytest.mark.slow
 def test_an_image_that_breaks_during_the_training_is_named(arguments, tmp_path, published, monkeypatch, capsys):
     """It was whole when the data were checked, and the training can go on from the last checkpoint."""
     original = checks.check_images
@@ -618,6 +621,7 @@ def test_lora_leaves_a_plain_rbi_model(arguments, tmp_path):
     assert not [name for name in model.state_dict() if "lora" in name]
 
 
+@pytest.mark.slow
 def test_without_validation_the_last_epoch_is_kept(arguments, tmp_path):
     assert train.main(arguments(tmp_path / "out", train_val_split=0, num_train_epochs=1)) == 0
     assert set(results_of(tmp_path / "out")) == {"train", "test_single", "test_shuffled"}
@@ -650,6 +654,7 @@ def pixels_and_labels(split, processor):
     return torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
 
 
+@pytest.mark.slow
 class TestBank:
     def test_the_record_says_what_is_in_it(self, with_bank):
         record = json.loads((with_bank / "run.json").read_text())
@@ -715,6 +720,7 @@ class TestBank:
         assert sorted(row for found in rows.values() for row, _ in found) == list(range(13))
 
 
+@pytest.mark.slow
 def test_a_bank_of_unlabeled_images_alone(arguments, tmp_path, unlabeled_dir):
     options = {"unlabeled_dir": unlabeled_dir, "unlabeled_per_batch": 1, "num_references": 6}
     assert train.main(arguments(tmp_path / "out", num_train_epochs=1, **options)) == 0

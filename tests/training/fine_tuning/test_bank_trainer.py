@@ -13,6 +13,7 @@ def options(arguments, tmp_path):
     return arguments(tmp_path / "output", preset="kernel", train_relation_scope="reference")
 
 
+@pytest.mark.slow
 def test_the_model_carries_the_training_images_as_its_backbone_sees_them(options, unlabeled_dir, tmp_path, capsys):
     assert main([*options, "--unlabeled_dir", str(unlabeled_dir), "--unlabeled_per_batch", "2"]) == 0, (
         capsys.readouterr().err
@@ -25,6 +26,7 @@ def test_the_model_carries_the_training_images_as_its_backbone_sees_them(options
     assert model.config.relation_scope == "reference"
 
 
+@pytest.mark.slow
 def test_no_training_image_attends_to_itself(options, monkeypatch):
     weights_of_itself = []
 

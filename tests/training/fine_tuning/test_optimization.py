@@ -273,6 +273,7 @@ def test_the_momentum_of_batch_statistics(momentum):
     torch.testing.assert_close(layer.running_mean, expected)
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("family", ["vit", "convnext", "swinv2", "resnet", "mobilenet_v2"])
 def test_lora_trains_adapters_and_the_head_alone_and_merges(family):
     plain = make_model(family)

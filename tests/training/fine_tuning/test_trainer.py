@@ -91,6 +91,7 @@ def losses_of(trainer):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_trains_rbi(make_trainer):
     trainer = make_trainer(Trainer, max_steps=24, learning_rate=1e-2, eval_strategy="no", logging_steps=6)
     before = weights_of(trainer)
@@ -183,6 +184,7 @@ def test_epochs_differ_and_are_those_of_the_seed(make_trainer):
 # --- Neighborhoods of other sizes than the device's batch -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
 def test_two_passes_are_the_large_batch(make_trainer, preset):
     large = make_trainer(preset=preset, per_device_train_batch_size=6, **SGD)
@@ -195,6 +197,7 @@ def test_two_passes_are_the_large_batch(make_trainer, preset):
     torch.testing.assert_close(weights_of(small), weights_of(large), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_passes_in_mixed_precision(make_trainer):
     options = {"backbone": VIT, "bf16": True, "max_steps": 1} | SGD
     large = make_trainer(per_device_train_batch_size=6, **options)
@@ -210,6 +213,7 @@ def test_two_passes_in_mixed_precision(make_trainer):
             assert (after[name] - expected[name]).norm() < 0.2 * (expected[name] - before[name]).norm(), name
 
 
+@pytest.mark.slow
 def test_two_passes_go_with_accumulation(make_trainer):
     """Two neighborhoods of 6 in a step: as two batches of 6."""
     large = make_trainer(per_device_train_batch_size=6, gradient_accumulation_steps=2, **SGD)
@@ -219,6 +223,7 @@ def test_two_passes_go_with_accumulation(make_trainer):
     torch.testing.assert_close(weights_of(small), weights_of(large), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_split_batch_is_accumulation(make_trainer):
     """A batch of 6 in neighborhoods of 3 gives the gradients of two batches of 3."""
     whole = make_trainer(rows=18, per_device_train_batch_size=6, relation_batch_size=3, **SGD)
@@ -290,6 +295,7 @@ def test_the_self_loss_is_that_of_training_without_relations(make_trainer, prese
     assert both == pytest.approx(0.7 * together + 0.3 * alone, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_self_loss_is_off_unless_it_is_asked_for(make_trainer):
     options = {"preset": "kernel", "max_steps": 1}
     losses = [
@@ -513,6 +519,7 @@ def test_the_learning_rates_are_those_asked_for(make_trainer):
         assert is_head == {group["lr"] == 1e-2}
 
 
+@pytest.mark.slow
 def test_in_scope_self_the_batch_has_no_influence(make_trainer):
     """Batches of one and accumulated batches give the same weights; with relations they do not."""
     weights = {}
@@ -566,6 +573,7 @@ def test_the_moving_average_is_what_is_evaluated_and_kept(make_trainer):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(logged["eval_loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_moving_average_is_taken_back(make_trainer):
     trainer = make_trainer(
         ema_decay=0.5,
@@ -602,6 +610,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make_trainer):
     assert last_complete_checkpoint(folder / "nothing") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}])
 def test_memory_savers(make_trainer, options):
     plain, saving = make_trainer(backbone=VIT), make_trainer(backbone=VIT, **options)
