@@ -53,8 +53,10 @@ MORE = {
     "training.train": ["--use_cpu", "--disable_tqdm", "True"],
     "training.references": ["--use_cpu", "--disable_tqdm", "True", "--force"],  # three held-out images show nothing
     "training.assess": ["--use_cpu", "--disable_tqdm", "True", "--resamples", "100"],
-    "training.ablate": ["--use_cpu", "--disable_tqdm", "True", "--num_seeds", "2", "--frozen_steps", "2"]
-    + ["--num_shuffles", "2"],
+    "training.ablate": [
+        *("--use_cpu", "--disable_tqdm", "True"),
+        *("--num_seeds", "2", "--frozen_steps", "2", "--num_shuffles", "2"),
+    ],
     "training.accelerate_loop": ["--use_cpu"],
     "training.check_data": [],
 }
