@@ -97,9 +97,9 @@ def check_address(host: str, port: int | None):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except OSError as error:
-        address = f"{host}, port {port}" if port else host
+        name = f"{host}, port {port}" if port else host
         argument = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
-        raise OSError(f"Cannot listen at {address}: {error.strerror}. Choose another --{argument}.") from error
+        raise OSError(f"Cannot listen at {name}: {error.strerror}. Choose another --{argument}.") from error
 
 
 def command(argv: Sequence[str], console: Console):
