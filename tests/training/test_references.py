@@ -248,7 +248,7 @@ def test_the_fit_leaves_the_model_as_it_was(backbone_config, preset, is_interrup
     now, weights = state_of(model)
     assert now == config
     assert all(torch.equal(value, state[name]) for name, value in weights.items())
-    assert torch.equal(scores_with_references(model, held_out, "reference"), answers)
+    torch.testing.assert_close(scores_with_references(model, held_out, "reference"), answers)
 
 
 def test_what_there_is_to_choose_from(backbone_config):
@@ -448,7 +448,8 @@ def assert_it_loads(folder, model, pixel_values):
     )
     for scope in ("self", "reference", None):
         expected = answers_of(model, pixel_values, relation_scope=scope)
-        assert torch.equal(answers_of(loaded, pixel_values, relation_scope=scope), expected)
+        # Loaded weights may lie in memory otherwise, so that kernels round otherwise.
+        torch.testing.assert_close(answers_of(loaded, pixel_values, relation_scope=scope), expected)
     assert loaded.config.relation_scope == "reference"
 
 

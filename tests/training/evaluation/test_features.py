@@ -80,7 +80,9 @@ def test_only_the_pixels_that_psnr_needs_are_kept(backbone_config, images, proce
 def test_the_bare_model_and_workers_give_the_same(backbone_config, images, processor):
     model = _model("kernel", backbone_config, processor)
     first, second = extract(model, images, batch_size=10), extract(model.rbi, images, batch_size=10, num_workers=1)
-    assert torch.equal(first.features, second.features) and torch.equal(first.pixel_values, second.pixel_values)
+    # Batches are allocated separately, so that kernels may round otherwise.
+    torch.testing.assert_close(first.features, second.features)
+    torch.testing.assert_close(first.pixel_values, second.pixel_values)
     assert first.seconds > 0
 
 
