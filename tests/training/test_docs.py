@@ -80,6 +80,11 @@ def test_the_commands_run_in_their_order(workplace, monkeypatch, capsys):
         line += MORE[module]
         if module == "training.train":
             line += ["--num_train_epochs", "2"]
+        if "--dry_run" in line:
+            line += [
+                "--backbone_config",
+                '{"model_type": "convnext", "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}',
+            ]
         if "orl_faces" in command:
             line += ["--image_size", "32", "--max_test_samples", "40"]
         if "--resume_from_checkpoint" in line:
