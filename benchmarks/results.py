@@ -23,14 +23,15 @@ from rich.console import Console
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
 from training.ablation.arguments import AblationArguments
 from training.ablation.arms import ARMS
-from training.ablation.heads import Budget, predict_with, train_plain
-from training.ablation.report import interval_text, markdown_table, mean_and_std, paired_difference, spread_text
+from training.ablation.heads import Budget, train_plain
+from training.ablation.report import paired_difference
 from training.ablation.run import RESULTS_FILE, Cached, ablate, cache_features, draw_data
 from training.cli import Stopped, parse_arguments, run_command
 from training.data.packaged.emoji import EMOJI_STYLES
 from training.evaluation.features import CachedImages
 from training.evaluation.protocols import Predictions
-from training.evaluation.reference_settings import candidates_for, fit_references
+from training.evaluation.reference_settings import candidates_for, fit_references, scores_with_references
+from training.evaluation.text import interval_text, markdown_table, mean_and_std, spread_text
 from training.files import write_json
 
 
@@ -274,8 +275,7 @@ def _kernel_model(config: RBIConfig, **fields: Any) -> RBIForImageClassification
 
 def _scores(model: RBIForImageClassification, cached: Cached, scope: str) -> torch.Tensor:
     """Logits of the test images."""
-    predict = predict_with(model, cached.images)
-    return torch.cat([predict(rows, scope) for rows in cached.rows["test"].split(256)])
+    return scores_with_references(model, cached.images, scope, cached.rows["test"], exclude_self=False)
 
 
 def _metrics(model: RBIForImageClassification, cached: Cached, scope: str) -> dict[str, float]:

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .ablation.arguments import AblationArguments
-from .ablation.report import interval_text, spread_text
 from .ablation.run import RESULTS_FILE, TABLE_FILE, ablate
 from .cli import Stopped, run_command
+from .evaluation.text import interval_text, spread_text
 
 
 def results_table(results: dict[str, Any]) -> Table:

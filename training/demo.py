@@ -31,13 +31,14 @@ import modeling_rbi
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
 
 from .ablation.arms import ARMS
-from .ablation.heads import Budget, TrainedHead, predict_with, train_head, train_plain, untrained_head
+from .ablation.heads import Budget, TrainedHead, train_head, train_plain, untrained_head
 from .cli import parse_arguments, run_command
 from .data.image_dataset import ImageDataset
 from .data.packaged.orl import load_orl_faces
 from .data.splits import Split, draw_few_shots
 from .data.transforms import EvalTransform
 from .deployment.checks import check_loads_back
+from .evaluation.classifiers import predict_from
 from .evaluation.features import CachedImages, extract
 from .evaluation.metrics import compute_metrics
 from .evaluation.protocols import ProtocolAccuracies, evaluate_protocols
@@ -287,7 +288,7 @@ def run(args: DemoArguments, console: Console):
         by_epoch = [100 * log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log]
         console.print(f"Validation accuracy by epoch: {', '.join(f'{value:.1f}' for value in by_epoch)}")
         tuned = evaluate_protocols(
-            predict_with(model, extract(model, as_images(faces, processor))),
+            predict_from(model, extract(model, as_images(faces, processor))),
             split.test,
             images.labels[split.test],
             args.eval_batch_size,

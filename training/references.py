@@ -39,7 +39,7 @@ from .data.image_dataset import ImageDataset
 from .data.transforms import EvalTransform
 from .evaluation.classifiers import load_classifier, load_config, match_labels
 from .evaluation.features import CachedImages, extract
-from .evaluation.metrics import compute_metrics
+from .evaluation.metrics import METRIC_TITLES, compute_metrics
 from .evaluation.reference_settings import (
     MIN_FOR_FIT,
     Candidate,
@@ -50,7 +50,6 @@ from .evaluation.reference_settings import (
     paired_gain,
     scores_with_references,
 )
-from .evaluation.report import METRIC_TITLES
 from .files import check_output_dir, filled_whole, write_json
 from .record import REFERENCES_FILE, RunRecord, describe_environment, resolved_arguments
 

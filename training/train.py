@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from modeling_rbi import UserError
 
 from .cli import Stopped, run_command
+from .evaluation.metrics import METRIC_TITLES
+from .evaluation.text import spread_text
 from .fine_tuning.arguments import Arguments
 from .fine_tuning.models import check_model
 from .fine_tuning.run import cross_validate, dry_run, load_data, prepare_output_dir, train
@@ -34,12 +36,6 @@ from .record import RECORD_FILE
 
 # With less free space than this, a file that could not be written did not fit.
 _MIN_FREE_BYTES = 2**20
-_METRICS = {
-    "accuracy": "accuracy",
-    "top5_accuracy": "top-5",
-    "macro_f1": "macro-F1",
-    "calibration_error": "calibration error",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,17 +91,17 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
     """The metrics of each split in %; after cross-validation, their mean and standard deviation over the folds."""
     table = Table()
     table.add_column("in %")
-    for title in _METRICS.values():
+    for title in METRIC_TITLES.values():
         table.add_column(title, justify="right")
     for part, metrics in results.items():
         if part != "train":
-            table.add_row(part.replace("_", ", "), *(_percent(metrics[name]) for name in _METRICS))
+            table.add_row(part.replace("_", ", "), *(_percent(metrics[name]) for name in METRIC_TITLES))
     return table
 
 
 def _percent(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{100 * value['mean']:.2f} ± {100 * value['std']:.2f}"
+        return spread_text(value)
     return f"{100 * value:.2f}"
 
 

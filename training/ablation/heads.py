@@ -13,6 +13,7 @@ from torch import nn
 from modeling_rbi import RBIConfig, RBIForImageClassification, RBIImageClassifierOutput
 
 from ..data.samplers import BalancedSampler
+from ..evaluation.classifiers import predict_from
 from ..evaluation.features import CachedImages
 from ..evaluation.protocols import Predict
 from ..fine_tuning.loss import count_targets, training_loss
@@ -127,7 +128,8 @@ def train_head(
         return _loss(outputs, images.labels[batch], budget, self_loss_weight)
 
     seconds = _train([group for group in groups if group["params"]], loss_of, images, rows, budget, seed)
-    predict = predict_with(model, images, only_scope="self" if relation_scope == "self" else None)
+    only_scope = "self" if relation_scope == "self" else None
+    predict = predict_from(model, images, exclude_self=False, only_scope=only_scope)
     num_parameters = sum(parameter.numel() for parameter in [*classifier, *others])
     return TrainedHead(model.eval(), predict, num_parameters, seconds)
 
@@ -139,23 +141,8 @@ def untrained_head(
     model = RBIForImageClassification(copy.deepcopy(config)).eval()
     model.classifier.load_state_dict(getattr(classifier.model, "classifier", classifier.model).state_dict())
     _set_bank(model, images, bank)
-    return TrainedHead(
-        model, predict_with(model, images), _count(model.rbi.rra) + _count(model.classifier), classifier.seconds
-    )
-
-
-def predict_with(model: RBIForImageClassification, images: CachedImages, only_scope: str | None = None) -> Predict:
-    """Returns a function that predicts cached images by row number. `only_scope` overrides the requested scope."""
-
-    @torch.no_grad()
-    def predict(batch: torch.Tensor, relation_scope: str) -> torch.Tensor:
-        return model(
-            pixel_values=images.pixel_values[batch],
-            image_features=images.features[batch],
-            relation_scope=only_scope or relation_scope,
-        ).logits
-
-    return predict
+    num_parameters = _count(model.rbi.rra) + _count(model.classifier)
+    return TrainedHead(model, predict_from(model, images, exclude_self=False), num_parameters, classifier.seconds)
 
 
 def _set_bank(model: RBIForImageClassification, images: CachedImages, bank: torch.Tensor | None):

@@ -4,11 +4,12 @@
 
 import dataclasses
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from scipy import stats
 
+from ..evaluation.text import interval_text, markdown_table, mean_and_std, spread_text
 from .arms import Arm
 
 
@@ -16,11 +17,6 @@ METRICS = ("accuracy", "macro_f1")
 # Protocol of the comparison in each relation scope. `sorted` measures a leak of labels, not accuracy.
 _PROTOCOLS = {"self": "single", "batch": "shuffled", "reference": "reference"}
 _LEVEL = 0.95
-
-
-def mean_and_std(values: Sequence[float]) -> dict[str, float]:
-    """Mean and sample standard deviation of at least 2 values."""
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
 
 
 def paired_difference(values: Sequence[float], controls: Sequence[float]) -> dict[str, float]:
@@ -185,42 +181,3 @@ def _caption(results: dict[str, Any]) -> str:
         f"transformers {versions['transformers']}"
     )
     return ". ".join(sentences) + "."
-
-
-def spread_text(summary: dict[str, float], scale: float = 100) -> str:
-    r"""
-    `mean ± std`.
-
-    Args:
-        summary (`dict[str, float]`):
-            Return value of [`mean_and_std`].
-        scale (`float`, *optional*, defaults to 100):
-            Factor of all numbers. 100 turns fractions into percent.
-    """
-    return f"{scale * summary['mean']:.2f} ± {scale * summary['std']:.2f}"
-
-
-def interval_text(difference: dict[str, float] | None, scale: float = 100, mark: bool = False) -> str:
-    r"""
-    `mean [low, high]`.
-
-    Args:
-        difference (`dict[str, float]`, *optional*):
-            Return value of [`paired_difference`]. `None`: the text is empty.
-        scale (`float`, *optional*, defaults to 100):
-            Factor of all numbers. 100 turns fractions into points.
-        mark (`bool`, *optional*, defaults to `False`):
-            Whether an interval that excludes zero is set in bold.
-    """
-    if difference is None:
-        return ""
-    # After rounding, a rounding error is neither -0.00 nor different from zero.
-    mean, low, high = (round(scale * difference[name], 2) + 0.0 for name in ("mean", "low", "high"))
-    text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-    return f"**{text}**" if mark and (low > 0 or high < 0) else text
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> str:
-    """A table in Markdown. The columns named in `numbers` are aligned to the right."""
-    rule = "|".join("---:" if name in numbers else "---" for name in header)
-    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])

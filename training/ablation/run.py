@@ -34,6 +34,7 @@ from ..data.packaged.catalog import PACKAGED
 from ..data.reading import load_images
 from ..data.samplers import BalancedSampler
 from ..data.transforms import EvalTransform
+from ..evaluation.classifiers import predict_from
 from ..evaluation.features import CachedImages, EightBitPixels, extract
 from ..evaluation.protocols import Predict, measure
 from ..files import check_output_dir, filled_whole, write_json
@@ -45,7 +46,7 @@ from ..record import RunRecord, describe_environment, differences, resolved_argu
 from .arguments import AblationArguments
 from .arms import ARMS, Arm
 from .batchformer import BatchFormerForImageClassification, BatchFormerTrainer
-from .heads import Budget, TrainedHead, predict_with, train_head, untrained_head
+from .heads import Budget, TrainedHead, train_head, untrained_head
 from .report import METRICS, ablation_markdown, arm_results
 
 
@@ -370,7 +371,7 @@ def train_end_to_end(
     cached = Cached.of_draw(images, dict(zip(draw.images, rows, strict=True)))
     head = TrainedHead(
         model.cpu(),
-        predict_with(model, images, only_scope="self" if arm.scopes == ("self",) else None),
+        predict_from(model, images, exclude_self=False, only_scope="self" if arm.scopes == ("self",) else None),
         record["model"]["trainable_parameters"],
         record["results"]["train"]["runtime"],
     )

@@ -9,12 +9,12 @@ import numpy as np
 import scipy.stats
 import torch
 
-from .metrics import NUM_CALIBRATION_BINS
+from .metrics import METRIC_TITLES, NUM_CALIBRATION_BINS
 from .protocols import Predictions
 
 
 LEVEL = 0.95
-METRICS = ("accuracy", "top5_accuracy", "macro_f1", "calibration_error")
+METRICS = tuple(METRIC_TITLES)
 _MEANS = ("accuracy", "top5_accuracy")
 # Numbers, of images times resamples, that are worked on at a time.
 _CHUNK = 2**23

@@ -128,19 +128,31 @@ def count_in_bank(model: PreTrainedModel, images: CachedImages) -> int:
     return number
 
 
-def predict_from(model: PreTrainedModel, images: CachedImages) -> Predict:
-    """
-    Computes logits from cached features. For a classifier that is not RBI, the features are the logits. An image that
-    is in the model's bank does not attend to itself there.
+def predict_from(
+    model: PreTrainedModel, images: CachedImages, *, exclude_self: bool = True, only_scope: str | None = None
+) -> Predict:
+    r"""
+    Returns a function that computes the logits of cached images, in float32 on the CPU.
+
+    Args:
+        model (`PreTrainedModel`):
+            RBI model, or another classifier, whose logits are the cached features.
+        images (`CachedImages`):
+            Images to choose rows from.
+        exclude_self (`bool`, *optional*, defaults to `True`):
+            Whether references that show the image itself are masked. `False` saves the search for them.
+        only_scope (`str`, *optional*):
+            Relation scope that overrides the requested one.
     """
 
     @torch.no_grad()
     def predict(rows: torch.Tensor, relation_scope: str) -> torch.Tensor:
+        relation_scope = only_scope or relation_scope
         pixel_values, features, _ = images.batch(rows)
         if not isinstance(model, RBIForImageClassification):
             return features.float()
         pixel_values, features, mask = pixel_values.to(model.device), features.to(model.device), None
-        if relation_scope == "reference" and model.rbi.references is not None:
+        if exclude_self and relation_scope == "reference" and model.rbi.references is not None:
             mask = ~is_itself(model.rbi.rpe, model.rbi.references, pixel_values, features)
         output = model(
             pixel_values=pixel_values, image_features=features, relation_scope=relation_scope, reference_mask=mask

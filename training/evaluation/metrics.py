@@ -26,6 +26,13 @@ from transformers import EvalPrediction
 from modeling_rbi import NO_LABEL, UserError
 
 
+# Metrics in the order of the reports, and their titles.
+METRIC_TITLES = {
+    "accuracy": "accuracy",
+    "top5_accuracy": "top-5",
+    "macro_f1": "macro-F1",
+    "calibration_error": "calibration error",
+}
 NUM_CALIBRATION_BINS = 15
 # How far from 1 a row may sum and still be probabilities: bfloat16 rounds each of them to 3 digits.
 _SUM_TOLERANCE = 1e-2

@@ -88,10 +88,18 @@ def candidates_for(model: RBIForImageClassification) -> list[ReferenceSettings]:
     ]
 
 
-def scores_with_references(model: RBIForImageClassification, images: CachedImages, scope: str) -> torch.Tensor:
-    """Logits of all images, `(n, num_labels)`, in this relation scope; see [`predict_from`]."""
-    predict = predict_from(model, images)
-    return torch.cat([predict(rows, scope) for rows in torch.arange(len(images.labels)).split(_STEP)])
+def scores_with_references(
+    model: RBIForImageClassification,
+    images: CachedImages,
+    scope: str,
+    rows: torch.Tensor | None = None,
+    exclude_self: bool = True,
+) -> torch.Tensor:
+    """Logits, `(n, num_labels)`, of these rows, by default of all images, in this relation scope; see
+    [`predict_from`]."""
+    predict = predict_from(model, images, exclude_self=exclude_self)
+    rows = torch.arange(len(images.labels)) if rows is None else rows
+    return torch.cat([predict(step, scope) for step in rows.split(_STEP)])
 
 
 def fit_references(

@@ -15,8 +15,10 @@ from rich.table import Table
 
 from .assessment import Assessment
 from .bootstrap import LEVEL, Estimate
+from .metrics import METRIC_TITLES
 from .plots import ConfusedPair, plot_batch_sizes, plot_confused_pairs, plot_confusion_matrix, plot_reliability
 from .protocols import BATCH_PROTOCOLS, Condition, Predictions
+from .text import percent_with_interval
 
 
 PROGRAM = "training.assess"
@@ -30,12 +32,6 @@ FILES = (
     "confused_pairs.png",
     RESULTS_FILE,
 )
-METRIC_TITLES = {
-    "accuracy": "accuracy",
-    "top5_accuracy": "top-5",
-    "macro_f1": "macro-F1",
-    "calibration_error": "calibration error",
-}
 _NUM_CONFUSED_PAIRS = 6
 _EXAMPLES = 2
 
@@ -67,13 +63,6 @@ def results_table(assessment: Assessment, left_out: Mapping[str, str]) -> Table:
 
 def _size(condition: Condition) -> str:
     return "" if condition.batch_size is None else str(condition.batch_size)
-
-
-def percent_with_interval(estimate: Estimate, sign: str = "") -> str:
-    """`value [low, high]` in percent, or in points with `sign="+"`."""
-    # Adding 0.0 turns -0.0 into 0.0.
-    value, low, high = (round(100 * number, 1) + 0.0 for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value:{sign}.1f} [{low:.1f}, {high:.1f}]"
 
 
 def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):

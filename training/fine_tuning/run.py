@@ -5,7 +5,6 @@
 import contextlib
 import dataclasses
 import logging
-import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +32,7 @@ from ..data.splits import stratified_folds
 from ..data.tiny import make_published
 from ..data.transforms import EvalTransform, TrainTransform
 from ..evaluation.metrics import compute_metrics
+from ..evaluation.text import mean_and_std
 from ..files import check_output_dir, filled_whole, write_json
 from ..record import RecordCallback, RunRecord, best_so_far, describe_environment, differences, metrics_by_epoch
 from .arguments import Arguments, FineTuningArguments
@@ -463,13 +463,7 @@ def cross_validate(
             )
         records.append(record)
     summary = {
-        part: {
-            name: {
-                "mean": statistics.mean(values := [record["results"][part][name] for record in records]),
-                "std": statistics.stdev(values),
-            }
-            for name in metrics
-        }
+        part: {name: mean_and_std([record["results"][part][name] for record in records]) for name in metrics}
         for part, metrics in records[0]["results"].items()
         if part != "train"
     }

@@ -7,7 +7,8 @@ import torch
 
 from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.ablation.batchformer import BatchFormerForImageClassification
-from training.ablation.heads import Budget, predict_with, random_batches, train_head, train_plain, untrained_head
+from training.ablation.heads import Budget, random_batches, train_head, train_plain, untrained_head
+from training.evaluation.classifiers import predict_from
 from training.evaluation.features import CachedImages
 
 
@@ -41,7 +42,7 @@ def test_cached_features_give_the_logits_of_the_images(backbone_config):
     for scope in ("self", "batch"):
         with torch.no_grad():
             logits = model(pixel_values, relation_scope=scope).logits
-        torch.testing.assert_close(predict_with(model, images)(torch.arange(7), scope), logits)
+        torch.testing.assert_close(predict_from(model, images, exclude_self=False)(torch.arange(7), scope), logits)
 
 
 def test_every_head_learns(images, config):

@@ -5,12 +5,13 @@ import torch
 from transformers import ConvNextForImageClassification
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, pixel_statistics
-from training.ablation.heads import Budget, predict_with, train_head
+from training.ablation.heads import Budget, train_head
 from training.data.arguments import DataArguments
 from training.data.image_dataset import ImageDataset
 from training.data.reading import load_images
 from training.data.transforms import EvalTransform
 from training.evaluation import features
+from training.evaluation.classifiers import predict_from
 from training.evaluation.features import EightBitPixels, extract
 from training.fine_tuning.models import ModelArguments, load_model
 
@@ -60,7 +61,7 @@ def test_the_logits_are_those_of_the_whole_model(preset, is_large, backbone_conf
         with torch.no_grad():
             expected = model(_pixel_values(images)[rows], relation_scope=scope).logits
         torch.testing.assert_close(_logits(model, extracted.batch(rows), scope), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(predict_with(model, extracted)(rows, scope), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(predict_from(model, extracted)(rows, scope), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_backbone_sees_each_image_once(backbone_config, images, processor):
