@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring a model under each protocol, with intervals and paired differences."""
+"""Measures a model under each protocol, with intervals and paired differences."""
 
 import math
 import sys
@@ -15,21 +15,21 @@ from .bootstrap import LEVEL, METRICS, Bootstrap, Estimate, interval, mean_metri
 from .protocols import Condition, Predict, Predictions, count_orders, in_batches, measure, orders
 
 
-# Each difference and what it tells, see `_say`.
+# Differences of protocols; `_say` interprets them.
 DIFFERENCES = {
     "leak": ("sorted", "shuffled"),
     "shuffled": ("shuffled", "single"),
     "reference": ("reference", "single"),
 }
-# The protocols whose answers are looked at class by class: the first of them that was measured.
+# The first of these protocols that was measured gives the confusion matrix and the confused pairs.
 _MOST_TELLING = ("reference", "single", "shuffled", "sorted")
 
 
 @dataclass(frozen=True)
 class Finding:
     r"""
-    What a difference of accuracies means, in words, and what this rests on: its interval, and the number of images
-    that are answered right under one protocol and wrong under the other.
+    What a difference of accuracies means, in words, and the evidence: its interval, and the number of images that are
+    right under one protocol and wrong under the other.
     """
 
     sentence: str
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What was measured, fractions in [0, 1]. Differences are `first - second`."""
+    """Predictions, metrics and their differences (`first - second`), as fractions in [0, 1]."""
 
     labels: torch.Tensor  # (n,)
     predictions: dict[Condition, Predictions]
@@ -51,7 +51,7 @@ class Assessment:
 
     @property
     def most_telling(self) -> Condition:
-        """The condition that a deployed model works under, if it was measured; otherwise the largest batches."""
+        """Condition of a deployed model if it was measured, otherwise the largest batches."""
         protocol = next(name for name in _MOST_TELLING if any(name == each.protocol for each in self.predictions))
         return max(
             (each for each in self.predictions if each.protocol == protocol), key=lambda each: each.batch_size or 0
@@ -73,17 +73,17 @@ def assess(
 
     Args:
         predict (`Predict`):
-            Gives the logits of one batch.
+            Computes the logits of a batch.
         labels (`torch.LongTensor` of shape `(n,)`):
-            Classes of the images, as the logits have them.
+            Class numbers of the images in the logits.
         protocols (`Sequence[str]`), batch_sizes (`Sequence[int]`), num_shuffles (`int`):
             As in [`measure`].
         resamples (`int`, *optional*, defaults to 1000):
-            Of the [`Bootstrap`].
+            Number of resamples of the [`Bootstrap`].
         seed (`int`, *optional*, defaults to 0):
-            Of shuffles and resamples.
+            Seed of the shuffles and resamples.
         progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a bar, on a terminal.
+            Whether to show a progress bar if standard error is a terminal.
 
     Raises:
         UserError: as [`check_sizes`].
@@ -93,7 +93,7 @@ def assess(
     with tqdm(total=num_orders, desc="Protocols", unit=" orders", leave=False, disable=disable) as bar:
         predictions = measure(predict, labels, protocols, batch_sizes, num_shuffles, seed, on_order=bar.update)
     values = {condition: mean_metrics(each) for condition, each in predictions.items()}
-    # `sorted` has one order alone, so its batches are drawn; for their difference, those of `shuffled` with them.
+    # `sorted` has a single order, so its batches are resampled, also for its difference to `shuffled`.
     bootstraps: dict[int | None, Bootstrap] = {None: Bootstrap(labels, resamples, seed)}
     for condition in predictions:
         if condition.protocol == "sorted" and condition.batch_size is not None:
@@ -141,7 +141,7 @@ def assess(
         ]
         differences |= {pair: {name: difference(*pair, name) for name in METRICS} for pair in pairs}
         if pairs:
-            # Of several batch sizes the clearest, so the level is that of all together (Bonferroni).
+            # The clearest of several batch sizes is reported, so the level is corrected for their number (Bonferroni).
             pair = max(pairs, key=lambda pair: differences[pair]["accuracy"].clarity)
             level = 1 - (1 - LEVEL) / len(pairs)
             accuracy = difference(*pair, "accuracy", level)
@@ -155,7 +155,7 @@ def assess(
 def _say(
     kind: str, accuracy: Estimate, level: float, changed: float, batch_size: int | None, num_batch_sizes: int
 ) -> str:
-    """What a difference of accuracies tells."""
+    """Says what a difference of accuracies means."""
     value, low, high = (100 * number for number in (accuracy.value, accuracy.low, accuracy.high))
     amount = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
     if batch_size is not None:
@@ -168,19 +168,19 @@ def _say(
     elif accuracy.contains_zero:
         doubt = "the interval contains 0"
     elif changed < math.log2(2 / (1 - level)):
-        # Not even if all of them changed to the same side would a sign test tell that from chance.
+        # Even if all of them changed in the same direction, a sign test would not be significant.
         doubt = f"{changed:.1f} images changed between right and wrong, too few to tell"
     if kind == "leak":
         if doubt:
             return f"No leak seen: class-ordered batches change the accuracy by {amount}; {doubt}."
         if accuracy.low > 0:
             return (
-                f"Class-ordered batches add {amount}: the model reads labels off its neighbors; `sorted` is not its "
-                "accuracy."
+                f"Class-ordered batches add {amount}: the model reads labels off its neighbors, so `sorted` does not "
+                "measure its accuracy."
             )
-        return f"No leak, but class-ordered batches cost {amount}: the answers depend on the order of the images."
+        return f"No leak, but class-ordered batches cost {amount}: predictions depend on the order of the images."
     neighbors = "random batches" if kind == "shuffled" else "the references"
-    change = f"{neighbors} change the accuracy of each image alone by {amount}"
+    change = f"compared with no neighbors, {neighbors} change the accuracy by {amount}"
     if doubt:
         return f"Whether relations help is open: {change}; {doubt}."
     return f"Relations {'help' if accuracy.low > 0 else 'harm'}: {change}."

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals for metrics and for differences between protocols, by a bootstrap over images and orders."""
+"""Confidence intervals of metrics and of differences between protocols, by a bootstrap over images and orders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from .protocols import Predictions
 LEVEL = 0.95
 METRICS = tuple(METRIC_TITLES)
 _MEANS = ("accuracy", "top5_accuracy")
-# Numbers, of images times resamples, that are worked on at a time.
+# Images times resamples per step.
 _CHUNK = 2**23
+# Results that differ only by the order of summation become equal.
 _DECIMALS = 9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, or a difference of two, and its interval."""
+    """A metric, or the difference between two conditions, with its interval."""
 
     value: float
     low: float
@@ -35,39 +36,41 @@ class Estimate:
 
     @property
     def clarity(self) -> float:
-        """How far it is from 0, in widths of the interval."""
+        """Distance of the value from 0, in widths of the interval."""
         return abs(self.value) / max(self.high - self.low, 1e-9)
 
 
 class Bootstrap:
     r"""
-    Draws the images anew, with replacement, the same ones for all predictions, so that differences are paired.
+    Resamples the images with replacement. All predictions share the resamples, so differences are paired.
 
-    Where a protocol has s random orders, s - 1 of them are drawn with replacement as well, independently of the
-    images. Drawing s would make their variance too small by the factor (s - 1) / s; that of a single image's
-    answer over the orders counts somewhat too much, so the interval is rather too wide than too narrow.
+    For a protocol with s random orders, each resample also draws s - 1 orders with replacement, independently of the
+    images. Drawing s would make their variance too small by the factor (s - 1) / s. The variance of each image's
+    prediction over the orders counts slightly too much, so intervals are, if anything, too wide.
 
-    Where answers stand in one order alone, whole batches are drawn (`groups`): what a batch has in common, such as the
-    mean that all its images attend to, makes them right or wrong together, the more so if they share a class. k - 1
-    of k batches are drawn, and the interval is wider by the ratio of Student's t with k - 1 degrees of freedom to the
-    normal distribution. (In simulations without a leak, where a batch has nothing but its noise in common, 4 to 9 % of
-    such intervals of `sorted - shuffled` exclude 0; of intervals over images, up to 46 %.)
+    For a protocol with one order, whole batches are resampled (`groups`): what a batch shares, such as the mean that
+    all its images attend to, makes them right or wrong together, the more so if they share a class. Each resample
+    draws k - 1 of k batches, and the interval is widened by the ratio of the quantiles of Student's t, with k - 1
+    degrees of freedom, and of the normal distribution. In simulations without a leak, where a batch shares only its
+    noise, 4 to 9 % of these intervals of `sorted - shuffled` exclude 0; resampling images, up to 46 % do.
 
-    The interval is that of the percentiles; of macro-F1 and calibration error, which are no means, less twice the bias
-    of the resamples: they are off the estimate there, to the same side and about as far as the estimate is off the
-    truth, and percentiles alone would double what this corrects. It covers the truth too seldom where there is little
-    to draw from: an accuracy of less than about five errors (without any, the interval is a point), macro-F1 with one
-    or two images of a class, and the calibration error of a model that has none, since every estimate is above 0.
+    Intervals are percentiles of the resamples. For macro-F1 and calibration error, which are not means, twice the bias
+    of the resamples is subtracted: a resample deviates from the estimate in the same direction, and about as far, as
+    the estimate deviates from the truth, so plain percentiles would contain this bias twice. Intervals cover the truth
+    too rarely for an accuracy with fewer than about five errors (without errors, the interval is a point), for macro-F1
+    with one or two images of a class, and for the calibration error of a perfectly calibrated model, since every
+    estimate is above 0.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):
             Classes of the images.
         num_resamples (`int`, *optional*, defaults to 1000):
-            How often to draw.
+            Number of resamples.
         seed (`int`, *optional*, defaults to 0):
-            Of the draws.
+            Random seed.
         groups (`Sequence[torch.LongTensor]`, *optional*):
-            Row numbers of the images that are drawn together; every image is in one. By default each by itself.
+            Row numbers of the images that are drawn together; every image is in one group. By default, images are
+            drawn independently.
     """
 
     def __init__(
@@ -85,12 +88,12 @@ class Bootstrap:
         for resample in range(num_resamples):
             units = rng.integers(num_units, size=self.degrees_of_freedom or num_units)
             counts[:, resample] = np.bincount(units, minlength=num_units)
-        # How often each image is drawn, (n, num_resamples).
+        # How often each resample contains each image, (n, num_resamples).
         self.counts = torch.from_numpy(counts)
         if groups is not None:
             sizes = torch.tensor([len(group) for group in groups])
-            of_rows = self.counts.repeat_interleave(sizes, dim=0)
-            self.counts = torch.empty_like(of_rows).index_copy_(0, torch.cat(list(groups)), of_rows)
+            by_group = self.counts.repeat_interleave(sizes, dim=0)
+            self.counts = torch.empty_like(by_group).index_copy_(0, torch.cat(list(groups)), by_group)
 
     def metrics(self, predictions: Predictions) -> dict[str, torch.Tensor]:
         """Each of `METRICS` in each resample, `(num_resamples,)`."""
@@ -111,9 +114,9 @@ class Bootstrap:
 
     def _metrics(self, predictions: Predictions, order: int, counts: torch.Tensor) -> torch.Tensor:
         r"""
-        `METRICS` of one order, `(len(METRICS), r)`, where each image occurs `counts` times, `(n, r)`. Sums over the
-        images give all resamples at once; the modules of `metrics` would need a pass over the scores for each of the r
-        resamples. The tests compare both.
+        `METRICS` of one order in r resamples, `(len(METRICS), r)`. `counts`, `(n, r)`, tells how often each resample
+        contains each image. Sums over the images give all resamples at once; the modules of `metrics` would need one
+        pass over the scores per resample. The tests compare both.
         """
         classes, confidences = predictions.classes[order], predictions.confidences[order]
         is_right, num_drawn = (classes == self.labels).float(), counts.sum(0)
@@ -122,12 +125,12 @@ class Bootstrap:
             return values.new_zeros(num_groups, values.shape[1]).index_add_(0, groups, values)
 
         right = sums(self.labels, counts * is_right[:, None], predictions.num_classes)
-        # The last is no answer, of which there is no F1.
+        # The last class stands for no prediction and has no F1.
         both = sums(torch.cat([classes, self.labels]), counts.repeat(2, 1), predictions.num_classes + 1)[:-1]
         occurs = both > 0
         if self.degrees_of_freedom is not None:
-            # Whole classes are missing from a draw of batches: those that were answered with them are wrong, but
-            # these classes are not missed.
+            # A resample of batches may lack whole classes. Predictions of such a class are wrong, but the class does
+            # not count as missed.
             labeled = sums(self.labels, torch.ones_like(counts), predictions.num_classes) > 0
             occurs &= (sums(self.labels, counts, predictions.num_classes) > 0) | ~labeled
         f1 = (2 * right / both.clamp(min=1)).where(occurs, 0.0).sum(0) / occurs.sum(0)
@@ -138,7 +141,7 @@ class Bootstrap:
 
 
 def mean_metrics(predictions: Predictions) -> dict[str, float]:
-    """Each of `METRICS`, the mean over the orders."""
+    """Mean of each of `METRICS` over the orders."""
     return {name: sum(metrics[name] for metrics in predictions.metrics) / len(predictions.metrics) for name in METRICS}
 
 
@@ -151,21 +154,21 @@ def interval(
     degrees_of_freedom: int | None = None,
 ) -> Estimate:
     r"""
-    The interval of a bootstrap, see [`Bootstrap`].
+    Bootstrap interval of a metric or of a difference; see [`Bootstrap`].
 
     Args:
         metric (`str`):
-            Which of `METRICS` it is, or a difference of.
+            Name of the metric, one of `METRICS`.
         value (`float`):
-            The estimate.
+            Estimate from all images.
         resampled (`torch.DoubleTensor` of shape `(num_resamples,)`):
-            The same of the resamples.
+            Estimate from each resample.
         level (`float`, *optional*, defaults to 0.95):
-            Its coverage.
+            Coverage of the interval.
         least (`float`, *optional*, defaults to 0):
-            The metric is not below; nor is it above 1.
+            Lower bound of the metric or difference. The upper bound is 1.
         degrees_of_freedom (`int`, *optional*):
-            Those of the [`Bootstrap`].
+            `degrees_of_freedom` of the [`Bootstrap`].
     """
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
     mean = resampled.mean()
@@ -174,5 +177,4 @@ def interval(
     if degrees_of_freedom is not None:
         stretch = scipy.stats.t.ppf((1 + level) / 2, degrees_of_freedom) / scipy.stats.norm.ppf((1 + level) / 2)
     low, high = (mean + stretch * (resampled.quantile(tails) - mean) - 2 * bias).clamp(least, 1).tolist()
-    # What is equal but for the order of its sums is equal.
     return Estimate(*(round(number, _DECIMALS) + 0.0 for number in (value, low, high)))

@@ -3,13 +3,13 @@
 """Metrics of image classification, for `Trainer` and as modules of `evaluate` that need no network and write no files.
 
 All take scores of shape `(n, num_classes)`, logits or probabilities, with labels of shape `(n,)`. [`Accuracy`] and
-[`MacroF1`] take class numbers of shape `(n,)` as well, as `evaluate.evaluator` hands them over. All give fractions in
-[0, 1]. Common to them:
+[`MacroF1`] take class numbers of shape `(n,)` as well, as `evaluate.evaluator` passes them. All return
+fractions in [0, 1]. In all of them:
 
-- Rows with the label -100 are left out.
-- A row with a score that is not finite is no answer, and counts as wrong: in accuracy and top-k accuracy as a miss, in
-  F1 as missed in its own class and as an answer of no other, in the calibration error as wrong with confidence 1.
-- Among equal scores it is not said which comes first.
+- Rows with the label -100 are ignored.
+- A row with a score that is not finite has no prediction and counts as wrong: as a miss in accuracy and top-k accuracy,
+  as a false negative of its class in F1, and as wrong with confidence 1 in the calibration error.
+- The order of equal scores is undefined.
 """
 
 import datasets
@@ -34,9 +34,9 @@ METRIC_TITLES = {
     "calibration_error": "calibration error",
 }
 NUM_CALIBRATION_BINS = 15
-# How far from 1 a row may sum and still be probabilities: bfloat16 rounds each of them to 3 digits.
+# How far from 1 the sum of a row of probabilities may be: bfloat16 rounds each of them to 3 digits.
 _SUM_TOLERANCE = 1e-2
-# torchmetrics makes several one-hot tables of the rows that it gets at a time.
+# Rows per step: torchmetrics makes several one-hot tables of them.
 _TOP_K_ROWS = 1024
 
 _SCORES = datasets.Features(
@@ -69,7 +69,7 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
 
 
 def combined_metrics() -> evaluate.CombinedEvaluations:
-    """The metrics by which training and assessment measure, in the order of their reports."""
+    """All metrics of training and assessment, in the order of the reports."""
     return evaluate.combine([Accuracy(), TopKAccuracy(), MacroF1(), CalibrationError()])
 
 
@@ -79,7 +79,7 @@ class _ClassificationMetric(evaluate.Metric):
 
     [`compute`] measures arrays of scores directly. `evaluate` would first write them to an Arrow table, row by row and
     once per metric, which takes 5.2 s instead of 0.2 s for all four metrics of 10,000 x 200 scores on one core, with
-    equal results. Rows that were added before, lists and class numbers take evaluate's own way.
+    equal results. Rows that were added earlier, lists and class numbers go through `evaluate`.
     """
 
     _description: str
@@ -148,8 +148,8 @@ class TopKAccuracy(_ClassificationMetric):
 
 
 class MacroF1(_ClassificationMetric):
-    """`macro_f1`: the mean of F1 over the classes that are the label or the answer of some row, as scikit-learn's. So
-    a class that is answered and nowhere a label counts as 0, and one that is neither doesn't count."""
+    """`macro_f1`: the mean of F1 over the classes that occur as a label or a prediction, as in scikit-learn. A class that
+    is predicted but never a label counts as 0; one that is neither does not count."""
 
     _description = __doc__
     _accepts_class_numbers = True
@@ -259,7 +259,7 @@ def _calibration_error(scores: torch.Tensor, labels: torch.Tensor, num_bins: int
     scores = scores.where(is_valid, 1 / scores.shape[1])
     is_probability = scores.min() >= 0 and (scores.sum(-1) - 1).abs().max() <= _SUM_TOLERANCE
     probabilities = scores if is_probability else scores.softmax(-1)
-    # One more class, which is never the label, stands for no answer.
+    # One more class, which is never the label, stands for no prediction.
     no_prediction = (~is_valid).to(probabilities.dtype)
     probabilities = torch.cat([probabilities * is_valid, no_prediction], dim=-1)
     # torchmetrics puts a confidence of exactly 1, which softmax often rounds to, into a bin of its own.

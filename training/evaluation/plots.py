@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Images of an assessment, as PNG files. No window is opened and no global state of matplotlib is changed."""
+"""Figures of an assessment, as PNG files. They open no window and leave matplotlib's global state unchanged."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .protocols import Predictions
 
 
 COLORS = {"single": "#444444", "reference": "#0072b2", "shuffled": "#009e73", "sorted": "#d55e00"}
-# Up to so many classes a confusion matrix has a row for each, and up to so many a number in each cell.
+# Most classes with a row of their own in a confusion matrix, and most classes with numbers in the cells.
 _MOST_CLASSES = 40
 _MOST_NUMBERS = 16
 _LONGEST_NAME = 24
@@ -27,7 +27,7 @@ _DPI = 150
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Two classes, how often an image of one is answered with the other, and rows of examples of each kind."""
+    """Two classes, the number of images of one that are predicted as the other, and example rows of each kind."""
 
     first: str
     second: str
@@ -38,13 +38,13 @@ class ConfusedPair:
 
 def plot_batch_sizes(path: Path, curves: Mapping[str, Mapping[int | None, Estimate]]):
     r"""
-    Accuracy over batch size, with bands of the intervals.
+    Plots accuracy over batch size, with bands for the intervals.
 
     Args:
         path (`Path`):
-            Where to write it.
+            File to write.
         curves (mapping of protocols to estimates by batch size):
-            The batch size `None` is of a protocol that has none, and makes a level line.
+            The batch size `None` stands for a protocol without batches, drawn as a horizontal line.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -75,18 +75,17 @@ def plot_batch_sizes(path: Path, curves: Mapping[str, Mapping[int | None, Estima
 
 def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str], title: str):
     r"""
-    How often each class is answered with each. Of many classes, those that take part in most errors are shown, and
-    the others as one.
+    Plots a confusion matrix. With more than 40 classes, it shows the 39 with the most errors and groups the others.
 
     Args:
         path (`Path`):
-            Where to write it.
+            File to write.
         counts (`torch.Tensor` of shape `(num_classes, num_classes)`):
-            Images by their class (row) and the answer (column).
+            Number of images by class (row) and predicted class (column).
         names (`Sequence[str]`):
-            Of the classes.
+            Class names.
         title (`str`):
-            What was measured.
+            Title of the figure.
     """
     shown_names = [_short(name) for name in names]
     if len(names) > _MOST_CLASSES:
@@ -95,16 +94,16 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
             (errors.sum(0) + errors.sum(1)).argsort(descending=True, stable=True)[: _MOST_CLASSES - 1].sort().values
         )
         group = torch.full((len(names),), len(shown)).index_copy_(0, shown, torch.arange(len(shown)))
-        # Rows to their groups, then columns.
+        # Sum rows by group, then columns.
         counts = counts.new_zeros(_MOST_CLASSES, len(names)).index_add_(0, group, counts)
         counts = counts.new_zeros(_MOST_CLASSES, _MOST_CLASSES).index_add_(1, group, counts)
         shown_names = [*(shown_names[row] for row in shown.tolist()), f"{len(names) - len(shown)} others"]
-        title += f"\nThe {len(shown)} classes with most errors"
+        title += f"\nThe {len(shown)} classes with the most errors"
     side = 3.5 + 0.22 * len(shown_names)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     totals = counts.sum(1, keepdim=True)
-    # A class that is answered but has no images has an empty row.
+    # A class that is predicted but has no images has an empty row.
     shares = (counts / totals.clamp(min=1e-9)).where(totals > 0, float("nan"))
     image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of the images of the class")
@@ -117,7 +116,7 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
                 if number := float(counts[row, column]):
                     color = "white" if shares[row, column] > 0.5 else "black"
                     axes.text(column, row, f"{number:.3g}", ha="center", va="center", color=color, fontsize=7)
-    axes.set_xlabel("answer")
+    axes.set_xlabel("predicted class")
     axes.set_ylabel("class")
     axes.set_title(title, fontsize=9, parse_math=False)
     figure.savefig(path, dpi=_DPI)
@@ -125,13 +124,13 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
 
 def plot_reliability(path: Path, predictions: Mapping[str, tuple[str, Predictions]], labels: torch.Tensor):
     r"""
-    Accuracy over confidence, in the bins of the calibration error, above the share of the predictions in each.
+    Plots accuracy over confidence in the bins of the calibration error and, below, the share of predictions per bin.
 
     Args:
         path (`Path`):
-            Where to write it.
+            File to write.
         predictions (mapping of protocols to a name and `Predictions`):
-            What to compare.
+            Predictions to compare.
         labels (`torch.LongTensor` of shape `(n,)`):
             Classes of the images.
     """
@@ -153,8 +152,8 @@ def plot_reliability(path: Path, predictions: Mapping[str, tuple[str, Prediction
         lower.step(centers, number / number.sum(), where="mid", color=COLORS[protocol])
     upper.set_ylabel("accuracy")
     upper.legend()
-    lower.set_ylabel("share of answers")
-    lower.set_xlabel("confidence, the probability of the answer")
+    lower.set_ylabel("share of predictions")
+    lower.set_xlabel("confidence (probability of the predicted class)")
     lower.set_xlim(0, 1)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
@@ -163,31 +162,30 @@ def plot_reliability(path: Path, predictions: Mapping[str, tuple[str, Prediction
 
 def plot_confused_pairs(path: Path, pairs: Sequence[ConfusedPair], load: Callable[[int], Image.Image], title: str):
     r"""
-    The classes that are most often taken for each other: of each pair a row with images of both, and between them
-    wrong predictions.
+    Plots the most confused pairs of classes, one pair a row: images of both classes and, between them, errors.
 
     Args:
         path (`Path`):
-            Where to write it.
+            File to write.
         pairs (`Sequence[ConfusedPair]`):
-            The pairs.
+            Pairs to show.
         load (`Callable`):
-            Gives the image of a row.
+            Returns the image of a row number.
         title (`str`):
-            What was measured.
+            Title of the figure.
     """
     columns = (("first", 2), ("first as second", 2), ("second as first", 2), ("second", 2))
     width = sum(number for _, number in columns)
     figure = Figure(figsize=(1.5 * width, 0.9 + 1.9 * max(1, len(pairs))), layout="constrained")
-    figure.suptitle(title if pairs else f"{title}\nNo image is answered wrongly.", fontsize=10, parse_math=False)
+    figure.suptitle(title if pairs else f"{title}\nAll predictions are correct.", fontsize=10, parse_math=False)
     grid = figure.subplots(max(1, len(pairs)), width, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for line, pair in zip(grid, pairs, strict=False):
         headings = {
             "first": _short(pair.first),
-            "first as second": f"{_short(pair.first)}\nanswered {_short(pair.second)}: {pair.first_as_second:.3g}",
-            "second as first": f"{_short(pair.second)}\nanswered {_short(pair.first)}: {pair.second_as_first:.3g}",
+            "first as second": f"{_short(pair.first)}\npredicted as {_short(pair.second)}: {pair.first_as_second:.3g}",
+            "second as first": f"{_short(pair.second)}\npredicted as {_short(pair.first)}: {pair.second_as_first:.3g}",
             "second": _short(pair.second),
         }
         place = 0

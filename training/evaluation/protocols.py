@@ -1,11 +1,11 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation protocols: who are the neighbors of a test image?
+"""Evaluation protocols, which differ in the neighbors of a test image.
 
-`single`: none, it attends to itself; what a deployed model answers that has no references. `reference`: the references
-that the model carries; what it answers if it has. `shuffled`: a random batch of the test set; the paper's setting.
-`sorted`: a batch in the order of the classes, whose images mostly share a label; what a model gains there over
-`shuffled` is a leak of labels through the neighbors, not accuracy.
+`single`: no neighbors, as in a deployed model without references. `reference`: the references in the model's bank, as
+in a deployed model that has them. `shuffled`: a random batch of the test set, the paper's setting. `sorted`: a
+class-ordered batch, whose images mostly share a label; a gain over `shuffled` is a leak of labels through the
+neighbors, not accuracy.
 """
 
 import statistics
@@ -20,15 +20,15 @@ from modeling_rbi import UserError
 from .metrics import compute_metrics
 
 
-# Logits, (n, num_labels), of the images with these row numbers, (n,), as one batch in this relation scope.
+# Takes row numbers, (n,), and a relation scope; returns the logits, (n, num_labels), of these images as one batch.
 Predict = Callable[[torch.Tensor, str], torch.Tensor]
 
 # Relation scope of each protocol.
 PROTOCOLS = {"single": "self", "reference": "reference", "shuffled": "batch", "sorted": "batch"}
-# Those in which an answer depends on who else is in the batch.
+# Protocols under which a prediction depends on the rest of the batch.
 BATCH_PROTOCOLS = ("shuffled", "sorted")
 TOP_K = 5
-# Images at a time where their number changes nothing.
+# Batch size where it does not affect predictions.
 _STEP = 256
 
 
@@ -43,13 +43,13 @@ class ProtocolAccuracies:
 
     @property
     def leak(self) -> float:
-        """What a class-ordered batch adds: `sorted - shuffled`."""
+        """Gain of class-ordered batches: `sorted - shuffled`."""
         return self.sorted - self.shuffled
 
 
 @dataclass(frozen=True, order=True)
 class Condition:
-    """A protocol, and about how many images attend to each other in a batch, where it has batches."""
+    """A protocol and, if predictions depend on it, the approximate batch size."""
 
     protocol: str
     batch_size: int | None = None
@@ -60,17 +60,17 @@ class Condition:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model answers to n images, each in s orders of the test set, and the metrics of each order."""
+    """Predictions for n images in each of s orders of the test set, and the metrics of each order."""
 
-    classes: torch.Tensor  # (s, n); the number of classes where scores are not finite, which is no answer
+    classes: torch.Tensor  # (s, n); `num_classes` stands for no prediction: scores that are not finite
     in_top_k: torch.Tensor  # (s, n), bool: whether the label is among the best `TOP_K`
-    confidences: torch.Tensor  # (s, n): probability of the best class, 1 for no answer
-    metrics: tuple[dict[str, float], ...]  # as `compute_metrics` gives them
+    confidences: torch.Tensor  # (s, n): probability of the best class, 1 for no prediction
+    metrics: tuple[dict[str, float], ...]  # results of `compute_metrics`
     num_classes: int
 
     @classmethod
     def from_scores(cls, scores: torch.Tensor, labels: torch.Tensor) -> "Predictions":
-        """From logits, `(n, num_classes)`, and labels, `(n,)`, of one order."""
+        """Predictions of one order, from logits, `(n, num_classes)`, and labels, `(n,)`."""
         num_classes = scores.shape[1]
         is_valid = scores.isfinite().all(-1)
         best = scores.topk(min(TOP_K, num_classes)).indices
@@ -84,7 +84,7 @@ class Predictions:
 
     @classmethod
     def stack(cls, orders: Sequence["Predictions"]) -> "Predictions":
-        """Joins those of several orders."""
+        """Joins the predictions of several orders."""
         return cls(
             classes=torch.cat([order.classes for order in orders]),
             in_top_k=torch.cat([order.in_top_k for order in orders]),
@@ -95,12 +95,12 @@ class Predictions:
 
 
 def in_batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """Splits an order of images, `(n,)`, into batches of equal size, give or take one, of about `batch_size`."""
+    """Splits an order, `(n,)`, into batches of about `batch_size` images, whose sizes differ by at most one."""
     return order.tensor_split(max(1, round(len(order) / batch_size)))
 
 
 def orders(protocol: str, labels: torch.Tensor, num_shuffles: int, seed: int) -> list[torch.Tensor]:
-    """The orders, `(n,)` each, in which a protocol goes through the images; with the same seed the same."""
+    """Orders, `(n,)` each, in which a protocol passes over the images. They depend only on the seed."""
     if protocol == "shuffled":
         generator = torch.Generator().manual_seed(seed)
         return [torch.randperm(len(labels), generator=generator) for _ in range(num_shuffles)]
@@ -108,7 +108,7 @@ def orders(protocol: str, labels: torch.Tensor, num_shuffles: int, seed: int) ->
 
 
 def scores_of(predict: Predict, order: torch.Tensor, batch_size: int, relation_scope: str) -> torch.Tensor:
-    """Logits of the images, `(n, num_labels)`, by row number, asked for in this order and batches of this size."""
+    """Logits, `(n, num_labels)`, by row number, computed in batches of this size in this order."""
     scores = torch.cat([predict(batch, relation_scope) for batch in in_batches(order, batch_size)])
     return torch.empty_like(scores).index_copy_(0, order, scores)
 
@@ -123,23 +123,23 @@ def measure(
     on_order: Callable[[], object] = lambda: None,
 ) -> dict[Condition, Predictions]:
     r"""
-    Predictions under each protocol and, if they depend on it, at each batch size.
+    Predicts under each protocol, at each batch size if it matters.
 
     Args:
         predict (`Predict`):
-            Gives the logits of one batch.
+            Computes the logits of a batch.
         labels (`torch.LongTensor` of shape `(n,)`):
             Classes of the images.
         protocols (`Sequence[str]`):
             Keys of `PROTOCOLS`.
         batch_sizes (`Sequence[int]`):
-            About how many images attend to each other.
+            Approximate numbers of images that attend to each other.
         num_shuffles (`int`, *optional*, defaults to 5):
-            Random orders of `shuffled`, the same at every batch size.
+            Number of random orders of `shuffled`, at least 2. They are the same at every batch size.
         seed (`int`, *optional*, defaults to 0):
-            Of the random orders.
+            Seed of the random orders.
         on_order (`Callable`, *optional*):
-            Called after each order of the images; there are [`count_orders`] in all.
+            Called after each order. There are [`count_orders`] in total.
 
     Raises:
         UserError: as [`check_sizes`].
@@ -157,7 +157,7 @@ def measure(
 
 
 def conditions_of(protocols: Sequence[str], batch_sizes: Sequence[int]) -> list[Condition]:
-    """What there is to measure, in the order of `PROTOCOLS`."""
+    """All conditions to measure, in the order of `PROTOCOLS`."""
     return [
         Condition(protocol, batch_size)
         for protocol in PROTOCOLS
@@ -167,7 +167,7 @@ def conditions_of(protocols: Sequence[str], batch_sizes: Sequence[int]) -> list[
 
 
 def count_orders(protocols: Sequence[str], batch_sizes: Sequence[int], num_shuffles: int) -> int:
-    """How often the images are gone through."""
+    """Number of passes over the images."""
     return sum(
         num_shuffles if condition.protocol == "shuffled" else 1 for condition in conditions_of(protocols, batch_sizes)
     )
@@ -176,8 +176,8 @@ def count_orders(protocols: Sequence[str], batch_sizes: Sequence[int], num_shuff
 def check_sizes(num_images: int, batch_sizes: Sequence[int], num_shuffles: int):
     r"""
     Raises:
-        UserError: if there are no images, fewer than a batch is to have, or fewer than 2 shuffles or images in a
-            batch.
+        UserError: if there are no images, a batch size is less than 2 or exceeds the number of images, or
+            `num_shuffles` is less than 2.
     """
     if not num_images:
         raise UserError("There are no images to evaluate on.")
@@ -186,36 +186,34 @@ def check_sizes(num_images: int, batch_sizes: Sequence[int], num_shuffles: int):
     for batch_size in batch_sizes:
         if batch_size < 2:
             raise UserError(
-                f"A batch size must be at least 2, got {batch_size}: one image alone is the protocol `single`."
+                f"A batch size must be at least 2, got {batch_size}: for single images, use the protocol `single`."
             )
         if batch_size > num_images:
-            raise UserError(
-                f"The batch size {batch_size} is more than the {num_images} images there are: leave it out."
-            )
+            raise UserError(f"The batch size {batch_size} is more than the {num_images} images: leave it out.")
 
 
 def evaluate_protocols(
     predict: Predict, rows: torch.Tensor, labels: torch.Tensor, batch_size: int, num_shuffles: int = 5, seed: int = 0
 ) -> ProtocolAccuracies:
     r"""
-    Accuracies alone, under the protocols `single`, `shuffled` and `sorted`.
+    Accuracies under the protocols `single`, `shuffled` and `sorted`.
 
     Args:
         predict (`Predict`):
-            Gives the logits of one batch.
+            Computes the logits of a batch.
         rows (`torch.LongTensor` of shape `(n,)`):
             Row numbers of the test images.
         labels (`torch.LongTensor` of shape `(n,)`):
-            Their classes.
+            Classes of these images.
         batch_size (`int`):
-            About how many images attend to each other. The batches are made equally large, give or take one.
+            Approximate number of images that attend to each other. Batch sizes differ by at most one.
         num_shuffles (`int`, *optional*, defaults to 5):
             Number of random orders, at least 2.
         seed (`int`, *optional*, defaults to 0):
-            Of the random orders.
+            Seed of the random orders.
 
     Raises:
-        UserError: as [`check_sizes`], except that a batch may be all images there are.
+        UserError: as [`check_sizes`], but a `batch_size` above the number of images means one batch.
     """
     check_sizes(len(rows), [min(batch_size, max(len(rows), 2))], num_shuffles)
 

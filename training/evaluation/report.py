@@ -66,7 +66,7 @@ def _size(condition: Condition) -> str:
 
 
 def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
-    """Writes `results.csv`, a row for each condition, and `per_class.csv`, one for each of its classes."""
+    """Writes `results.csv`, with a row per condition, and `per_class.csv`, with a row per condition and class."""
     rows: list[dict[str, Any]] = []
     for condition, metrics in assessment.metrics.items():
         row: dict[str, Any] = _columns(condition) | {
@@ -81,17 +81,17 @@ def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
     rows = []
     for condition, predictions in assessment.predictions.items():
         counts = confusion(predictions, assessment.labels)
-        images, answered, right = counts.sum(1), counts.sum(0), counts.diagonal()
-        for label in ((images + answered)[: len(names)] > 0).nonzero().flatten().tolist():
+        images, predicted, right = counts.sum(1), counts.sum(0), counts.diagonal()
+        for label in ((images + predicted)[: len(names)] > 0).nonzero().flatten().tolist():
             rows.append(
                 _columns(condition)
                 | {
                     "class": names[label],
                     "images": int(images[label]),
-                    "answered": float(answered[label]),
+                    "predicted": float(predicted[label]),
                     "recall": _ratio(right[label], images[label]),
-                    "precision": _ratio(right[label], answered[label]),
-                    "f1": _ratio(2 * right[label], images[label] + answered[label]),
+                    "precision": _ratio(right[label], predicted[label]),
+                    "f1": _ratio(2 * right[label], images[label] + predicted[label]),
                 }
             )
     _write_csv(folder / "per_class.csv", rows)
@@ -99,8 +99,8 @@ def write_tables(folder: Path, assessment: Assessment, names: Sequence[str]):
 
 def confusion(predictions: Predictions, labels: torch.Tensor) -> torch.Tensor:
     r"""
-    Images by class (row) and answer (column), the mean over the orders, `(num_classes + 1, num_classes + 1)`; the
-    last column is of no answer, the last row empty.
+    Number of images by class (row) and predicted class (column), the mean over the orders, `(num_classes + 1,
+    num_classes + 1)`. The last column counts images without a prediction; the last row is empty.
     """
     size = predictions.num_classes + 1
     cells = (labels * size + predictions.classes).flatten().bincount(minlength=size * size)
@@ -110,17 +110,17 @@ def confusion(predictions: Predictions, labels: torch.Tensor) -> torch.Tensor:
 def confused_pairs(
     predictions: Predictions, labels: torch.Tensor, names: Sequence[str], number: int
 ) -> list[ConfusedPair]:
-    """The pairs of classes with most images of one answered as the other, the worst first."""
+    """The pairs of classes with most images of one predicted as the other, the worst first."""
     counts = confusion(predictions, labels)[: len(names), : len(names)]
     errors = (counts + counts.T).triu(diagonal=1)
     order = errors.flatten().argsort(descending=True, stable=True)[:number].tolist()
-    answered = predictions.classes[0]
+    first_order = predictions.classes[0]
 
-    def rows(label: int, answer: int) -> list[int]:
-        # Of the first order; where that has none, of any.
-        found = ((labels == label) & (answered == answer)).nonzero().flatten()
+    def rows(label: int, predicted: int) -> list[int]:
+        # Examples from the first order or, if it has none, from any.
+        found = ((labels == label) & (first_order == predicted)).nonzero().flatten()
         if not len(found):
-            found = ((labels == label) & (predictions.classes == answer).any(0)).nonzero().flatten()
+            found = ((labels == label) & (predictions.classes == predicted).any(0)).nonzero().flatten()
         return found[:_EXAMPLES].tolist()
 
     pairs = []
@@ -141,7 +141,7 @@ def confused_pairs(
 
 
 def plot(folder: Path, assessment: Assessment, names: Sequence[str], load: Callable[[int], Any]):
-    """Plots the figures; accuracy over batch size only if there are batches. `load` gives the image of a row."""
+    """Writes the figures, accuracy over batch size only if it was measured. `load` returns the image of a row number."""
     curves: dict[str, dict[int | None, Estimate]] = {}
     for condition, metrics in assessment.metrics.items():
         curves.setdefault(condition.protocol, {})[condition.batch_size] = metrics["accuracy"]
@@ -156,9 +156,8 @@ def plot(folder: Path, assessment: Assessment, names: Sequence[str], load: Calla
     plot_confusion_matrix(
         folder / "confusion_matrix.png", counts[used][:, used], [all_names[label] for label in used.tolist()], title
     )
-    largest = {
-        condition.protocol: condition for condition in assessment.predictions
-    }  # the last has the largest batches
+    # The last condition of a protocol has its largest batches.
+    largest = {condition.protocol: condition for condition in assessment.predictions}
     plot_reliability(
         folder / "reliability.png",
         {protocol: (str(condition), assessment.predictions[condition]) for protocol, condition in largest.items()},
@@ -169,6 +168,7 @@ def plot(folder: Path, assessment: Assessment, names: Sequence[str], load: Calla
 
 
 def as_json(assessment: Assessment) -> dict[str, Any]:
+    """Results, differences and findings, for `results.json`."""
     return {
         "results": [
             _columns(condition)
@@ -193,7 +193,7 @@ def _columns(condition: Condition) -> dict[str, Any]:
 
 
 def _std(predictions: Predictions) -> float | None:
-    """Standard deviation of the accuracy over the orders, where there are several."""
+    """Standard deviation of the accuracy over the orders; `None` if there is only one."""
     accuracies = torch.tensor([metrics["accuracy"] for metrics in predictions.metrics], dtype=torch.float64)
     return accuracies.std().item() if len(accuracies) > 1 else None
 

@@ -113,7 +113,9 @@ def test_neighbors_that_tell_nothing_are_none(backbone_config):
         changed += leak.images_changed > 10
         assert leak.accuracy.contains_zero == ("contains 0" in leak.sentence)
         # What any batch does for the answers is seen.
-        assert result.findings["shuffled"].sentence.startswith("Relations help: random batches")
+        assert result.findings["shuffled"].sentence.startswith(
+            "Relations help: compared with no neighbors, random batches"
+        )
     assert false_alarms <= 2
     assert changed == 12, "the batch must matter, or nothing was tested"
 
@@ -164,7 +166,9 @@ def test_references_are_asked_for_in_their_scope():
     result = assess(predict, torch.arange(90) % 2, ["single", "reference"], [], resamples=200)
     assert set(scopes) == {"self", "reference"}
     assert list(result.findings) == ["reference"]
-    assert result.findings["reference"].sentence.startswith("Relations help: the references")
+    assert result.findings["reference"].sentence.startswith(
+        "Relations help: compared with no neighbors, the references"
+    )
     assert result.most_telling == Condition("reference")
 
 

@@ -126,8 +126,8 @@ class TestConfusedPairs:
         figure = drawn(plot_confused_pairs, [ConfusedPair(*NAMES[:2], 2, 0.5, rows)] * 6, load, "title")
         assert loaded == [1, 2, 3, 4, 5] * 6
         assert [len(axes.images) for axes in figure.axes] == [1, 0, 1, 1, 0, 0, 1, 1] * 6
-        assert figure.axes[2].get_title(loc="left") == "$x^{2\nanswered a_b: 2"
+        assert figure.axes[2].get_title(loc="left") == "$x^{2\npredicted as a_b: 2"
 
     def test_without_errors(self, drawn):
         figure = drawn(plot_confused_pairs, [], pytest.fail, "title")
-        assert "No image is answered wrongly" in figure.get_suptitle()
+        assert "All predictions are correct" in figure.get_suptitle()
