@@ -1,13 +1,13 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a saved RBI model, or any image classifier, by who the neighbors of an image are.
+"""Measures an RBI model, or any image classifier, with different neighbors of each image.
 
     python -m training.assess --model outputs/mine --train_dir images --output_dir outputs/assess
 
-Protocols: single (each image alone), reference (with the model's references), shuffled (random batches) and sorted
-(class-ordered batches). `--output_dir` gets results.json, results.csv, per_class.csv and figures.
+Protocols: single (no neighbors), reference (the model's references), shuffled (random batches) and sorted
+(class-ordered batches). Writes results.json, results.csv, per_class.csv and figures to `--output_dir`.
 
-Exit code 0: measured. 1: model, data and arguments do not fit each other. 2: the arguments are wrong.
+Exit code 0: success. 1: model, data and arguments do not match. 2: invalid arguments.
 """
 
 import json
@@ -61,38 +61,43 @@ class AssessmentArguments:
     What to measure, and how.
 
     Raises:
-        UserError: if a value is out of its range.
+        UserError: if a value is out of range.
     """
 
-    model: str = field(metadata={"help": "RBI model, or any image classifier, in a folder or of the Hub."})
+    model: str = field(metadata={"help": "Folder or Hub repository of an RBI model or another image classifier."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     split: str = field(default="test", metadata={"help": "Images to measure on.", "choices": list(SPLITS)})
     protocols: list[str] | None = field(
         default=None,
-        metadata={"help": "Who the neighbors are; by default all that the model can.", "choices": list(PROTOCOLS)},
+        metadata={
+            "help": "Neighbors of each image. Default: all protocols that the model supports.",
+            "choices": list(PROTOCOLS),
+        },
     )
     batch_sizes: list[int] | None = field(
         default=None,
         metadata={
-            "help": "About how many images attend to each other under shuffled and sorted; by default "
-            f"{', '.join(map(str, DEFAULT_BATCH_SIZES))}, as far as there are so many images."
+            "help": "Approximate numbers of images that attend to each other under shuffled and sorted. Default: "
+            f"{', '.join(map(str, DEFAULT_BATCH_SIZES))}, up to the number of images."
         },
     )
-    num_shuffles: int = field(default=5, metadata={"help": "Random orders of the images. At least 2."})
-    resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap. At least 100."})
+    num_shuffles: int = field(default=5, metadata={"help": "Number of random orders of the images, at least 2."})
+    resamples: int = field(default=1000, metadata={"help": "Number of bootstrap resamples, at least 100."})
     seed: int = field(
-        default=42, metadata={"help": "Random seed; also of what is held out for validation, as in training."}
+        default=42, metadata={"help": "Random seed. It also selects the validation images, as in training."}
     )
     output_dir: str = field(
         default="outputs/assess",
-        metadata={"help": "Folder for tables and figures: a new one, or that of an assessment, which is replaced."},
+        metadata={"help": "Folder for tables and figures. It must be new or hold an assessment, which is replaced."},
     )
     per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "Images in a step of the backbone. It changes no result."}
+        default=64, metadata={"help": "Images per step of the backbone. It does not change the results."}
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images; 0: the main one."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Number of processes that read images. 0: the main process."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self):
         for name, least in (
@@ -108,14 +113,14 @@ class AssessmentArguments:
             self.batch_sizes = sorted(set(self.batch_sizes))
             if self.batch_sizes[0] < 2:
                 raise UserError(
-                    f"--batch_sizes must be at least 2, got {self.batch_sizes[0]}: one image alone is the protocol "
-                    "single."
+                    f"--batch_sizes must be at least 2, got {self.batch_sizes[0]}: for single images, use "
+                    "--protocols single."
                 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The protocols and batch sizes to measure, and why others are left out."""
+    """Protocols and batch sizes to measure, and the reason for each one left out."""
 
     protocols: list[str]
     batch_sizes: list[int]
@@ -126,7 +131,7 @@ def run(
     args: AssessmentArguments, data: DataArguments, start: float | None = None
 ) -> tuple[Assessment, dict[str, Any]]:
     r"""
-    Loads a model and its images, measures, and writes all files.
+    Loads the model and the images, measures, and writes all files.
 
     Args:
         args (`AssessmentArguments`):
@@ -134,14 +139,14 @@ def run(
         data (`DataArguments`):
             Where the images are.
         start (`float`, *optional*):
-            When the work began, by `time.perf_counter`.
+            Start of the command, by `time.perf_counter`.
 
     Returns:
-        What was measured, and the content of `results.json`.
+        The assessment, and the content of `results.json`.
 
     Raises:
-        BadDataError: if the data cannot be measured on, or hold files that cannot be; names them.
-        UserError, OSError: if model, data and arguments do not fit each other, before the backbone runs.
+        BadDataError: if the data or some of its images are unusable. It names the images.
+        UserError, OSError: if model, data and arguments do not match. Raised before the backbone runs.
     """
     start = time.perf_counter() if start is None else start
     output_dir = Path(args.output_dir)
@@ -156,7 +161,7 @@ def run(
     else:
         refuse_bad(report)
     split, class_numbers, plan = _fit(images, config, args)
-    # By content, so that no result depends on the order in which the data come.
+    # Results must not depend on the order in which the data are read.
     split = in_order_of_content(split)
     model, image_processor = load_classifier(args.model, args.model_revision, config)
     processed_size(image_processor)
@@ -226,7 +231,7 @@ def run(
         }
         content |= {"seconds": seconds, "time_ratio": seconds["total"] / extracted.seconds}
         write_json(draft / RESULTS_FILE, content)
-        for name in FILES:  # what an earlier assessment had and this one has not
+        for name in FILES:  # remove files of an earlier assessment that this one does not write
             if not (draft / name).exists():
                 (output_dir / name).unlink(missing_ok=True)
     return assessment, content
@@ -235,7 +240,7 @@ def run(
 def _fit(
     images: datasets.DatasetDict, config: PreTrainedConfig, args: AssessmentArguments
 ) -> tuple[datasets.Dataset, torch.Tensor, Plan]:
-    """The split, the model's number of each of its classes, and the plan; or an error where they don't go together."""
+    """Returns the split, the model's number of each of its classes, and the plan, if they match."""
     if args.split not in images:
         raise UserError(
             f"The data has no {args.split} split: choose --split {' or '.join(images)}, or name images for it."
@@ -253,17 +258,17 @@ def _is_assessment(folder: Path) -> bool:
 
 def choose_protocols(config: PreTrainedConfig, asked: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
     r"""
-    The protocols to measure a model under, by default all that there are for it, and why the others are left out.
+    Protocols to measure, by default all that the model supports, and the reason why others are left out.
 
     Raises:
-        UserError: if one is asked for that the model cannot have.
+        UserError: if the model does not support a requested protocol.
     """
     impossible = {}
     if config.model_type != RBIConfig.model_type:
         reason = f"the predictions of a {config.model_type} model do not depend on the batch"
         impossible = {name: reason for name in PROTOCOLS if name != "single"}
     elif getattr(config, "references", None) is None:
-        impossible = {"reference": "the model has no reference bank; `model.set_references` makes one"}
+        impossible = {"reference": "the model has no reference bank; `model.set_references` creates one"}
     for name in asked or ():
         if name in impossible:
             raise UserError(f"--protocols {name}: {impossible[name]}.")
@@ -272,11 +277,11 @@ def choose_protocols(config: PreTrainedConfig, asked: Sequence[str] | None) -> t
 
 def make_plan(config: PreTrainedConfig, args: AssessmentArguments, num_images: int) -> Plan:
     r"""
-    What to measure on so many images.
+    Protocols and batch sizes for this number of images.
 
     Raises:
-        UserError: as [`choose_protocols`], and if there are fewer images than a batch size that is asked for, or
-            than any of the default ones.
+        UserError: as [`choose_protocols`], and if a requested batch size, or every default one, exceeds the number of
+            images.
     """
     protocols, left_out = choose_protocols(config, args.protocols)
     if not set(protocols) & set(BATCH_PROTOCOLS):
@@ -308,13 +313,13 @@ def command(argv: Sequence[str], console: Console):
         console.print(escape(finding.sentence), highlight=False)
     if number := content["images_in_bank"]:
         console.print(
-            f"{number:,} of the images are in the model's reference bank. They do not attend to themselves, but the "
-            "bank was not made without them."
+            f"{number:,} of the images are also in the model's reference bank. They do not attend to themselves, but "
+            "the bank was built with them."
         )
     data_facts, seconds = content["data"], content["seconds"]
     console.print(
-        f"{data_facts['images']:,} images of {data_facts['classes']} classes. {seconds['total']:.1f} s in all, "
-        f"{content['time_ratio']:.2f} times one pass of the backbone over them ({seconds['backbone pass']:.1f} s).\n"
+        f"{data_facts['images']:,} images of {data_facts['classes']} classes. {seconds['total']:.1f} s in total, "
+        f"{content['time_ratio']:.2f} times one backbone pass ({seconds['backbone pass']:.1f} s).\n"
         f"Tables and figures: {escape(str(Path(args.output_dir).resolve()))}",
         soft_wrap=True,
         highlight=False,

@@ -5,13 +5,11 @@
     python -m training.references --model outputs/mine --unlabeled_dir camera --output_dir outputs/with-references
 
 `--model` is an RBI model, or any image classifier that RBI can be plugged into. `--unlabeled_dir` is a folder of
-unlabeled images from the place where the model works. With labeled data (`--train_dir` and the like, as in training),
-the training images join the bank, and the validation images tell how much relations help and which temperature, gain
-and share are best. If relations do not help, nothing is written. The test images are not read. A bank that the model
-already has is replaced.
+unlabeled images from where the model is used. With labeled data (`--train_dir` etc., as in training), the training
+images join the bank, and the validation images measure how much relations help and select temperature, gain and share.
+If relations do not help, nothing is written. The test images are not used. An existing bank of the model is replaced.
 
-Exit code 0: written. 1: model, images and arguments do not fit each other, or relations do not help. 2: the
-arguments are wrong.
+Exit code 0: success. 1: model, images and arguments do not match, or relations do not help. 2: invalid arguments.
 """
 
 import sys
@@ -59,46 +57,50 @@ _SOURCES = ("--dataset_name", "--dataset_format", "--train_dir", "--train_file")
 
 @dataclass
 class ReferenceArguments:
-    """The model, its references and how they are chosen."""
+    """The model, its references and how to choose them."""
 
     model: str = field(metadata={"help": "Folder or Hub repository of an RBI model or another image classifier."})
     output_dir: str = field(metadata={"help": "New folder for the model with its references."})
     unlabeled_dir: list[str] | None = field(
         default=None,
-        metadata={"help": "Folders of unlabeled images for the bank; their subfolders are searched, too."},
+        metadata={"help": "Folders of unlabeled images for the bank, searched with their subfolders."},
     )
     num_references: int = field(
         default=1000,
-        metadata={"help": "Take this many images of each folder of --unlabeled_dir at most, chosen at random."},
+        metadata={"help": "Most images to take from each folder of --unlabeled_dir, at random."},
     )
     references_per_class: int | None = field(
         default=None,
-        metadata={"help": "Take this many training images of each class where data are named; by default all."},
+        metadata={"help": "Training images to take per class, if labeled data are given. Default: all."},
     )
     strategy: str | None = field(
         default=None,
         metadata={
-            "help": "How training images are chosen: balanced, herding or random.",
+            "help": "How to choose training images: balanced, herding or random.",
             "choices": ["balanced", "herding", "random"],
         },
     )
     keep_images: bool = field(
         default=True,
-        metadata={"help": "Keep thumbnails of the images in the model, for PSNR. False: keep only features."},
+        metadata={"help": "Store thumbnails of the references in the model, for PSNR. False: store only features."},
     )
     use_labels: bool = field(
         default=True,
-        metadata={"help": "Let the labels of training images vote, where held-out images say that this helps."},
+        metadata={"help": "Let the labels of training images vote if this helps on held-out images."},
     )
     force: bool = field(
-        default=False, metadata={"help": "Write the model even if relations do not help on the held-out images."}
+        default=False, metadata={"help": "Write the model even if relations do not help on held-out images."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images that the backbone takes at once."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
-    use_cpu: bool = field(default=False, metadata={"help": "Work on the CPU."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per step of the backbone."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Number of processes that read images. 0: the main process."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
-    seed: int = field(default=42, metadata={"help": "Of what is drawn, and held out for validation, as in training."})
+    seed: int = field(
+        default=42, metadata={"help": "Random seed. It also selects the validation images, as in training."}
+    )
 
     def __post_init__(self):
         for name in ("num_references", "references_per_class", "per_device_eval_batch_size"):
@@ -107,24 +109,24 @@ class ReferenceArguments:
                 raise UserError(f"--{name} must be at least 1, got {value}.")
         if self.strategy == "random" and self.references_per_class is not None:
             raise UserError(
-                "--references_per_class goes with --strategy balanced or herding: for fewer training images, "
-                "whatever their classes, give --max_train_samples."
+                "--references_per_class needs --strategy balanced or herding. For fewer training images regardless of "
+                "class, use --max_train_samples."
             )
 
 
 @dataclass
 class UnlabeledArguments:
-    """What `DataArguments` say of the reading of images, where no labeled data are named."""
+    """Options for reading images without labeled data, a subset of `DataArguments`."""
 
     max_pixels: int = field(
-        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of an image that is decoded."}
+        default=DEFAULT_MAX_PIXELS, metadata={"help": "Largest number of pixels of an image to decode."}
     )
     skip_bad_images: bool = field(default=False, metadata={"help": "Leave out images that cannot be read."})
 
 
 def load_rbi(args: ReferenceArguments) -> tuple[RBIForImageClassification, BaseImageProcessor]:
     r"""
-    The model, as RBI if it is not, and its image processor.
+    Loads the model, converted to RBI if necessary, and its image processor.
 
     Raises:
         UserError, OSError: if there is no such classifier, or RBI cannot be plugged into it.
@@ -137,7 +139,7 @@ def load_rbi(args: ReferenceArguments) -> tuple[RBIForImageClassification, BaseI
 
 
 class _Relabeled(torch.utils.data.Dataset):
-    """Images with the model's numbers of their classes."""
+    """Images labeled with the model's class numbers."""
 
     def __init__(self, images: ImageDataset, numbers: torch.Tensor):
         self.images = images
@@ -152,24 +154,22 @@ class _Relabeled(torch.utils.data.Dataset):
 
 def run(args: ReferenceArguments, data: DataArguments | UnlabeledArguments, console: Console) -> dict[str, Any]:
     r"""
-    Makes the bank, fits it, and writes the model.
+    Builds the bank, chooses the settings, and writes the model.
 
     Returns:
         The content of `references.json`.
 
     Raises:
-        UserError, OSError: if model, images and arguments do not fit each other, or relations do not help.
+        UserError, OSError: if model, images and arguments do not match, or relations do not help.
     """
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
     is_labeled = isinstance(data, DataArguments)
     if not args.unlabeled_dir and not is_labeled:
-        raise UserError(
-            "Name images for the bank: --unlabeled_dir FOLDER, or labeled data (--train_dir and the like)."
-        )
+        raise UserError("Name images for the bank: --unlabeled_dir FOLDER, or labeled data (--train_dir etc.).")
     for name in ("references_per_class", "strategy"):
         if getattr(args, name) is not None and not is_labeled:
-            raise UserError(f"--{name} is for training images: name labeled data (--train_dir and the like) too.")
+            raise UserError(f"--{name} is for training images: also name labeled data (--train_dir etc.).")
     model, image_processor = load_rbi(args)
     unlabeled = [
         load_unlabeled_images(folder, data.max_pixels, data.skip_bad_images) for folder in args.unlabeled_dir or []
@@ -227,7 +227,7 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabeledArguments, cons
         held_out = CachedImages(seen.pixel_values[:], seen.features, numbers[seen.labels])
         record |= _choose(model, held_out, args, console)
     else:
-        console.print("There are no held-out labeled images: what the references are worth was not measured.")
+        console.print("There are no held-out labeled images, so the gain of the references was not measured.")
     record["settings"] = asdict(ReferenceSettings.of(model))
     with filled_whole(output_dir, last="config.json") as draft:
         model.save_pretrained(draft)
@@ -237,18 +237,18 @@ def run(args: ReferenceArguments, data: DataArguments | UnlabeledArguments, cons
 
 
 def _check_classes(model: RBIForImageClassification, numbers: torch.Tensor | None):
-    """Classes that were added to a model are known by the bank alone, so that a new one must know all classes."""
+    """Added classes exist only in the bank, so a new bank must have references of all classes."""
     config = model.config
     known = set() if numbers is None else set(numbers.tolist())
     if config.num_added_classes and (missing := [label for label in config.id2label if label not in known]):
         raise UserError(
-            f"The model has classes that were added by references, and tells all its classes apart by those: name "
-            f"labeled data with images of each, for instance of {config.id2label[missing[0]]!r}."
+            "The model has classes that were added by references, and recognizes all classes by references: name "
+            f"labeled data with images of each class, for instance {config.id2label[missing[0]]!r}."
         )
 
 
 def _check_size(args: ReferenceArguments, images: DatasetDict | None, unlabeled: Sequence[Dataset]):
-    """Before the backbone runs."""
+    """Refuses a bank that would be too large, before the backbone runs."""
     num_labeled = 0
     if images is not None:
         counts = labels_of(images["train"]).bincount()
@@ -256,15 +256,15 @@ def _check_size(args: ReferenceArguments, images: DatasetDict | None, unlabeled:
     num_unlabeled = sum(min(args.num_references, len(split)) for split in unlabeled)
     if num_labeled + num_unlabeled > MAX_REFERENCES:
         raise UserError(
-            f"The bank would have {num_labeled} training images and {num_unlabeled} from --unlabeled_dir, more than a "
-            f"model carries ({MAX_REFERENCES}): give --references_per_class, or fewer --num_references."
+            f"The bank would have {num_labeled} training images and {num_unlabeled} from --unlabeled_dir, above the "
+            f"limit of {MAX_REFERENCES}: set --references_per_class, or lower --num_references."
         )
 
 
 def _choose(
     model: RBIForImageClassification, held_out: CachedImages, args: ReferenceArguments, console: Console
 ) -> dict[str, Any]:
-    """Sets what is best on the held-out images, and says what it is worth."""
+    """Applies the settings that are best on the held-out images, and prints the gain."""
     number = len(held_out.labels)
     is_fitted = number >= MIN_FOR_FIT
     defaults = ReferenceSettings.of(model)
@@ -278,7 +278,7 @@ def _choose(
     gains = {name: paired_gain(model, held_out, name, args.seed) for name in ("accuracy", "macro_f1")}
     if not is_fitted:
         console.print(
-            f"{number} held-out images are too few to choose by (fewer than {MIN_FOR_FIT}): the settings stay "
+            f"{number} held-out images are too few to choose settings (fewer than {MIN_FOR_FIT}), so they stay "
             f"{asdict(defaults)}."
         )
     helps = gains["accuracy"][0] > 0 if best is None else is_better(best, len(settings)) and gains["accuracy"][0] >= 0
@@ -287,12 +287,14 @@ def _choose(
         f"{title} {gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
         for title, (gain, low, high) in zip(("accuracy", "macro-F1"), gains.values(), strict=True)
     )
-    optimistic = " They chose the settings, so this is somewhat optimistic." if is_fitted and helps else ""
+    optimistic = (
+        " The settings were chosen on these images, so the gain is somewhat optimistic." if is_fitted and helps else ""
+    )
     console.print(f"References, on {number} held-out images: {sentence}.{optimistic}", highlight=False)
     if not helps and not args.force:
         raise UserError(
-            "The held-out images do not show that relations help: nothing was written. Use the model as it is, try "
-            "other references, or write it all the same with --force."
+            "The held-out images do not show that relations help: nothing was written. Use the model without "
+            "references, try other references, or write it anyway with --force."
         )
     return {
         "held_out_images": number,
@@ -303,7 +305,7 @@ def _choose(
 
 
 def _table(results: list[Candidate], model: RBIForImageClassification, held_out: CachedImages) -> Table:
-    """Without relations, and with the settings that the model has now."""
+    """Metrics without relations, and with the references and the settings in the model's config."""
     table = Table(title="Held-out images, in %")
     for column in ("", *METRIC_TITLES.values()):
         table.add_column(column, justify="left" if not column else "right")
@@ -312,14 +314,14 @@ def _table(results: list[Candidate], model: RBIForImageClassification, held_out:
     settings = ReferenceSettings.of(model)
     description = ", ".join(f"{name} {value:g}" for name, value in asdict(settings).items() if value)
     described = f"references: {description}" if description else "references"
-    for title, metrics in (("each alone", results[0].metrics), (described, with_references)):
+    for title, metrics in (("no references", results[0].metrics), (described, with_references)):
         values = (metrics[name] for name in METRIC_TITLES)
         table.add_row(title, *(f"{100 * value:.2f}" for value in values))
     return table
 
 
 def command(argv: Sequence[str], console: Console):
-    """Parses the arguments, makes and fits the bank, and prints what the model carries."""
+    """Parses the arguments, builds the bank, and prints what the model contains."""
     names_data = find_recipes(argv) or any(word.split("=")[0] in _SOURCES for word in argv)
     types = (ReferenceArguments, DataArguments if names_data else UnlabeledArguments)
     args, data, _ = parse_arguments(argv, types, {}, description=__doc__)
@@ -327,12 +329,12 @@ def command(argv: Sequence[str], console: Console):
     references = record["references"]
     console.print(
         f"{references['num_references']} references, {references['num_bytes'] / 2**20:.1f} MiB, "
-        f"{references['multiply_adds_per_image'] / 1e6:.1f} million multiply-adds an image."
+        f"{references['multiply_adds_per_image'] / 1e6:.1f} million multiply-adds per image."
     )
     if references["has_images"]:
         console.print(
-            f"[bold]The model now carries small copies ({' x '.join(map(str, references['image_shape'][1:]))} pixels) "
-            "of these images[/bold]: publish it only if they may be seen, or use --keep_images False."
+            f"[bold]The model now contains thumbnails ({' x '.join(map(str, references['image_shape'][1:]))} pixels) "
+            "of these images[/bold]: publish it only if others may see them, or use --keep_images False."
         )
     place = Path(args.output_dir).resolve()
     console.print(f"Model and record: {place}", soft_wrap=True, highlight=False, markup=False)

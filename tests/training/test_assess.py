@@ -41,7 +41,7 @@ def test_as_a_command(words, tmp_path):
         "macro-F1",
         "Left out: reference, since the model has no reference bank",
         "40 images of 4 classes",
-        "times one pass of the backbone",
+        "times one backbone pass",
         str(tmp_path / "out"),
     ):
         assert part in text, part

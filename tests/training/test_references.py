@@ -614,7 +614,7 @@ def test_the_papers_form_with_labeled_data(rbi_dir, data_dir, camera, command, t
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert any(name.endswith("references.images") for name in weights) == keep_images
     assert any(value.dtype == torch.uint8 for value in weights.values()) == keep_images
-    assert ("carries small copies" in capsys.readouterr().out) == keep_images
+    assert ("contains thumbnails" in capsys.readouterr().out) == keep_images
 
 
 def test_nothing_is_written_where_relations_hurt(data_dir, tmp_path, command, capsys):
@@ -636,7 +636,7 @@ def test_nothing_is_written_where_relations_hurt(data_dir, tmp_path, command, ca
     assert command(**arguments) == 1
     printed = capsys.readouterr()
     assert "do not show that relations help" in printed.err and "--force" in printed.err
-    assert "each alone" in printed.out and not (tmp_path / "out").exists()
+    assert "no references" in printed.out and not (tmp_path / "out").exists()
     assert command(**arguments, force=True) == 0
     record = record_of(tmp_path / "out")
     losses = [each["loss"] for each in record["candidates"]]
@@ -659,7 +659,7 @@ def test_few_held_out_images_choose_nothing(classifier_dir, data_dir, tmp_path, 
     )
     assert record["gains"].keys() == {"accuracy", "macro_f1"}
     printed = " ".join(capsys.readouterr().out.split())
-    assert "99 held-out images are too few to choose by" in printed and "optimistic" not in printed
+    assert "99 held-out images are too few to choose settings" in printed and "optimistic" not in printed
     assert command(model=classifier_dir, train_dir=data_dir, max_eval_samples=100, output_dir=tmp_path / "more") == 0
     assert record_of(tmp_path / "more")["fitted"]
     assert "optimistic" in capsys.readouterr().out
@@ -799,13 +799,13 @@ def places(classifier_dir, camera, data_dir, tmp_path):
         ({"unlabeled_dir": "{camera}", "output_dir": "{tmp}/full/note.txt"}, 1, "note.txt is a file"),
         ({"unlabeled_dir": "{camera}", "model": "{tmp}/nowhere"}, 1, "there is no such folder"),
         ({"unlabeled_dir": "{camera}", "model": "{camera}"}, 1, "config.json"),
-        ({"train_dir": "{tmp}/others"}, 1, "1 of the 2 labels of the data are none of the model's (yak"),
+        ({"train_dir": "{tmp}/others"}, 1, "The model lacks 1 of the 2 labels of the data (yak"),
         ({"unlabeled_dir": "{camera}", "references_per_class": 2}, 1, "--references_per_class is for training images"),
         ({"unlabeled_dir": "{camera}", "strategy": "herding"}, 1, "--strategy is for training images"),
         (
             {"train_dir": "{data}", "references_per_class": 2, "strategy": "random"},
             2,
-            "--references_per_class goes with",
+            "--references_per_class needs",
         ),
         ({"unlabeled_dir": "{camera}", "num_references": 0}, 2, "--num_references must be at least 1, got 0"),
         ({"train_dir": "{data}", "references_per_class": 0}, 2, "--references_per_class must be at least 1, got 0"),
@@ -835,7 +835,7 @@ def test_the_bank_has_a_limit(classifier_dir, camera, data_dir, tmp_path, comman
     ):
         assert command(model=classifier_dir, **arguments) == 1
         error = capsys.readouterr().err
-        assert counts in error and "more than a model carries (14)" in error and "--references_per_class" in error
+        assert counts in error and "above the limit of 14" in error and "--references_per_class" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -57,9 +57,9 @@ class Bootstrap:
     Intervals are percentiles of the resamples. For macro-F1 and calibration error, which are not means, twice the bias
     of the resamples is subtracted: a resample deviates from the estimate in the same direction, and about as far, as
     the estimate deviates from the truth, so plain percentiles would contain this bias twice. Intervals cover the truth
-    too rarely for an accuracy with fewer than about five errors (without errors, the interval is a point), for macro-F1
-    with one or two images of a class, and for the calibration error of a perfectly calibrated model, since every
-    estimate is above 0.
+    too rarely for an accuracy with fewer than about five errors (without errors, the interval is a point), for
+    macro-F1 with one or two images of a class, and for the calibration error of a perfectly calibrated model, since
+    every estimate is above 0.
 
     Args:
         labels (`torch.LongTensor` of shape `(n,)`):

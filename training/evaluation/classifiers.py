@@ -23,9 +23,11 @@ from .protocols import Predict
 
 def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     r"""
+    Loads the config of a model from a folder or the Hub.
+
     Raises:
-        UserError: if the folder does not exist, or its config cannot be read.
-        OSError: if it is no model of the Hub, or the Hub cannot be reached.
+        UserError: if the folder does not exist, or the config cannot be read.
+        OSError: if the Hub has no such model, or cannot be reached.
     """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"--model {name}: there is no such folder.")
@@ -37,11 +39,11 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
 
 def load_classifier(name: str, revision: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, Any]:
     r"""
-    The model, in evaluation mode, and its image processor.
+    Loads a model, in evaluation mode, and its image processor.
 
     Raises:
-        UserError: if it is no image classifier, lacks weights, which would start at random, or they cannot be read.
-        OSError: if there is no such model, or no image processor beside it.
+        UserError: if it is not an image classifier, or weights are missing (they would be random) or unreadable.
+        OSError: if there is no such model, or it has no image processor.
     """
     try:
         image_processor = load_image_processor(name, revision=revision)
@@ -58,15 +60,15 @@ def load_classifier(name: str, revision: str, config: PreTrainedConfig) -> tuple
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"--model {name} lacks {len(missing)} weights of {type(model).__name__}, for instance `{missing[0]}`: it "
-            "is not an image classifier that was trained, or was saved by a model of another kind."
+            "is not a trained image classifier, or was saved from another model class."
         )
     return model.eval(), image_processor
 
 
 def in_order_of_content(split: datasets.Dataset) -> datasets.Dataset:
     r"""
-    The images in an order, of no meaning, that depends on what they are and not on how they come: by a hash of
-    their path below the folder that they share, or of their bytes where the data set holds them.
+    Sorts the images by a hash of their path relative to their common folder, or of their bytes if the data set holds
+    them. This order carries no meaning and does not depend on the order in which they are read.
     """
     images, boxes = zip(*((row["image"], row.get("box")) for row in iter_rows(split)), strict=True)
     folders = {os.path.dirname(image["path"]) for image in images if image["bytes"] is None}
@@ -83,26 +85,27 @@ def in_order_of_content(split: datasets.Dataset) -> datasets.Dataset:
 
 def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Tensor:
     r"""
-    The model's number of each class of the data, `(num_classes,)`, by name; -100 for classes without images.
+    Matches the classes of the data to those of the model by name. Returns the model's number of each class,
+    `(num_classes,)`, -100 for classes without images.
 
     Raises:
-        UserError: if the images are of one class, or of classes that the model does not have.
+        UserError: if all images are of one class, several labels match one class, or the model lacks a class.
     """
     names = split.features["label"].names
     present = labels_of(split).unique().tolist()
     if len(present) < 2:
-        raise UserError(f'All images are of one class, "{names[present[0]]}": there is nothing to tell apart.')
+        raise UserError(f'All images are of one class, "{names[present[0]]}": name images of at least two.')
     numbers = {name: number for number, name in enumerate(class_names(config))} | (config.label2id or {})
     if unknown := [names[label] for label in present if names[label] not in numbers]:
         raise UserError(
-            f"{len(unknown)} of the {len(present)} labels of the data are none of the model's ({listed(unknown)}; "
-            f"the model has {listed(class_names(config))}): name them alike, in the data or in `id2label` and "
-            "`label2id` of the model's config."
+            f"The model lacks {len(unknown)} of the {len(present)} labels of the data ({listed(unknown)}; it has "
+            f"{listed(class_names(config))}): use the same names in the data and in `id2label` and `label2id` of the "
+            "model's config."
         )
     matched = torch.full((len(names),), -100)
     matched[present] = torch.tensor([int(numbers[names[label]]) for label in present])
     if len(matched[present].unique()) < len(present):
-        raise UserError("Several labels of the data are one class of the model: see `label2id` of its config.")
+        raise UserError("Several labels of the data match one class of the model: see `label2id` of its config.")
     return matched
 
 
@@ -118,7 +121,7 @@ def class_names(config: PreTrainedConfig) -> list[str]:
 
 @torch.no_grad()
 def count_in_bank(model: PreTrainedModel, images: CachedImages) -> int:
-    """How many of the images are in the model's bank themselves."""
+    """Number of images that are also in the model's bank."""
     if not isinstance(model, RBIForImageClassification) or model.rbi.references is None:
         return 0
     number = 0

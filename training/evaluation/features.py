@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a data set from one pass through the backbone, to be used as often as wanted."""
+"""Features of a data set, cached from one pass through the backbone."""
 
 import sys
 import time
@@ -39,7 +39,7 @@ class CachedImages:
         return self.pixel_values[rows], self.features[rows], self.labels[rows]
 
 
-# Up to here, images at full size are kept as they are.
+# Full-size images up to this size in total are stored in float32, larger ones in 8 bits.
 _MAX_FLOAT_BYTES = 2**30
 # Mean squared error, of pixels in [0, 1], below which two thumbnails show the same image: 50 dB, less than one gray
 # level.
@@ -47,25 +47,25 @@ _SAME_IMAGE = 1e-5
 # Relative distance below which two feature vectors come from the same image. Rounding, which differs between batch
 # sizes and machines, stays far below it.
 _SAME_FEATURES = 1e-3
-# Gray levels that a pixel may be off [0, 1] by rounding.
+# Rounding may move a pixel out of [0, 1] by this many gray levels.
 _TOLERANCE = 0.5
 
 
 class EightBitPixels:
     r"""
-    Images at a quarter of the memory: `pixels[rows]` are their normalized `pixel_values` in float32, from 8 bits of
-    each pixel.
+    Stores normalized images in 8 bits per pixel, a quarter of the memory of float32. `pixels[rows]` returns them as
+    `pixel_values` in float32.
 
-    What an image processor resizes in 8 bits comes back as it was. Other pixels are rounded, by an error of 58.9 dB:
-    the PSNR of two images is then off by 0.01 dB at 30 dB, 0.1 dB at 40 dB, and 1 dB at 50 dB, the ceiling.
+    Images that the image processor resized in 8 bits are restored exactly. Others are rounded, with a PSNR of 58.9 dB.
+    This shifts the PSNR of two images by 0.01 dB at 30 dB, 0.1 dB at 40 dB, and 1 dB at 50 dB, the ceiling.
 
     Args:
         num_images (`int`):
-            How many to make room for.
+            Number of images.
         shape (`tuple[int, int, int]`):
-            `(num_channels, height, width)` of each.
+            `(num_channels, height, width)` of each image.
         config (`RBIConfig`):
-            Whose `image_mean` and `image_std` undo the normalization.
+            Config whose `image_mean` and `image_std` undo the normalization.
     """
 
     def __init__(self, num_images: int, shape: tuple[int, ...], config: RBIConfig):
@@ -87,9 +87,9 @@ class EightBitPixels:
         levels = (pixel_values * self.std + self.mean) * 255
         if levels.min() < -_TOLERANCE or levels.max() > 255 + _TOLERANCE:
             raise UserError(
-                f"With `image_mean` and `image_std` of the model's config, pixels are {levels.min() / 255:.3f} to "
-                f"{levels.max() / 255:.3f}, not 0 to 1: PSNR is not that of the images. Set them to what "
-                "`modeling_rbi.pixel_statistics` gives for the image processor."
+                f"With `image_mean` and `image_std` of the model's config, pixels range from {levels.min() / 255:.3f} "
+                f"to {levels.max() / 255:.3f} instead of 0 to 1, so PSNR would be wrong. Set both to what "
+                "`modeling_rbi.pixel_statistics` returns for the image processor."
             )
         self.levels[rows] = levels.round().clamp(0, 255).byte()
 
@@ -109,28 +109,28 @@ def extract(
     r"""
     Runs the backbone once over all images.
 
-    Of the pixels, those are kept that PSNR needs: averaged down to `config.psnr_image_size`, which gives the PSNR of
-    the whole ones, since averaging and normalization commute. Where it is `None`, the full size is kept, and above
-    1 GiB as [`EightBitPixels`].
+    The pixels are kept at the size that PSNR needs, averaged down to `config.psnr_image_size`. This does not change
+    PSNR, since averaging and normalization commute. If it is `None`, they are kept at full size, and above 1 GiB in
+    total as [`EightBitPixels`].
 
     Args:
         model (`RBIForImageClassification`, `RBIModel` or any image classifier):
-            Put into evaluation mode. Of one that is not RBI the `features` are its logits, and no pixels are kept.
+            Model, put into evaluation mode. If it is not RBI, `features` are its logits and no pixels are kept.
         images (`ImageDataset`):
-            With an `EvalTransform`.
+            Images, with an `EvalTransform`.
         batch_size (`int`, *optional*, defaults to 64):
-            Images in a step of the backbone. It changes nothing else.
+            Images per step of the backbone. It does not change the results.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where the model is moved to, and stays.
+            Device that the model is moved to. It stays there.
         num_workers (`int`, *optional*, defaults to 0):
-            Processes that read images; 0: this one.
+            Number of processes that read images. 0: this process.
         progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a bar, on a terminal.
+            Whether to show a progress bar if standard error is a terminal.
 
     Raises:
-        UserError: if there are no images, or full-size pixels are not those that the config's `image_mean` and
-            `image_std` stand for.
-        UnreadableImageError: if an image cannot be decoded; names it.
+        UserError: if there are no images, or full-size pixels do not match the config's `image_mean` and
+            `image_std`.
+        UnreadableImageError: if an image cannot be decoded. It names the image.
     """
     if not len(images):
         raise UserError("There are no images to run the backbone on.")
@@ -187,7 +187,7 @@ def _make_room(num_images: int, pixel_values: torch.Tensor, config: RBIConfig) -
 def is_itself(
     rpe: RelationshipPositionEncoding, bank: ReferenceBank, pixel_values: torch.Tensor, features: torch.Tensor
 ) -> torch.Tensor:
-    """Which references are the images themselves, `(n, N)`: by thumbnails, or by features if none are kept."""
+    """Which references show the same image, `(n, N)`, by thumbnails or, if the bank has none, by features."""
     if bank.images is not None:
         images = rpe.thumbnails(pixel_values).flatten(1).float() / 255
         return pairwise_mean_squared_error(images, bank.unit_range_images()) < _SAME_IMAGE

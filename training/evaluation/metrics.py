@@ -7,8 +7,8 @@ All take scores of shape `(n, num_classes)`, logits or probabilities, with label
 fractions in [0, 1]. In all of them:
 
 - Rows with the label -100 are ignored.
-- A row with a score that is not finite has no prediction and counts as wrong: as a miss in accuracy and top-k accuracy,
-  as a false negative of its class in F1, and as wrong with confidence 1 in the calibration error.
+- A row with a score that is not finite has no prediction and counts as wrong: as a miss in accuracy and top-k
+  accuracy, as a false negative of its class in F1, and as wrong with confidence 1 in the calibration error.
 - The order of equal scores is undefined.
 """
 
@@ -148,8 +148,8 @@ class TopKAccuracy(_ClassificationMetric):
 
 
 class MacroF1(_ClassificationMetric):
-    """`macro_f1`: the mean of F1 over the classes that occur as a label or a prediction, as in scikit-learn. A class that
-    is predicted but never a label counts as 0; one that is neither does not count."""
+    """`macro_f1`: the mean of F1 over the classes that occur as a label or a prediction, as in scikit-learn. A class
+    that is predicted but never a label counts as 0; one that is neither does not count."""
 
     _description = __doc__
     _accepts_class_numbers = True

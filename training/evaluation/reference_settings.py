@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing, on held-out images, how a model attends to its references."""
+"""Chooses, on held-out images, how a model attends to its references."""
 
 import itertools
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ from .metrics import compute_metrics
 from .protocols import Predictions
 
 
-# With fewer held-out images the best settings are a matter of chance, and the model keeps its own.
+# With fewer held-out images, the best settings are a matter of chance, so the model keeps its settings.
 MIN_FOR_FIT = 100
 SHARES = (0.25, 0.5)
-# Temperature and gain.
+# Pairs of temperature and gain.
 KERNELS = ((0.1, 0.25), (0.2, 0.5), (0.2, 1.0), (0.3, 0.5), (0.3, 1.0), (0.5, 0.5), (0.5, 1.0))
 VOTE_WEIGHTS = (0.0, 0.5)
-# Factors of the logits. The best one is fitted per candidate, so that confidence does not decide a comparison.
+# Factors of the logits. Each candidate gets its best factor, so that confidence does not decide the comparison.
 _CONFIDENCES = [2.0 ** (step / 2) for step in range(-8, 7)]
 _STEP = 256
-# Probability of taking settings for better that are not.
+# Probability of accepting settings that are no better than no relations.
 _CHANCE = 0.05
 
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """How an image attends to references; all `None` if it does not."""
+    """How an image attends to references. `share` is `None` if it does not."""
 
     share: float | None = None
     temperature: float | None = None
@@ -44,7 +44,7 @@ class ReferenceSettings:
     vote_weight: float = 0.0
 
     def apply(self, model: RBIForImageClassification):
-        """Writes the settings to the model's config; does nothing if all are `None`."""
+        """Writes the settings to the model's config; does nothing if `share` is `None`."""
         if self.share is not None:
             model.config.reference_share = self.share
             model.config.reference_temperature, model.config.reference_gain = self.temperature, self.gain
@@ -52,7 +52,7 @@ class ReferenceSettings:
 
     @classmethod
     def of(cls, model: RBIForImageClassification) -> "ReferenceSettings":
-        """The settings of the model."""
+        """Reads the settings from the model's config."""
         config = model.config
         return cls(
             config.reference_share,
@@ -70,12 +70,12 @@ class Candidate:
     scope: str
     metrics: dict[str, float]
     loss: float  # mean negative log-likelihood at the best confidence
-    advantage: float  # how much lower it is than without relations
-    advantage_error: float  # standard error of that
+    advantage: float  # loss without relations minus this loss
+    advantage_error: float  # standard error of the advantage
 
 
 def candidates_for(model: RBIForImageClassification) -> list[ReferenceSettings]:
-    """Settings to choose from: temperatures and gains where the head has them, votes where there are labels."""
+    """Settings to choose from: temperatures and gains if the head has them, votes if references have labels."""
     kernels: Sequence[tuple[float | None, float | None]] = [(None, None)]
     if model.config.attention_type == "cosine":
         references = model.describe_references()
@@ -109,27 +109,26 @@ def fit_references(
     progress: bool = False,
 ) -> list[Candidate]:
     r"""
-    Tells how good each setting is on held-out images, and leaves the model as it was.
+    Measures settings on held-out images. The model is not changed.
 
     Args:
         model (`RBIForImageClassification`):
-            With a bank.
+            Model with a bank.
         held_out (`CachedImages`):
-            Images like those that it will meet, which nothing was trained on and which are not in the bank.
+            Images as expected in use, which were not trained on and are not in the bank.
         candidates (`Sequence[ReferenceSettings]`):
-            What to choose from.
+            Settings to measure.
         progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a bar.
+            Whether to show a progress bar.
 
     Returns:
-        First the model without relations, then the candidates in their order. The best has the lowest `loss`: the
-        negative log-likelihood after one factor of the logits was fitted for each, since relations change how
-        confident a model is, too.
+        The model without relations, followed by the candidates in order. The best has the lowest `loss`, the negative
+        log-likelihood after a factor of the logits was fitted, since relations also change the model's confidence.
     """
     names = ("reference_share", "reference_temperature", "reference_gain", "reference_vote_weight")
     before = {name: getattr(model.config, name) for name in names}
     results: list[Candidate] = []
-    alone = torch.zeros(())
+    without_relations = torch.zeros(())
     try:
         for settings in track(
             [ReferenceSettings(), *candidates], "Trying settings", transient=True, disable=not progress
@@ -142,12 +141,11 @@ def fit_references(
                 for factor in _CONFIDENCES
             ]
             losses = min(by_factor, key=lambda each: each.mean().item()).double()
-            alone = alone if results else losses
+            without_relations = without_relations if results else losses
+            advantages = without_relations - losses
             metrics = compute_metrics(EvalPrediction(scores.numpy(), held_out.labels.numpy()))
-            error = (alone - losses).std().item() / len(losses) ** 0.5
-            results.append(
-                Candidate(settings, scope, metrics, losses.mean().item(), (alone - losses).mean().item(), error)
-            )
+            error = advantages.std().item() / len(losses) ** 0.5
+            results.append(Candidate(settings, scope, metrics, losses.mean().item(), advantages.mean().item(), error))
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
@@ -155,7 +153,7 @@ def fit_references(
 
 
 def is_better(candidate: Candidate, num_candidates: int) -> bool:
-    """Whether the best of so many settings has a lower loss than no relations, by more than chance (Bonferroni)."""
+    """Whether the best of `num_candidates` has a significantly lower loss than no relations (Bonferroni)."""
     least = NormalDist().inv_cdf(1 - _CHANCE / num_candidates)
     return candidate.scope == "reference" and candidate.advantage > least * candidate.advantage_error
 
@@ -163,7 +161,7 @@ def is_better(candidate: Candidate, num_candidates: int) -> bool:
 def paired_gain(
     model: RBIForImageClassification, held_out: CachedImages, name: str = "accuracy", seed: int = 0
 ) -> tuple[float, float, float]:
-    """What `reference` adds to `single` on the images, with its 95 % interval, in points."""
+    """Gain of `reference` over `single` and its 95 % interval, `(value, low, high)`, in points."""
     single, reference = (
         Predictions.from_scores(scores_with_references(model, held_out, scope), held_out.labels)
         for scope in ("self", "reference")

@@ -141,7 +141,7 @@ def confused_pairs(
 
 
 def plot(folder: Path, assessment: Assessment, names: Sequence[str], load: Callable[[int], Any]):
-    """Writes the figures, accuracy over batch size only if it was measured. `load` returns the image of a row number."""
+    """Writes the figures; accuracy over batch size only if measured. `load` returns the image of a row number."""
     curves: dict[str, dict[int | None, Estimate]] = {}
     for condition, metrics in assessment.metrics.items():
         curves.setdefault(condition.protocol, {})[condition.batch_size] = metrics["accuracy"]
