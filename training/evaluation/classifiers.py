@@ -98,9 +98,9 @@ def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Ten
     numbers = {name: number for number, name in enumerate(class_names(config))} | (config.label2id or {})
     if unknown := [names[label] for label in present if names[label] not in numbers]:
         raise UserError(
-            f"The model lacks {len(unknown)} of the {len(present)} labels of the data ({listed(unknown)}; it has "
-            f"{listed(class_names(config))}): use the same names in the data and in `id2label` and `label2id` of the "
-            "model's config."
+            f"The model lacks {len(unknown)} of the {len(present)} labels of the data ({listed(unknown)}; the model "
+            f"has {listed(class_names(config))}): use the same names in the data and in `id2label` and `label2id` of "
+            "the model's config."
         )
     matched = torch.full((len(names),), -100)
     matched[present] = torch.tensor([int(numbers[names[label]]) for label in present])
