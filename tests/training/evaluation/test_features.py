@@ -140,6 +140,24 @@ class TestEightBitPixels:
             kept[:1] = torch.full((1, 3, 4, 4), 4.0)
 
 
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize("num_references", [1, 12])
+def test_features_of_the_same_image_are_recognized_on_any_machine(num_references, offset, backbone_config, processor):
+    model = _model("kernel", backbone_config, processor)
+    generator = torch.Generator().manual_seed(0)
+    references = offset + torch.randn(num_references, model.config.feature_size, generator=generator)
+    model.set_reference_features(references)
+    pixels = torch.zeros(num_references, 3, 32, 32)
+    noise = torch.randn(references.shape, generator=generator)
+    # TF32 moves features by a few percent of the spread, float32 rounding by a millionth.
+    rounding = 0.04 if num_references > 1 else 1e-6
+    itself = torch.eye(num_references, dtype=torch.bool)
+    found = features.is_itself(model.rbi.rpe, model.rbi.references, pixels, references + rounding * noise)
+    assert found.tolist() == itself.tolist()
+    # A similar photograph.
+    assert not features.is_itself(model.rbi.rpe, model.rbi.references, pixels, references + 0.23 * noise).any()
+
+
 def test_no_images(backbone_config, images, processor):
     images.split = images.split.select([])
     with pytest.raises(ValueError, match="no images"):
