@@ -83,6 +83,14 @@ def command_line(published):
     return make
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A cache of this process for the data sets that the tests of a module load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture
 def arguments(command_line, tmp_path_factory, monkeypatch):
     """As `command_line`, with a cache of its own for the downloads of this process."""

@@ -1,26 +1,339 @@
-"""`python -m training.assess` as a command: what it prints and returns."""
+# Copyright 2026 The RBI authors. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m training.assess`: what it measures, writes, prints and refuses."""
 
+import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, ConvNextForImageClassification, EvalPrediction
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
-from training.assess import main
+from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, pixel_statistics
+from tests.training.evaluation.shared import NAMES
+from training import assess as assess_command
+from training.assess import AssessmentArguments, choose_protocols, main, run
 from training.data.arguments import DataArguments
 from training.data.reading import load_images
+from training.evaluation.classifiers import in_order_of_content
+from training.evaluation.metrics import compute_metrics
+from training.evaluation.protocols import Condition
+from training.evaluation.report import FILES
 from training.fine_tuning.models import ModelArguments, load_model
 
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture
-def words(published, backbone_config, tmp_path, monkeypatch, tmp_path_factory):
+def model(backbone_config):
+    """An RBI model with random weights for the classes of `published`."""
+    return _model(backbone_config, NAMES)
+
+
+def _model(backbone_config, names, **fields):
+    torch.manual_seed(0)
+    mean, std = pixel_statistics(_processor())
+    config = RBIConfig.kernel(
+        backbone_config=backbone_config,
+        image_mean=mean,
+        image_std=std,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        **fields,
+    )
+    model = RBIForImageClassification(config).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    return model
+
+
+def _processor():
+    return ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def _save(model, folder):
+    model.save_pretrained(folder)
+    _processor().save_pretrained(folder)
+    return str(folder)
+
+
+def _run(model, output_dir, data, **more):
+    values = {"batch_sizes": [8, 20], "resamples": 100, "use_cpu": True} | more
+    return run(AssessmentArguments(model=model, output_dir=str(output_dir), **values), data)
+
+
+@pytest.fixture
+def data(published):
+    """The small data set: 40 test images."""
+    return DataArguments(dataset_format="cub_200_2011", dataset_dir=str(published))
+
+
+def test_every_file_is_written(model, data, tmp_path):
+    result, content = _run(_save(model, tmp_path / "model"), tmp_path / "out", data)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == content
+    for name in FILES:
+        if name.endswith(".png"):
+            with Image.open(tmp_path / "out" / name) as image:
+                assert min(image.size) > 300
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["protocol"], row["batch_size"]) for row in rows] == [
+        ("single", ""),
+        *((protocol, size) for protocol in ("shuffled", "sorted") for size in ("8", "20")),
+    ]
+    for row, written in zip(rows, content["results"], strict=True):
+        estimate = result.metrics[Condition(row["protocol"], int(row["batch_size"] or 0) or None)]["macro_f1"]
+        assert float(row["macro_f1"]) == estimate.value == written["macro_f1"]["value"]
+        assert float(row["macro_f1_low"]) == estimate.low and float(row["macro_f1_high"]) == estimate.high
+    with (tmp_path / "out" / "per_class.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["protocol"] == "single"]
+    assert [row["class"] for row in rows] == NAMES
+    recall = sum(float(row["recall"]) * int(row["images"]) for row in rows) / 40
+    assert recall == pytest.approx(result.metrics[Condition("single")]["accuracy"].value)
+    assert set(content["findings"]) == {"leak", "shuffled"}
+    assert "set_references" in content["left_out"]["reference"]
+    assert content["time_ratio"] == content["seconds"]["total"] / content["seconds"]["backbone pass"] > 1
+
+
+def test_features_are_computed_once(model, data, tmp_path, monkeypatch):
+    seen = []
+    original = RBIModel.extract_features
+
+    def counted(self, pixel_values, **kwargs):
+        seen.append(len(pixel_values))
+        return original(self, pixel_values, **kwargs)
+
+    folder = _save(model, tmp_path / "model")
+    monkeypatch.setattr(RBIModel, "extract_features", counted)
+    _run(folder, tmp_path / "out", data, per_device_eval_batch_size=15)
+    assert seen == [15, 15, 10]
+
+
+def test_the_answers_are_those_of_the_saved_model(model, data, tmp_path):
+    result, _ = _run(_save(model, tmp_path / "model"), tmp_path / "out", data, protocols=["single"])
+    split = in_order_of_content(load_images(data, seed=42)["test"])
+    images = [Image.open(row["path"]).convert("RGB") for row in split["image"]]
+    with torch.no_grad():
+        logits = model(_processor()(images, return_tensors="pt")["pixel_values"]).logits
+    expected = compute_metrics(EvalPrediction(logits, torch.tensor(split["label"])))
+    assert {name: each.value for name, each in result.metrics[Condition("single")].items()} == pytest.approx(expected)
+
+
+def _listed_in(path, split, order):
+    """A CSV file of a split, its rows in this order."""
+    names = split.features["label"].names
+    rows = [(split[row]["image"]["path"], names[split[row]["label"]]) for row in order]
+    path.write_text("image,label\n" + "".join(f"{image},{label}\n" for image, label in rows))
+    return str(path)
+
+
+def test_results_do_not_depend_on_the_order_of_the_data(model, data, tmp_path):
+    images = load_images(data, seed=0)
+    folder, contents = _save(model, tmp_path / "model"), []
+    for name, order in {"up": range(40), "down": range(39, -1, -1), "random": torch.randperm(40).tolist()}.items():
+        arguments = DataArguments(
+            train_file=_listed_in(tmp_path / "train.csv", images["train"], range(len(images["train"]))),
+            test_file=_listed_in(tmp_path / f"{name}.csv", images["test"], order),
+            train_val_split=0,
+        )
+        contents.append(_run(folder, tmp_path / name, arguments)[1])
+    for part in ("results", "differences", "findings", "data"):
+        assert contents[0][part] == contents[1][part] == contents[2][part]
+    files = [(tmp_path / name / "confused_pairs.png").read_bytes() for name in ("up", "down", "random")]
+    assert files[0] == files[1] == files[2]
+
+
+def test_labels_in_another_order_than_the_models(model, data, backbone_config, tmp_path):
+    """Numbers of classes, and classes that the data lack, change no answer to an image."""
+    other = _model(backbone_config, ["Dodo", *reversed(NAMES)])
+    state = model.state_dict()
+    for name in ("classifier.weight", "classifier.bias"):
+        state[name] = torch.cat([torch.full_like(state[name][:1], -1e-3), state[name].flip(0)])
+    state["classifier.bias"][0] = -100
+    other.load_state_dict(state)
+    results = [
+        _run(_save(each, tmp_path / name), tmp_path / f"{name}-out", data, protocols=["single", "shuffled"])[0]
+        for name, each in {"one": model, "other": other}.items()
+    ]
+    for condition, metrics in results[0].metrics.items():
+        for name, estimate in metrics.items():
+            if name != "top5_accuracy":  # of 4 classes it is 1
+                assert results[1].metrics[condition][name].value == pytest.approx(estimate.value, abs=1e-5)
+    rows = [list(csv.DictReader((tmp_path / name / "per_class.csv").open())) for name in ("one-out", "other-out")]
+    by_class = [{(row["protocol"], row["batch_size"], row["class"]): row["recall"] for row in each} for each in rows]
+    assert by_class[0] == by_class[1]
+
+
+def test_with_references(model, data, tmp_path):
+    model.set_reference_features(
+        torch.randn(12, model.config.feature_size), torch.randn(12, 3, 16, 16), torch.arange(12) % 4
+    )
+    result, content = _run(_save(model, tmp_path / "model"), tmp_path / "out", data)
+    assert content["left_out"] == {}
+    assert content["model"]["references"]["num_references"] == 12
+    assert set(result.findings) == {"leak", "shuffled", "reference"}
+    assert result.most_telling == Condition("reference")
+
+
+def test_any_image_classifier_is_measured_alone(data, backbone_config, tmp_path):
+    backbone_config.id2label, backbone_config.label2id = dict(enumerate(NAMES)), None
+    classifier = ConvNextForImageClassification(backbone_config).eval()
+    result, content = _run(_save(classifier, tmp_path / "model"), tmp_path / "out", data, batch_sizes=None)
+    assert list(result.metrics) == [Condition("single")]
+    assert "do not depend on the batch" in content["left_out"]["sorted"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES) - {"batch_size.png"}
+
+
+def test_an_earlier_assessment_is_replaced_whole(model, data, tmp_path):
+    folder = _save(model, tmp_path / "model")
+    _run(folder, tmp_path / "out", data)
+    _run(folder, tmp_path / "out", data, protocols=["single"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES) - {"batch_size.png"}
+
+
+def test_a_run_that_fails_leaves_an_earlier_one(model, data, tmp_path, monkeypatch):
+    folder = _save(model, tmp_path / "model")
+    _run(folder, tmp_path / "out", data)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(assess_command, "plot", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        _run(folder, tmp_path / "out", data, protocols=["single"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_default_batch_sizes_are_those_there_are_images_for(model, data, tmp_path):
+    result, content = _run(_save(model, tmp_path / "model"), tmp_path / "out", data, batch_sizes=None)
+    assert {condition.batch_size for condition in result.metrics} == {None, 8, 16, 32}
+    assert content["left_out"]["batch sizes 64, 128"] == "there are 40 images"
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+class TestRefused:
+    """Before the backbone runs, and nothing is written."""
+
+    @pytest.fixture(autouse=True)
+    def _no_backbone(self, monkeypatch):
+        monkeypatch.setattr(assess_command, "extract", lambda *args, **kwargs: pytest.fail("the backbone ran"))
+
+    def _refused(self, tmp_path, model, data, match, **more):
+        folder = model if isinstance(model, str) else _save(model, tmp_path / "model")
+        with pytest.raises((ValueError, OSError), match=match):
+            _run(folder, tmp_path / "out", data, **more)
+        assert not (tmp_path / "out").exists()
+
+    def test_references_of_a_model_without(self, model, data, tmp_path):
+        self._refused(tmp_path, model, data, "reference: the model has no reference bank", protocols=["reference"])
+
+    def test_batches_of_a_model_without_relations(self, backbone_config, data, tmp_path):
+        backbone_config.id2label = dict(enumerate(NAMES))
+        classifier = ConvNextForImageClassification(backbone_config)
+        self._refused(tmp_path, classifier, data, "shuffled: .* not depend on the batch", protocols=["shuffled"])
+
+    def test_batches_larger_than_the_data(self, model, data, tmp_path):
+        self._refused(tmp_path, model, data, "batch_sizes 41 is more than the 40 images", batch_sizes=[8, 41])
+
+    def test_fewer_images_than_the_smallest_batch(self, model, data, tmp_path):
+        data.max_test_samples = 7
+        self._refused(tmp_path, model, data, "7 images, fewer than the smallest batch size", batch_sizes=None)
+
+    def test_one_class(self, model, data, tmp_path):
+        images = load_images(data, seed=0)
+        rows = [row for row, label in enumerate(images["test"]["label"]) if label == 1]
+        one = DataArguments(
+            train_file=_listed_in(tmp_path / "train.csv", images["train"], range(20)),
+            test_file=_listed_in(tmp_path / "test.csv", images["test"], rows),
+        )
+        self._refused(tmp_path, model, one, f'one class, "{NAMES[1]}"', batch_sizes=[2])
+
+    def test_labels_that_do_not_match(self, data, backbone_config, tmp_path):
+        model = _model(backbone_config, [NAMES[0], "Dodo", "Auk", NAMES[3]])
+        self._refused(tmp_path, model, data, f"2 of the 4 labels .*{NAMES[1]}, {NAMES[2]}; the model has .*Dodo, Auk")
+
+    def test_a_split_that_is_not_there(self, model, data, tmp_path):
+        data.train_val_split = 0
+        self._refused(tmp_path, model, data, "no validation split: choose --split train or test", split="validation")
+
+    def test_a_folder_that_holds_other_things(self, model, data, tmp_path):
+        folder = _save(model, tmp_path / "model")
+        before = sorted((tmp_path / "model").iterdir())
+        with pytest.raises(ValueError, match="other files than an assessment"):
+            _run(folder, tmp_path / "model", data)
+        assert sorted((tmp_path / "model").iterdir()) == before
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "results.json").write_text('{"program": "another"}')
+        with pytest.raises(ValueError, match="other files than an assessment"):
+            _run(folder, tmp_path / "other", data)
+        with pytest.raises(ValueError, match="is a file"):
+            _run(folder, tmp_path / "other" / "results.json", data)
+
+    def test_a_broken_image_is_named(self, model, data, tmp_path):
+        images = load_images(data, seed=0)
+        broken = tmp_path / "broken.jpg"
+        broken.write_bytes(Path(images["test"][0]["image"]["path"]).read_bytes()[:700])
+        listed = _listed_in(tmp_path / "test.csv", images["test"], range(30))
+        Path(listed).write_text(f"{Path(listed).read_text()}{broken},{NAMES[0]}\n")
+        train = _listed_in(tmp_path / "train.csv", images["train"], range(32))
+        arguments = DataArguments(train_file=train, test_file=listed, train_val_split=0)
+        self._refused(tmp_path, model, arguments, r"broken\.jpg")
+
+    def test_a_model_without_its_classifier(self, model, data, tmp_path):
+        model.rbi.save_pretrained(tmp_path / "bare")
+        _processor().save_pretrained(tmp_path / "bare")
+        config = AutoConfig.from_pretrained(tmp_path / "bare")
+        assert config.model_type == "rbi"
+        self._refused(tmp_path, str(tmp_path / "bare"), data, "lacks .* weights .*classifier")
+
+    def test_weights_that_cannot_be_read(self, model, data, tmp_path):
+        folder = _save(model, tmp_path / "model")
+        weights = tmp_path / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:2000])
+        self._refused(tmp_path, folder, data, "cannot be read")
+
+    @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "a/b/c"])
+    def test_no_model(self, name, data, tmp_path):
+        self._refused(tmp_path, name, data, "no such folder")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_shuffles": 1}, "--num_shuffles must be at least 2, got 1"),
+        ({"resamples": 99}, "--resamples must be at least 100"),
+        ({"batch_sizes": [8, 1]}, "--batch_sizes must be at least 2, got 1"),
+        ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size must be at least 1"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+    ],
+)
+def test_arguments_out_of_their_range(values, message):
+    with pytest.raises(ValueError, match=message):
+        AssessmentArguments(model="x", **values)
+
+
+def test_protocols_that_a_model_can_have(backbone_config):
+    asked, left_out = choose_protocols(RBIConfig(), None)
+    assert asked == ["single", "shuffled", "sorted"] and list(left_out) == ["reference"]
+    assert choose_protocols(RBIConfig(), ["sorted", "single"])[0] == ["single", "sorted"]
+    assert choose_protocols(backbone_config, ["single"])[0] == ["single"]
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(published, backbone_config, tmp_path):
     """The command line for an RBI model with random weights, and the small data set."""
-    monkeypatch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     data = ["--dataset_format", "cub_200_2011", "--dataset_dir", str(published)]
     names = load_images(DataArguments(dataset_format=data[1], dataset_dir=data[3]), seed=0)["test"].features["label"]
     config = RBIConfig.kernel(backbone_config=backbone_config, id2label=dict(enumerate(names.names)))
