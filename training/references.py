@@ -278,14 +278,14 @@ def _choose(
     gains = {name: paired_gain(model, held_out, name, args.seed) for name in ("accuracy", "macro_f1")}
     if not is_fitted:
         console.print(
-            f"{number} held-out images are too few to choose settings (fewer than {MIN_FOR_FIT}), so they stay "
+            f"{number} held-out images are too few to choose settings (fewer than {MIN_FOR_FIT}). They remain "
             f"{asdict(defaults)}."
         )
     helps = gains["accuracy"][0] > 0 if best is None else is_better(best, len(settings)) and gains["accuracy"][0] >= 0
     console.print(_table(results, model, held_out))
     sentence = "; ".join(
-        f"{title} {gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
-        for title, (gain, low, high) in zip(("accuracy", "macro-F1"), gains.values(), strict=True)
+        f"{METRIC_TITLES[name]} {gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+        for name, (gain, low, high) in gains.items()
     )
     optimistic = (
         " The settings were chosen on these images, so the gain is somewhat optimistic." if is_fitted and helps else ""
@@ -293,8 +293,8 @@ def _choose(
     console.print(f"References, on {number} held-out images: {sentence}.{optimistic}", highlight=False)
     if not helps and not args.force:
         raise UserError(
-            "The held-out images do not show that relations help: nothing was written. Use the model without "
-            "references, try other references, or write it anyway with --force."
+            "The held-out images do not show that relations help: nothing was written. Keep the original model, try "
+            "other references, or write the model anyway with --force."
         )
     return {
         "held_out_images": number,

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a classifier, matching its classes to those of a data set, and predicting from extracted features."""
+"""Loads a classifier, matches its classes to the classes of a data set, and predicts from cached features."""
 
 import hashlib
 import json

@@ -44,9 +44,10 @@ _MAX_FLOAT_BYTES = 2**30
 # Mean squared error, of pixels in [0, 1], below which two thumbnails show the same image: 50 dB, 0.8 gray levels.
 # Rounding in another order changes a few pixels by one level.
 _SAME_IMAGE = 1e-5
-# Distance, relative to the spread of the bank, below which two feature vectors come from the same image. TF32
-# convolutions move the features of pretrained MobileNetV2 and EfficientNet-Lite0 by up to 0.04 on ORL faces, another
-# batch size by less than 1e-5; different photographs are at least 0.23 apart.
+# Distance, relative to the spread of the bank, below which two feature vectors come from the same image. On ORL faces
+# with pretrained MobileNetV2 and EfficientNet-Lite0, another batch size moves features by less than 1e-5 and TF32
+# (emulated) by up to 0.04; different photographs are at least 0.23 apart. A bank computed in bfloat16 may be 0.3 off
+# features in float32: then images are not recognized.
 _SAME_FEATURES = 0.1
 # The same relative to the norm, for banks without spread, such as a single reference. It is above float32 rounding.
 _SAME_SINGLE_FEATURES = 1e-3

@@ -59,7 +59,7 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
         [`TopKAccuracy`], [`MacroF1`] and [`CalibrationError`].
 
     Raises:
-        UserError: if the shapes don't fit, a label is no class, or no row has a label.
+        UserError: if the shapes don't match, a label is not a class, or no row has a label.
     """
     predictions = eval_prediction.predictions
     return combined_metrics().compute(
@@ -98,7 +98,7 @@ class _ClassificationMetric(evaluate.Metric):
         )
 
     def compute(self, *, predictions=None, references=None, **kwargs) -> dict[str, float] | None:
-        """Computes the metric of these rows or, without arguments, of the rows that were added."""
+        """Computes the metric of these rows or, without arguments, of rows added before."""
         are_arrays = all(isinstance(each, np.ndarray | torch.Tensor) for each in (predictions, references))
         if are_arrays and predictions.ndim != 1 and self.num_process == 1 and self.writer is None:
             return self._compute(predictions=predictions, references=references, **kwargs)
@@ -106,7 +106,7 @@ class _ClassificationMetric(evaluate.Metric):
         return evaluate.Metric.compute(self, predictions=predictions, references=references, **kwargs)
 
     def _build_data_dir(self) -> str:
-        # The base class makes this folder, even where it will never write to it.
+        # The base class creates this folder even if it never writes to it.
         return self._data_dir_root
 
 
@@ -127,7 +127,7 @@ class TopKAccuracy(_ClassificationMetric):
 
     Args:
         k (`int`, *optional*, defaults to 5):
-            How many classes count.
+            Number of classes that count.
         kwargs:
             Passed to `evaluate.Metric`.
 
@@ -161,11 +161,11 @@ class MacroF1(_ClassificationMetric):
 class CalibrationError(_ClassificationMetric):
     r"""
     `calibration_error`: the expected calibration error of [Guo et al. (2017)](https://huggingface.co/papers/1706.04599).
-    The rows are sorted into bins of equal width by the probability of their best class; it is the mean distance,
-    weighted by rows, of accuracy and mean probability in a bin. Bins hold their lower edge, the last one also 1.
+    The rows are sorted into bins of equal width by the probability of their best class. The error is the mean over
+    bins, weighted by rows, of the distance between accuracy and mean probability. Bins include their lower edge, the
+    last one also 1.
 
-    Scores are read as probabilities if all finite rows are, i.e. not negative and with a sum of 1, otherwise as
-    logits.
+    Scores are read as probabilities if all finite rows are non-negative and sum to 1, otherwise as logits.
 
     Args:
         num_bins (`int`, *optional*, defaults to 15):
@@ -196,7 +196,7 @@ class CalibrationError(_ClassificationMetric):
 
 
 def _labeled_rows(predictions, references) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores, `(n, num_classes)`, or class numbers, `(n,)`, of the rows that have a label; and the labels, `(n,)`."""
+    """Labeled rows: their scores, `(n, num_classes)`, or class numbers, `(n,)`, and their labels, `(n,)`."""
     predictions, labels = torch.as_tensor(predictions), torch.as_tensor(references).long()
     if predictions.ndim not in (1, 2) or labels.shape != predictions.shape[:1]:
         raise UserError(
@@ -206,7 +206,7 @@ def _labeled_rows(predictions, references) -> tuple[torch.Tensor, torch.Tensor]:
     has_label = labels != NO_LABEL
     predictions, labels = predictions[has_label], labels[has_label]
     if not len(labels):
-        raise UserError(f"No row has a label (all are {NO_LABEL}, or there are none): there is nothing to measure.")
+        raise UserError(f"No row has a label (there are no rows, or all labels are {NO_LABEL}).")
     if predictions.ndim == 2:
         num_classes = predictions.shape[1]
         if num_classes < 2:
@@ -218,12 +218,12 @@ def _labeled_rows(predictions, references) -> tuple[torch.Tensor, torch.Tensor]:
             )
         return predictions.float(), labels
     if predictions.is_floating_point() or min(predictions.min(), labels.min()) < 0:
-        raise UserError("Class numbers must be whole numbers that are not negative.")
+        raise UserError("Class numbers must be integers that are not negative.")
     return predictions, labels
 
 
 def _predicted_classes(predictions: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Predicted class of each row, `(n,)`, and the number of classes, which itself stands for no prediction."""
+    """Predicted class of each row, `(n,)`, and the number of classes, which stands for no prediction."""
     if predictions.ndim == 1:
         return predictions, int(torch.cat([predictions, labels]).max()) + 1
     num_classes = predictions.shape[1]
