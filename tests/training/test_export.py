@@ -3,26 +3,55 @@
 """`python -m training.export` as a command: what it prints and returns."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import onnxruntime
 import pytest
+import torch
+from transformers import ResNetConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from modeling_rbi import RBIConfig, RBIForImageClassification
 from training.export import main
 
 
-def test_as_a_command(model_folder, tmp_path, capsys):
+@pytest.mark.slow
+def test_as_a_command(tmp_path):
+    """The one export in a process of its own, with the `paper` preset and scope `self`."""
     out = tmp_path / "out"
-    assert (
-        main(["--model", str(model_folder), "--format", "onnx", "--relation_scope", "self", "--output_dir", str(out)])
-        == 0
+    backbone_config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    model = RBIForImageClassification(RBIConfig.paper(backbone_config=backbone_config, num_labels=3)).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--relation_scope", "self", "--output_dir", str(out)]
+    result = subprocess.run(
+        [sys.executable, "-m", "training.export", *words, "--format", "onnx"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
-    printed = capsys.readouterr()
-    text = " ".join(printed.out.split())
-    content = json.loads((out / "config.json").read_text())
-    difference = content["rbi_export"]["files"]["onnx/model.onnx"]["max_logit_difference"]
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    facts = json.loads((out / "config.json").read_text())["rbi_export"]
+    difference = facts["files"]["onnx/model.onnx"]["max_logit_difference"]
     for part in ("Relation scope self", "onnx/model.onnx", f"{difference:.1e}", "largest difference of logits"):
         assert part in text, part
-    assert difference <= 1e-4 and not printed.err
-    assert "Written:" in text and "reference images" not in text  # none are in a file of this scope
+    assert difference <= 1e-4 and facts["image_size"] == "dynamic"
+    # Files of this scope hold no references.
+    assert "Written:" in text and "reference images" not in text
+
+    onnx_session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx")
+    for number, size in ((5, (32, 32)), (1, (32, 32)), (2, (48, 40))):
+        pixel_values = torch.randn(number, 3, *size)
+        with torch.no_grad():
+            expected = model(pixel_values=pixel_values, relation_scope="self").logits
+        got = torch.from_numpy(onnx_session.run(None, {"pixel_values": pixel_values.numpy()})[0])
+        # Another runtime fuses operations and sums in another order.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m training.publish` against a Hub on loopback with the real client, and the code in its cards."""
+"""`python -m training.publish` with the real client and a local Hub, and the code in the cards."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ from training.publish import main
 
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "tests" / "training" / "pets.yaml"
-# The packages of a user without this project.
+# Python without this project's packages.
 OUTSIDER = """
 import sys
 
@@ -47,7 +47,7 @@ def assessed(model_folder, image_files, tmp_path_factory):
 
 @pytest.fixture
 def command(model_folder, assessed, image_files):
-    """Makes the command line of a publication."""
+    """Gives a function that makes the command line of a publication."""
 
     def make(repo_id="alice/pets", *more):
         facts = ["--config", str(CARD), "--assessment", str(assessed / "assessment"), "--share_images"]
@@ -75,7 +75,7 @@ def run(hub, monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def reloaded(monkeypatch):
-    """Folders that would be reloaded in a fresh process, which `test_checks.py` and one test here do."""
+    """The folders that would be reloaded in a fresh process. `test_checks.py` and one test here really reload."""
     folders = []
     monkeypatch.setattr(publication, "check_loads_back", lambda folder, *_: folders.append(folder))
     return folders

@@ -1,11 +1,12 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model with its assessment, and a publication of it, made once."""
+"""A trained model with its assessment, and publications of it, each made once."""
 
 import shutil
 
 import pytest
 
+from modeling_rbi import RBIForImageClassification
 from training.assess import main as assess
 from training.deployment.publication import PublicationArguments, make_folder
 from training.train import main as train
@@ -38,7 +39,7 @@ def trained(published, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def arguments(trained, image_files):
-    """Gives what makes a publication that nothing stands in the way of; keywords change it."""
+    """Gives the arguments of a publication without problems; keywords change them."""
 
     def make(**changes):
         values = {
@@ -55,14 +56,22 @@ def arguments(trained, image_files):
 
 @pytest.fixture(scope="session")
 def made(arguments, given, tmp_path_factory):
-    """A publication, made once."""
-    folder = tmp_path_factory.mktemp("made") / "folder"
-    folder.mkdir()
-    made = make_folder(arguments(), given, folder)
-    return made
+    """A publication."""
+    return make_folder(arguments(), given, tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
+def made_in_half(arguments, given, trained, tmp_path_factory):
+    """A publication in float16, whose weights are in several files."""
+    folder = tmp_path_factory.mktemp("made_in_half")
+    source = shutil.copytree(trained / "model", folder / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    RBIForImageClassification.from_pretrained(source).half().save_pretrained(source)
+    (folder / "folder").mkdir()
+    changes = {"model": str(source), "assessment": None, "max_shard_size": "20kB"}
+    return make_folder(arguments(**changes), given, folder / "folder")
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """A copy of the model's folder that may be changed."""
+    """A copy of the model's folder that a test may change."""
     return shutil.copytree(trained / "model", tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))

@@ -5,6 +5,7 @@
 import copy
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from modeling_rbi import RBIForImageClassification
+from training.deployment import checks
 from training.deployment.checks import (
     RefusedError,
     check_loads_back,
@@ -47,7 +49,8 @@ def test_pickles_are_found_by_name_and_by_content(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "notes.txt")
     Image.new("RGB", (4, 4)).save(tmp_path / "fine.png")
     (tmp_path / "fine.json").write_text("{}")
-    for number in range(600):  # whose length, in its first bytes, is that of a pickle's head
+    # The first bytes of this file are a length that equals the first bytes of a pickle.
+    for number in range(600):
         save_file({"x" * number: torch.ones(1)}, tmp_path / "model.safetensors")
         if (tmp_path / "model.safetensors").read_bytes()[:2] == b"\x80\x02":
             break
@@ -92,12 +95,26 @@ def test_code_that_needs_the_package_is_refused(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_publication_loads_back(made):
-    made.check_loads_back()
-    other = copy.deepcopy(made.model)
-    other.classifier.bias.data[0] += 0.01
-    with pytest.raises(RefusedError, match=r"reloaded model differs .* differ by 0\.01"):
-        check_loads_back(made.folder, other, made.image_processor)
+def test_a_publication_in_half_precision_and_shards_loads_back(made_in_half, monkeypatch):
+    """`test_publish.py` reloads a publication in float32."""
+    run, written = subprocess.run, []
+
+    def run_once(words, **options):
+        """Starts the process once, and afterwards only repeats its output."""
+        if written:
+            Path(words[-1]).write_bytes(written[0])
+            return subprocess.CompletedProcess(words, 0)
+        result = run(words, **options)
+        written.append(Path(words[-1]).read_bytes())
+        return result
+
+    monkeypatch.setattr(checks.subprocess, "run", run_once)
+    made_in_half.check_loads_back()
+    assert written
+    other = copy.deepcopy(made_in_half.model)
+    other.classifier.bias.data[0] += 0.5
+    with pytest.raises(RefusedError, match=r"reloaded model differs .* differ by 0\.(49|5)"):
+        check_loads_back(made_in_half.folder, other, made_in_half.image_processor)
 
 
 # Noise as kernels of another machine cause it: a few unit roundoffs of the dtype.
