@@ -27,7 +27,6 @@ from benchmarks.results import (
     gains_table,
     leaks_table,
     make_tables,
-    markdown_table,
     new_classes_table,
     own_protocol,
     references_table,
@@ -213,10 +212,6 @@ def test_protocols_of_arms():
     # A control without a bank is evaluated on each image independently.
     result = made_up(["plain"])
     assert values_of([result], "plain", "reference", "accuracy") == pytest.approx(of(result, "plain", "single"))
-
-
-def test_a_table_in_markdown():
-    assert markdown_table(["a", "b"], [["1", "2"], ["", "x"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n|  | x |"
 
 
 # --- Studies --------------------------------------------------------------------------------------------------------

@@ -52,15 +52,6 @@ def test_a_recipe_sets_the_options(line, tmp_path, monkeypatch):
     assert results["recipes"] == [str(recipe)]
 
 
-def test_by_default_the_output_goes_by_the_recipe(monkeypatch):
-    asked = []
-    monkeypatch.setattr(command, "ablate", lambda args: asked.append(args) or {"arms": {}})
-    recipe = ROOT / "training" / "recipes" / "orl_faces.yaml"
-    assert main(["--config", str(recipe), "--freeze_backbone", "--use_cpu"]) == 0
-    assert asked[0].training.output_dir == os.path.join("outputs", "ablation", "orl_faces")
-    assert asked[0].data.dataset_config_name == "2-shot" and asked[0].options.num_seeds == 5
-
-
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
