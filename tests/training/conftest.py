@@ -99,6 +99,46 @@ def arguments(command_line, tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def stopping_init():
+    """Gives an `RBITrainer.__init__` whose training stops with an error after so many steps."""
+    from transformers import TrainerCallback
+
+    from training.fine_tuning.trainer import RBITrainer
+
+    class Stop(TrainerCallback):
+        def __init__(self, step, error):
+            self.step, self.error = step, error
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                raise self.error
+
+    original = RBITrainer.__init__
+
+    def make(step, error):
+        def init(self, *args, callbacks, **kwargs):
+            original(self, *args, callbacks=[*callbacks, Stop(step, error)], **kwargs)
+
+        return init
+
+    return make
+
+
+@pytest.fixture
+def stop_at(monkeypatch, stopping_init):
+    """Makes the next trainings stop with an error after so many steps. What it returns undoes that."""
+    from training.fine_tuning.trainer import RBITrainer
+
+    original = RBITrainer.__init__
+
+    def set_up(step, error):
+        monkeypatch.setattr(RBITrainer, "__init__", stopping_init(step, error))
+        return lambda: monkeypatch.setattr(RBITrainer, "__init__", original)
+
+    return set_up
+
+
+@pytest.fixture(scope="session")
 def run_processes(tmp_path_factory):
     """
     Runs a script in several processes, connected as `accelerate launch` connects them, with the given names defined.

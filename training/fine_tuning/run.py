@@ -394,11 +394,11 @@ def _evaluate(trainer: RBITrainer, parts: dict[str, ImageDataset], args: Argumen
     results = {}
     config = rbi_model(trainer.model).config
     usual_scope = config.relation_scope
-    for part, alone in (("validation", "validation"), ("test", "test_single")):
+    for part, prefix in (("validation", "validation"), ("test", "test_single")):
         if part not in parts:
             continue
         config.relation_scope = "self"
-        results[alone] = _plain(trainer.evaluate(parts[part], metric_key_prefix=alone))
+        results[prefix] = _plain(trainer.evaluate(parts[part], metric_key_prefix=prefix))
         config.relation_scope = usual_scope
         if config.references is not None:
             name = f"{part}_reference"
