@@ -328,6 +328,7 @@ def test_the_papers_form_with_labeled_data(rbi_dir, data_dir, camera, command, t
     assert ("contains thumbnails" in capsys.readouterr().out) == keep_images
 
 
+@pytest.mark.slow
 def test_nothing_is_written_where_relations_hurt(data_dir, tmp_path, command, capsys):
     """Labels of chance, learned one by one: likeness tells nothing, and any other feature does harm."""
     paths = {split: sorted((data_dir / split).rglob("*.png")) for split in ("train", "validation")}
@@ -474,7 +475,8 @@ def test_bad_images_are_left_out_beside_labeled_ones(classifier_dir, data_dir, t
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
     Image.new("RGB", (32, 32), "teal").save(tmp_path / "images" / "good.png")
-    arguments = {"model": classifier_dir, "unlabeled_dir": tmp_path / "images", "train_dir": data_dir}
+    labeled = {"train_dir": data_dir / "train", "train_val_split": 0}
+    arguments = {"model": classifier_dir, "unlabeled_dir": tmp_path / "images", **labeled}
     assert command(**arguments) == 1
     assert "bad.png" in capsys.readouterr().err
     assert command(**arguments, skip_bad_images=True) == 0
@@ -554,8 +556,8 @@ def test_the_bank_has_a_limit(classifier_dir, camera, data_dir, tmp_path, comman
 
 def test_the_limit_itself_is_kept(classifier_dir, camera, data_dir, tmp_path, command, monkeypatch):
     monkeypatch.setattr(references, "MAX_REFERENCES", 14)
-    arguments = {"train_dir": data_dir, "unlabeled_dir": camera, "references_per_class": 3, "num_references": 5}
-    assert command(model=classifier_dir, **arguments) == 0
+    labeled = {"train_dir": data_dir / "train", "train_val_split": 0, "references_per_class": 3}
+    assert command(model=classifier_dir, unlabeled_dir=camera, num_references=5, **labeled) == 0
     assert record_of(tmp_path / "out")["references"]["num_references"] == 14
 
 

@@ -62,8 +62,8 @@ def test_few_changes_tell_nothing():
 
 def test_the_choice_of_a_batch_size_widens_the_interval(backbone_config):
     predict, labels = planted_leak(backbone_config)
-    alone = assess(predict, labels, ["shuffled", "sorted"], [20], resamples=2000).findings["leak"]
-    several = assess(predict, labels, ["shuffled", "sorted"], [20, 10, 5], resamples=2000)
+    alone = assess(predict, labels, ["shuffled", "sorted"], [20], resamples=1000).findings["leak"]
+    several = assess(predict, labels, ["shuffled", "sorted"], [20, 10, 5], resamples=1000)
     finding = several.findings["leak"]
     plain = several.differences[Condition("sorted", finding.batch_size), Condition("shuffled", finding.batch_size)]
     assert alone.level == 0.95 and finding.level == pytest.approx(1 - 0.05 / 3)

@@ -16,14 +16,14 @@ from training.evaluation.features import EightBitPixels, extract
 from training.fine_tuning.models import ModelArguments, load_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def processor():
     """An image processor for images of 32 x 32."""
     return load_model(ModelArguments(backbone_config='{"model_type": "convnext"}', image_size=32), ["a", "b"])[1]
 
 
 @pytest.fixture
-def images(published, processor):
+def images(published, processor, own_cache):
     """40 test images of 4 classes."""
     data = load_images(DataArguments(dataset_format="cub_200_2011", dataset_dir=str(published)), seed=0)
     return ImageDataset(data["test"], EvalTransform(processor))
