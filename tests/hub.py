@@ -258,10 +258,13 @@ class Hub:
         huggingface_hub reads these constants at each call, and so does transformers, except for the folder of remote
         code. datasets keeps what it read at import.
         """
+        import transformers.utils.hub
         from huggingface_hub import constants, hf_api
 
         monkeypatch.setenv("HF_TOKEN", self.token)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        if hasattr(transformers.utils.hub, "hf_api"):  # newer versions keep a client of their own after its first use
+            monkeypatch.setattr(transformers.utils.hub.hf_api(), "endpoint", self.url)
         for name, value in {
             "ENDPOINT": self.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",

@@ -68,7 +68,7 @@ class CheckArguments:
 def findings_table(report: DataReport, num_files: int) -> Table:
     """One row for each kind of finding, with the messages of its first `num_files` findings (0: of all)."""
     table = Table(title="Findings")
-    for column in ("finding", "prevents training", "number", "where"):
+    for column in ("finding", "fatal", "number", "where"):
         table.add_column(column, justify="right" if column == "number" else "left", overflow="fold")
     for kind, findings in report.by_kind().items():
         shown = [escape(finding.message) for finding in findings[: num_files or None]]

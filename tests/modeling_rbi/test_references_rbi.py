@@ -458,7 +458,7 @@ def test_images_of_another_size_are_not_added(resnet_model):
     model = resnet_model
     model.set_references(make_items(5, size=32))
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\), but those to be added \(3, 24, 24\)"):
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\), but the new ones \(3, 24, 24\)"):
         model.add_references(make_items(5, size=24))
     assert_same_state(state_of(model), before)
 

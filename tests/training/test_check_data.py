@@ -76,14 +76,15 @@ def test_missing_classes_are_found_beside_the_rest(folder, tmp_path, capsys):
     assert main([*words, "--allow_missing_classes"]) == 0
 
 
-def test_only_the_first_files_are_printed(folder, capsys):
+def test_only_the_first_files_are_printed(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)  # long paths would be folded in the table
     for number in range(5):
         (folder / "a" / f"x{number}.jpg").write_bytes(b"")
-    assert main(["--train_dir", str(folder), "--num_files", "2"]) == 1
+    assert main(["--train_dir", ".", "--num_files", "2"]) == 1
     text = capsys.readouterr().out
     assert "x1.jpg" in text and "x2.jpg" not in text and "and 3 more" in text
     assert "--skip_bad_images would leave out" in text
-    main(["--train_dir", str(folder), "--num_files", "0"])
+    main(["--train_dir", ".", "--num_files", "0"])
     assert "x4.jpg" in capsys.readouterr().out
 
 
