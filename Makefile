@@ -20,7 +20,7 @@ help:  ## List the targets
 	@touch $@
 
 .venv/.made: .venv/.made-demo
-	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test,space,trackio]'
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[lint,test,space,trackio]'
 	@touch $@
 
 .venv-timm/.made: pyproject.toml constraints.txt
