@@ -426,8 +426,8 @@ def _what_it_is(sources: CardSources, backbone: str | None) -> str:
         f"An image classifier with {config.num_labels} classes and {sources.num_parameters / 1e6:.1f} million "
         f"parameters: a {config.backbone_config.model_type} backbone ({origin}), a head of RBI (Relationship Batch "
         f"Integration) with {form} attention, and a linear classifier. RBI lets an image attend to other images, "
-        "either those of its batch or references stored in the model, according to the similarity of their features "
-        "and of their pixels (PSNR)."
+        "either the images of its batch or references stored in the model, according to the similarity of their "
+        "features and of their pixels (PSNR)."
     )
 
 

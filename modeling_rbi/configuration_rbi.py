@@ -52,7 +52,7 @@ _DROPPED_FIELDS = {"gather_across_processes", "self_loss_weight"}
     custom_intro="""
     Configuration of the RBI models: a vision backbone, and the head in which the images of a batch attend to each
     other (Le et al., "Enhancing Fine-grained Image Classification through Attentive Batch Training",
-    https://huggingface.co/papers/2412.19606). The defaults are those of [`RBIConfig.paper`], but for PSNR on reduced
+    https://huggingface.co/papers/2412.19606). The defaults match [`RBIConfig.paper`], except for PSNR on reduced
     images; [`RBIConfig.kernel`] is the form that is useful without training. The paper leaves parts of the head open:
     these are fields here, whose defaults are one reading of it.
     """

@@ -105,7 +105,7 @@ def workplace(tmp_path):
 
 
 def _python_commands(text: str, number: int) -> list[tuple[str, list[str]]]:
-    """The modules and arguments of the `python -m training...` commands of a text, of which there must be `number`."""
+    """The modules and arguments of the `python -m training...` commands of a text, exactly `number`."""
     lines = [line.split("#")[0] for line in "".join(_blocks("bash", text)).splitlines()]
     words = [shlex.split(line) for line in lines if line.startswith("python -m ")]
     assert len(words) == number

@@ -57,7 +57,7 @@ def run_command(
         command (`Callable[[Sequence[str], Console], int | None]`):
             Parses the arguments with [`parse_arguments`], works, prints, and returns its exit code (`None`: 0).
         argv (`Sequence[str]`, *optional*):
-            Arguments of the command line. Defaults to those of this process.
+            Arguments of the command line. Defaults to `sys.argv[1:]`.
         width (`int`, *optional*, defaults to 120):
             Width of the console in columns if the output is not a terminal.
         on_stop (`str`, *optional*):

@@ -225,7 +225,7 @@ def fine_tune(
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "cosine",
         "save_total_limit": 1,
-        "use_cpu": True,  # so that the figures compare with those of the frozen backbone
+        "use_cpu": True,  # so that the figures compare with the figures of the frozen backbone
         "seed": args.seed,
         "disable_tqdm": not sys.stderr.isatty(),
     }

@@ -36,6 +36,12 @@ IMAGENET_MEAN, IMAGENET_STD = (
 )
 
 
+# Fields of small backbones for images of 32 x 32.
+TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+WINDOWS = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4}
+CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+
+
 def make_images(number, size=32, seed=1):
     """Different smooth images, (number, 3, size, size), normalized with ImageNet's mean and std."""
     images = torch.rand(number, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
@@ -120,7 +126,7 @@ def make_model(config, reference_features=None, reference_pixels=None):
 
 
 def vary_backbone_(model):
-    """Weights whose features differ between images as those of a trained ConvNeXt do."""
+    """Weights whose features differ between images as the features of a trained ConvNeXt do."""
     for name, parameter in model.rbi.backbone.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3)

@@ -67,7 +67,7 @@ class Backbone:
 
 
 def _transformer(config_class: type[PreTrainedConfig], feature_size: int = 16, **kwargs) -> Backbone:
-    """A plain vision transformer: 2 blocks over 16 patches. `kwargs` are those of `Backbone`."""
+    """A plain vision transformer: 2 blocks over 16 patches. `kwargs` go to `Backbone`."""
     arguments = {
         "hidden_size": 16,
         "num_hidden_layers": 2,
@@ -80,7 +80,7 @@ def _transformer(config_class: type[PreTrainedConfig], feature_size: int = 16, *
 
 
 def _stages(config_class: type[PreTrainedConfig], has_checkpointing: bool, feature_size: int = 12, **arguments):
-    """2 stages of one block each. `arguments` are those of the config."""
+    """2 stages of one block each. `arguments` go to the config."""
     return Backbone(config_class, {"depths": [1, 1], **arguments}, feature_size, has_checkpointing)
 
 

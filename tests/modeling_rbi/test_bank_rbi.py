@@ -195,7 +195,7 @@ def test_repeated_references_change_no_vote(model, pixel_values, features, times
     rows = torch.arange(len(VARIED_LABELS)).repeat(times)
     torch.testing.assert_close(votes_of(with_bank(model, rows=rows), pixel_values, features), expected)
     if model.config.attention_type == "dot_product":
-        # Cosines are of features off the mean of the bank, which repeating those of one class alone would move.
+        # Cosines subtract the mean of the bank, which would move if only the references of one class were repeated.
         rows = torch.cat([torch.arange(len(VARIED_LABELS)), (VARIED_LABELS == 3).nonzero().flatten().repeat(times)])
         torch.testing.assert_close(votes_of(with_bank(model, rows=rows), pixel_values, features), expected)
 

@@ -130,7 +130,7 @@ def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module):
 
 
 def assert_close_to_float32(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype):
-    """Closer to the float32 logits than those of different images are to each other, by far."""
+    """Far closer to the float32 logits than the logits of different images are to each other."""
     spread = expected.std(0).max()
     assert (logits.float() - expected).abs().max() <= (0.1 if dtype == torch.bfloat16 else 0.02) * spread
 
@@ -665,7 +665,7 @@ def test_trainer_with_references(tmp_path, train_dataset, eval_dataset, backbone
 
 
 def test_load_state_dict_takes_what_was_saved(tmp_path):
-    """For ViT the names in the file are not those of the modules; transformers' Trainer loads the file as it is."""
+    """For ViT the file has other names than the modules; the Trainer of transformers loads the file unchanged."""
     model = make_model("vit")
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")

@@ -38,19 +38,13 @@ from modeling_rbi import (
     RBIModel,
 )
 from tests.modeling_rbi.shared import (
+    CONVOLUTIONS,
     FEATURE_SIZE,
+    TRANSFORMER,
+    WINDOWS,
     logits_of,
     randomize_,
 )
-
-
-TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-
-
-WINDOWS = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4}
-
-
-CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
 
 
 OVERLAPPING_PATCHES = {

@@ -209,7 +209,7 @@ def test_keys_and_values_are_computed_once(bare_model, pixel_values):
 
 
 def assert_bank_is_fresh(model, pixel_values):
-    """In training keys and values are those of the weights as they are: evaluation must agree."""
+    """In training, keys and values are computed from the current weights: evaluation must agree."""
     with torch.no_grad():
         expected = copy.deepcopy(model).train()(pixel_values, relation_scope="reference").logits
     torch.testing.assert_close(logits_of(model, pixel_values, relation_scope="reference"), expected)
@@ -590,7 +590,7 @@ def vit_config():
 
 @pytest.fixture(params=["convnext", "vit"])
 def any_model(request, backbone_config):
-    """Both presets, with a bank, each on another backbone. The names in ViT's files are not those of its modules."""
+    """Both presets, with a bank, each on another backbone. The files of ViT have other names than its modules."""
     if request.param == "convnext":
         model = make_model(RBIConfig.paper(backbone_config=backbone_config, num_labels=NUM_LABELS))
         vary_backbone_(model)
@@ -698,9 +698,9 @@ def test_a_bank_of_another_backbone_is_warned_of_and_refused(any_model, caplog, 
     loaded = RBIForImageClassification.from_pretrained(tmp_path / "trained", references=None, relation_scope="self")
     loaded.set_references(make_items(5))
     with transformers_log(caplog):
-        loaded.save_pretrained(tmp_path / "anew")
+        loaded.save_pretrained(tmp_path / "again")
         assert "references" not in caplog.text
-    RBIForImageClassification.from_pretrained(tmp_path / "anew")
+    RBIForImageClassification.from_pretrained(tmp_path / "again")
 
 
 def test_training_the_head_leaves_the_bank_its_own(any_model, tmp_path):
@@ -870,7 +870,7 @@ def kernel(backbone_config):
 
 
 def test_twins_of_new_references_are_of_the_new_classes(kernel):
-    """And those of the others of theirs."""
+    """Images close to references of the known classes are still predicted as the known classes."""
     kernel.add_classes(NEW, new_items())
     pixel_values = torch.cat([make_images(4, seed=21), make_images(20, seed=5)])
     answers = logits_of(kernel, pixel_values + 0.02 * torch.randn_like(pixel_values)).argmax(1)

@@ -652,7 +652,7 @@ def test_only_the_nearest_references_are_attended_to(model, pixel_values, num_ne
     every, few = attentions
     kept = few > 0
     assert (kept.sum(-1) == min(num_neighbors, NUM_REFERENCES)).all()
-    # They are those of the highest attention, which keeps its proportions.
+    # They have the highest attention, which keeps its proportions.
     expected = torch.where(kept, every, 0.0)
     expected = expected / expected.sum(-1, keepdim=True) * few.sum(-1, keepdim=True)
     torch.testing.assert_close(few, expected, atol=1e-6, rtol=1e-4)

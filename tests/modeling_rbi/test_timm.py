@@ -51,7 +51,7 @@ def _timm_config(architecture: str = "mobilenetv3_small_100", model_args: dict |
 
 
 def _classifier(config: TimmWrapperConfig) -> TimmWrapperForImageClassification:
-    """Untrained, but with answers that differ: BatchNorm's statistics are those of images."""
+    """Untrained, but with logits that differ: batch normalization has the statistics of images."""
     model = TimmWrapperForImageClassification(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -225,7 +225,7 @@ def test_from_backbone_pretrained_keeps_the_weights(timm_folder):
     with torch.no_grad():
         features, _ = model.rbi.extract_features(pixel_values)
         torch.testing.assert_close(features, backbone(pixel_values).pooler_output)
-    # The pixel statistics are those of the checkpoint.
+    # The pixel statistics come from the checkpoint.
     assert model.config.image_mean == pytest.approx([0.5] * 3, abs=1e-5)
     assert model.config.image_std == pytest.approx([0.25] * 3, abs=1e-5)
 

@@ -246,7 +246,7 @@ class RBIWithViTTest(RBICommonTests, ModelTesterMixin, unittest.TestCase):
         self.enterContext(patch.object(RBIPreTrainedModel, "supports_gradient_checkpointing", True))
 
     def test_model_get_set_embeddings(self):
-        # The common test expects an `nn.Embedding`; a vision transformer's are those of its patches.
+        # The common test expects an `nn.Embedding`; a vision transformer has patch embeddings.
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             embeddings = model.base_model.backbone.embeddings

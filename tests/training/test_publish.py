@@ -94,7 +94,7 @@ def test_publications_and_the_code_of_their_card(hub, hub_module, run, reloaded,
     arrived = set(repo.objects)
 
     again = run(sharded)
-    # Files of others stay, even if their names resemble those of a publication.
+    # Files of others stay, even if their names resemble files of a publication.
     others = ["scripts/prepare_rbi.py", "examples/mine/cat.png", "onnx/model.safetensors", "notes.md"]
     commit = repo.commit()
     files = commit.files | {name: hub_module.File(b"mine", False) for name in others}

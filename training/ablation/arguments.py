@@ -11,22 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import TrainingArguments
 
 from modeling_rbi import RBIConfig, UserError
 
 from ..cli import default_output_dir, find_recipes, parse_arguments
-from ..data.arguments import DataArguments
-from ..data.transforms import AugmentationArguments
-from ..fine_tuning.arguments import DEFAULTS, Arguments, FineTuningArguments, RunArguments
-from ..fine_tuning.models import ModelArguments
+from ..fine_tuning.arguments import DEFAULTS, Arguments
 from ..record import resolved_arguments, without_secrets
 from .arms import ARMS, Arm, choose_arms
 
 
 @dataclass
 class AblationOptions:
-    """Arguments of an ablation in addition to those of a training."""
+    """Arguments that an ablation has beyond the arguments of a training."""
 
     arms: list[str] | None = field(
         default=None,
@@ -65,15 +61,7 @@ class AblationArguments(Arguments):
     @classmethod
     def parse(cls, argv: Sequence[str], description: str | None = None) -> "AblationArguments":
         """Parses a command line, see [`parse_arguments`]."""
-        types = (
-            ModelArguments,
-            DataArguments,
-            AugmentationArguments,
-            FineTuningArguments,
-            RunArguments,
-            TrainingArguments,
-            AblationOptions,
-        )
+        types = (*cls.TYPES, AblationOptions)
         output_dir = Path("outputs", "ablation", Path(default_output_dir(find_recipes(argv))).name)
         defaults = DEFAULTS | {"output_dir": str(output_dir)}
         *parsed, options, recipes = parse_arguments(argv, types, defaults, description)

@@ -85,7 +85,7 @@ def in_order_of_content(split: datasets.Dataset) -> datasets.Dataset:
 
 def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Tensor:
     r"""
-    Matches the classes of the data to those of the model by name. Returns the model's number of each class,
+    Matches the classes of the data to the classes of the model by name. Returns the model's number of each class,
     `(num_classes,)`, -100 for classes without images.
 
     Raises:

@@ -5,7 +5,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -237,21 +237,23 @@ class Arguments:
     recipes: list[str]
     argv: list[str]
 
+    # The dataclasses whose fields are the flags, in the order of the fields above.
+    TYPES: ClassVar[tuple[type, ...]] = (
+        ModelArguments,
+        DataArguments,
+        AugmentationArguments,
+        FineTuningArguments,
+        RunArguments,
+        TrainingArguments,
+    )
+
     @classmethod
     def parse(cls, argv: Sequence[str], description: str | None = None) -> "Arguments":
         """Parses a command line; see [`parse_arguments`]."""
-        types = (
-            ModelArguments,
-            DataArguments,
-            AugmentationArguments,
-            FineTuningArguments,
-            RunArguments,
-            TrainingArguments,
-        )
         defaults = DEFAULTS | {"output_dir": default_output_dir(find_recipes(argv))}
         is_dry_without_gpu = "--dry_run" in argv and not torch.cuda.is_available()
         on_cpu = ["--bf16", "False", "--fp16", "False", "--use_cpu", "True"] if is_dry_without_gpu else []
-        parsed = (*parse_arguments([*argv, *on_cpu], types, defaults, description), list(argv))
+        parsed = (*parse_arguments([*argv, *on_cpu], cls.TYPES, defaults, description), list(argv))
         return cls(*parsed)
 
     def __post_init__(self):

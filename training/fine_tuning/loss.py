@@ -116,8 +116,8 @@ def backward_in_two_passes(
     batch at a time, and propagates these gradients. Only images and features are kept for the whole neighborhood. The
     cost is one more forward pass of the backbone.
 
-    The gradients equal those of the whole batch up to rounding; dropout draws the same numbers in both passes. Batch
-    normalization is the exception, as in any gradient accumulation: it normalizes each small batch separately.
+    The gradients equal the gradients of the whole batch up to rounding; dropout draws the same numbers in both passes.
+    Batch normalization is the exception, as in any gradient accumulation: it normalizes each small batch separately.
 
     Args:
         model (`RBIForImageClassification`):

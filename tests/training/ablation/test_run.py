@@ -299,7 +299,7 @@ def test_through_the_bank_no_image_attends_to_itself_end_to_end(make, monkeypatc
 
     def spied_step(self, model, inputs, *args):
         labels = torch.tensor(self.train_dataset.labels)
-        assert torch.equal(labels[inputs["rows"]], inputs["labels"]), "the rows are those of the images"
+        assert torch.equal(labels[inputs["rows"]], inputs["labels"]), "the rows belong to the images"
         batches.append(inputs["rows"])
         return training_step(self, model, inputs, *args)
 

@@ -322,7 +322,7 @@ def test_mixing_without_draws_draws_from_torchs_generator():
 
 
 def test_padding_changes_nothing_for_the_others(make_split):
-    """Logits of a padded batch of one process are those of the batch without it."""
+    """On one process, a padded batch has the same logits as the batch without padding."""
     backbone_config = ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=32)
     images = training_images(make_split())
     draws = [Draw(0, 1), Draw(1, 2), Draw(5, 3)]

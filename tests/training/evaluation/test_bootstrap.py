@@ -1,4 +1,4 @@
-"""Intervals cover a known truth; resampled metrics are those of the images drawn."""
+"""Intervals cover a known truth; resampled metrics match the images drawn."""
 
 import numpy as np
 import pytest

@@ -50,7 +50,7 @@ def test_clear_references_of_the_same_class_get_the_largest_share(backbone_confi
 
 
 def test_the_gain_follows_the_worth_of_the_images(backbone_config):
-    """Where images are like those of another class, features tell more than PSNR; where features are noise, less."""
+    """Where images look like images of another class, features tell more than PSNR; where features are noise, less."""
     model = make_model(backbone_config)
     # The classifier does not read all that attention does.
     more = 3 * one_hot(REFERENCE_LABELS + NUM_LABELS)

@@ -138,8 +138,8 @@ def test_an_rbi_model_for_other_classes(rbi_checkpoint):
     model, _ = load_model(args, list("abcde"))
     assert model.config.id2label == dict(enumerate("abcde"))
     after = model.state_dict()
-    anew = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert anew == {"classifier.weight", "classifier.bias"}
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
     assert after["classifier.weight"].shape == (5, 24)
     assert after["classifier.weight"].std() > 0
 

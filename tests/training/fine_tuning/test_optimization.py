@@ -389,8 +389,8 @@ def test_swapping_twice_changes_no_bit():
     assert all(torch.equal(one, other) for one, other in zip(inside, averaged, strict=True))
     names = {name for name, _ in model.named_parameters()}
     with average.swapped_in(model):
-        assert changed(before, model) <= names, "buffers are those of the model"
-    optimizer.step()  # the very tensors of the optimizer are those of the model still
+        assert changed(before, model) <= names, "the buffers belong to the model"
+    optimizer.step()  # the optimizer still holds the tensors of the model
 
 
 def test_the_moving_average_goes_on_from_a_checkpoint():

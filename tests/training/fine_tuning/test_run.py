@@ -489,7 +489,7 @@ class TestBank:
         }
 
     def test_the_model_loads_and_answers_with_it(self, with_bank, published):
-        """The metrics of the record are those of what was saved: with the bank, and alone."""
+        """The record has the metrics of the saved model, with the bank and without neighbors."""
         results = results_of(with_bank)
         assert results == json.loads((with_bank / "run.json").read_text())["results"]
         expected = {"train", "validation", "validation_reference", "test_single", "test_reference", "test_shuffled"}

@@ -232,6 +232,6 @@ class DebianFiles(_Tar):
 
     def _remedy(self) -> str:
         return (
-            f"apt-get served a package whose files differ from those of version {self.version}; copy "
+            f"apt-get served a package whose files differ from the files of version {self.version}; copy "
             f"{self.file_name} from the cache of a machine with another release to {cache_dir()}"
         )

@@ -201,7 +201,7 @@ def test_debian_files_are_the_same_in_every_version(client, tmp_path):
 def test_refuses_other_debian_files(client, tmp_path):
     deb = _build_deb(tmp_path, "1.0", "xz", b"other")
     client("apt-get", f"cp {deb} .")
-    with pytest.raises(ValueError, match=r"things.tar has the SHA-256.*files differ from those of version 1.0"):
+    with pytest.raises(ValueError, match=r"things.tar has the SHA-256.*files differ from the files of version 1.0"):
         DebianFiles("things", "1.0", "things.tar", "0" * 64, "usr/share/things").fetch()
     assert list(packages.cache_dir().iterdir()) == []
 
