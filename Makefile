@@ -47,7 +47,7 @@ cards: .venv/.made-demo  ## Train the models of model_cards/ and write their car
 test: .venv/.made tools  ## Run all tests except those of timm
 	.venv/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm' $(ARGS)
 
-test-fast: .venv/.made tools  ## Run the tests that take less than about ten seconds each
+test-fast: .venv/.made tools  ## Run the tests that take less than about a second each
 	.venv/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm and not slow' $(ARGS)
 
 test-timm: .venv-timm/.made  ## Test timm backbones and torchvision image processors, with the newest torch

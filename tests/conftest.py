@@ -14,6 +14,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# The workers of pytest-xdist share the cores. Processes that tests start inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -22,10 +24,9 @@ from transformers import ConvNextConfig
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.utils import logging
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
+from modeling_rbi import RBIConfig, RBIForImageClassification, modeling_rbi
 
 
-# The workers of pytest-xdist share the cores.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
@@ -110,6 +111,22 @@ def pytest_terminal_summary(terminalreporter):
     )
     for reason, number in sorted(reasons.items()):
         terminalreporter.write_line(f"{number} tests were skipped, since {reason}", yellow=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_backbone_is_measured_once():
+    """A measurement takes longer than building the model, and it depends on nothing but this key."""
+    sizes = {}
+
+    def measure_once(config, measure=modeling_rbi.measure_feature_size):
+        key = config.backbone_config.to_json_string(), config.pooling, len(config.image_mean)
+        if key not in sizes:
+            sizes[key] = measure(config)
+        return sizes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_rbi, "measure_feature_size", measure_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

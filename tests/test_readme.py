@@ -115,7 +115,7 @@ def _python_commands(text: str, number: int) -> list[tuple[str, list[str]]]:
 @pytest.mark.slow
 def test_commands_run_in_their_order(hub, workplace, node):
     """Training, references, publication, Space and exports; then the clients of an endpoint, and ONNX in Node.js."""
-    environment = hub.env(workplace / "home", token=hub.add_user("user"), OMP_NUM_THREADS="1")
+    environment = hub.env(workplace / "home", token=hub.add_user("user"))
     environment |= {"PYTHONPATH": str(ROOT), "RBI_CACHE": str(workplace / "cache")}
 
     def run(*command: str, **options) -> str:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of a run, `run.json`: arguments, data, environment and results."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -207,6 +208,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

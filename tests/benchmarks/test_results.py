@@ -414,6 +414,7 @@ def toy(backbone_config, monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_references_without_training(toy, monkeypatch, tmp_path):
     monkeypatch.setattr(results, "REFERENCE_SETS", {"toy": ("recipe", ("--num_unlabeled",)), "styled": ("emoji", ())})
     measured = json.loads(json.dumps(results.measure_references("toy", tmp_path)))

@@ -6,11 +6,7 @@ import pytest
 import torch
 from transformers import ResNetConfig
 
-from modeling_rbi import (
-    RBIConfig,
-    RBIForImageClassification,
-    modeling_rbi,
-)
+from modeling_rbi import RBIConfig, RBIForImageClassification
 from tests.modeling_rbi.shared import (
     FEATURE_SIZE,
     LABELS,
@@ -21,22 +17,6 @@ from tests.modeling_rbi.shared import (
     make_model,
     vary_backbone_,
 )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _each_backbone_is_measured_once():
-    """A measurement takes longer than building the model, and it depends on nothing but this key."""
-    sizes = {}
-
-    def measure_once(config, measure=modeling_rbi.measure_feature_size):
-        key = config.backbone_config.to_json_string(), config.pooling, len(config.image_mean)
-        if key not in sizes:
-            sizes[key] = measure(config)
-        return sizes[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_rbi, "measure_feature_size", measure_once)
-        yield
 
 
 @pytest.fixture

@@ -37,7 +37,6 @@ def run_processes(target, world_size: int, folder: Path, *arguments):
 
 
 def _run(target, rank: int, world_size: int, folder: Path, *arguments):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )

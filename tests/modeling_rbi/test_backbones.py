@@ -270,7 +270,6 @@ else:
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
-torch.set_num_threads(1)
 images, answers_file = torch.load(sys.argv[1]), sys.argv[2]
 answers = {}
 for folder, pixel_values in images.items():

@@ -262,6 +262,10 @@ class RBIWithCNNTests(RBICommonTests):
     # Two stages. The hidden states are feature maps, and the common tests look at the last two axes: height and width.
     model_attributes = {"num_hidden_layers": 2, "seq_length": 8, "hidden_size": 8}
 
+    @unittest.skip("Opt-out: loads 28 times with either name of `dtype`, whatever the backbone; ViT's test does.")
+    def test_bc_torch_dtype(self):
+        pass
+
     @unittest.skip("Opt-out: convolutional backbones have no input embeddings, in transformers' own tests neither.")
     def test_model_get_set_embeddings(self):
         pass

@@ -2,9 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import runpy
 import socket
+import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from model_cards.card import CardArguments
 from training.data.tiny import make_published
 
 
+ROOT = Path(__file__).parents[2]
 TINY_CONVNEXT = {
     "model_type": "convnext",
     "hidden_sizes": [8, 12, 16, 24],
@@ -29,7 +33,6 @@ import os, sys, traceback
 os.environ |= environment
 import torch
 
-torch.set_num_threads(1)
 code = 1
 try:
 {}
@@ -139,13 +142,67 @@ def stop_at(monkeypatch, stopping_init):
 
 
 @pytest.fixture(scope="session")
-def run_processes(tmp_path_factory):
+def fork_server():
     """
-    Runs a script in several processes, connected as `accelerate launch` connects them, with the given names defined.
-    They are forked from a process that has imported the project once, since that takes longer than what they do.
+    Starts processes, as `multiprocessing` does. They are forked from a process that has imported the commands once,
+    since that takes longer than what they do.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.train", "training.accelerate_loop"])
+    context.set_forkserver_preload(
+        ["training.train", "training.accelerate_loop", "training.ablate", "training.assess"]
+    )
+    return context
+
+
+def _run_module(module, words, output, folder, environment):
+    """`python -m module words`, with its output in files."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
+    os.environ |= environment
+    sys.argv[1:] = words
+    sys.modules.pop(module, None)  # runpy warns of a module that was imported before
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+class _Command:
+    """A command in a process of its own. What it has written to stdout and stderr is in `stdout` and `stderr`."""
+
+    def __init__(self, context, module, words, output, *where):
+        self._output = output
+        self.process = context.Process(target=_run_module, args=(module, list(map(str, words)), output, *where))
+        self.process.start()
+
+    def wait(self) -> int:
+        """Its exit code; minus the number of the signal that ended it."""
+        self.process.join(300)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode
+
+    @property
+    def stdout(self) -> str:
+        return (self._output / "out").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self._output / "err").read_text()
+
+
+@pytest.fixture
+def start_command(fork_server, tmp_path_factory):
+    """Starts `python -m module words` in a folder, by default the project's."""
+
+    def start(module, words, folder=ROOT, **environment):
+        environment = {"RBI_CACHE": str(tmp_path_factory.getbasetemp() / "cache")} | environment
+        return _Command(fork_server, module, words, tmp_path_factory.mktemp("command"), folder, environment)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_processes(fork_server, tmp_path_factory):
+    """Runs a script in several processes, connected as `accelerate launch` connects them, with the names defined."""
     scripts = tmp_path_factory.mktemp("scripts")
     cache = str(tmp_path_factory.getbasetemp() / "cache")
 
@@ -163,7 +220,7 @@ def run_processes(tmp_path_factory):
                 variables |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 variables |= {"ACCELERATE_USE_CPU": "true"}
             names_of_rank = names | {"environment": variables}
-            processes.append(context.Process(target=runpy.run_path, args=(str(path), names_of_rank, "__main__")))
+            processes.append(fork_server.Process(target=runpy.run_path, args=(str(path), names_of_rank, "__main__")))
         for process in processes:
             process.start()
         for process in processes:

@@ -1,12 +1,8 @@
 """`python -m training.ablate`: exit codes, messages, and a killed run that goes on."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +10,6 @@ from training import ablate as command
 from training.ablate import main
 
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"freeze_backbone": True, "frozen_steps": 5, "num_seeds": 2, "num_shuffles": 2}
 
 
@@ -79,22 +74,16 @@ def test_stopped_by_hand_it_says_how_to_go_on(line, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on(line, tmp_path):
+def test_killed_it_goes_on(line, start_command, tmp_path):
     """A true kill, in a process of its own, right after the first figures."""
     folder = tmp_path / "out"
     words = line(arms=["rbi", "bank-trained"], frozen_steps=60)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.ablate", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    started = start_command("training.ablate", words)
     deadline = time.monotonic() + 120
     while not list(folder.glob("*/seed-42.json")) and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    started.process.kill()
+    assert started.wait() == -signal.SIGKILL
     kept = {path: path.read_bytes() for path in folder.glob("*/seed-*.json")}
     assert kept and not (folder / "ablation.json").exists()
     assert main(words) == 0

@@ -5,8 +5,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +27,6 @@ from training.evaluation.protocols import Condition
 from training.evaluation.report import FILES, confused_pairs
 
 
-ROOT = Path(__file__).parents[2]
 # Features of other batches and runs are rounded otherwise, by about 1e-6, and the calibration error with them.
 TOLERANCE = 1e-5
 TINY = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "image_size": 32}
@@ -234,6 +231,7 @@ def test_with_references(data, tmp_path):
     assert result.most_telling == Condition("reference")
 
 
+@pytest.mark.slow
 def test_any_image_classifier_is_measured_without_relations(data, earlier, tmp_path):
     """In place of an earlier assessment, which had a file more."""
     before = {path.name: path.read_bytes() for path in earlier.iterdir()}
@@ -384,10 +382,9 @@ def words(model_dir, published, tmp_path):
 
 
 @pytest.mark.slow
-def test_as_a_command(words, tmp_path):
-    command = [sys.executable, "-m", "training.assess", *words, "--batch_sizes", "8", "20", "--resamples", "100"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_as_a_command(words, start_command, tmp_path):
+    result = start_command("training.assess", [*words, "--batch_sizes", "8", "20", "--resamples", "100"])
+    assert result.wait() == 0, result.stderr
     text = " ".join(result.stdout.split())
     for part in (
         "sorted - shuffled",

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,15 +32,15 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_as_a_command(folder, tmp_path):
+def test_as_a_command(folder, start_command, tmp_path):
     (folder / "a" / "[bold]x.jpg").write_bytes(b"")
     (folder / ".DS_Store").write_bytes(b"")
-    command = [sys.executable, "-m", "training.check_data", "--train_dir", str(folder), "--min_per_class", "2"]
-    result = subprocess.run([*command, "--report", str(tmp_path / "r.json")], capture_output=True, text=True)
-    assert result.returncode == 1, result.stderr
+    words = ["--train_dir", folder, "--min_per_class", "2", "--report", tmp_path / "r.json"]
+    result = start_command("training.check_data", words)
+    assert result.wait() == 1, result.stderr
     text = result.stdout.replace("\n", "")
-    for words in ("train: 11 images", "zero_size", "hidden_file", "1 findings prevent training, 1 are notes"):
-        assert words in text
+    for part in ("train: 11 images", "zero_size", "hidden_file", "1 findings prevent training, 1 are notes"):
+        assert part in text
     assert "[bold]x" in text
     report = json.loads((tmp_path / "r.json").read_text())
     assert [finding["kind"] for finding in report["findings"]] == ["zero_size", "hidden_file"]

@@ -2,12 +2,8 @@
 
 import io
 import json
-import os
 import socket
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +19,6 @@ from training.demo import ARM_NAMES, ArmResult, DemoArguments, choose_preset, ma
 from training.evaluation.protocols import ProtocolAccuracies
 
 
-ROOT = Path(__file__).parents[2]
 NUM_PEOPLE = 6
 # Percentage points that one of the 42 test images is worth: other rounding may change one prediction.
 ONE_IMAGE = 100 / (NUM_PEOPLE * 7) + 1e-6
@@ -151,15 +146,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_as_a_process_of_its_own():
-    result = subprocess.run(
-        [sys.executable, "-m", "training.demo", "--num_draw", "3"],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
+def test_as_a_process_of_its_own(start_command):
+    result = start_command("training.demo", ["--num_draw", "3"])
+    assert result.wait() == 2
     assert "error: There is no argument --num_draw: did you mean `--num_draws`?" in result.stderr
 
 

@@ -2,12 +2,9 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -55,7 +52,7 @@ MORE = {
     "training.assess": ["--use_cpu", "--disable_tqdm", "True", "--resamples", "100"],
     "training.ablate": [
         *("--use_cpu", "--disable_tqdm", "True"),
-        *("--num_seeds", "2", "--frozen_steps", "2", "--num_shuffles", "2"),
+        *("--arms", "rbi", "bank-trained", "--num_seeds", "2", "--frozen_steps", "2", "--num_shuffles", "2"),
     ],
     "training.accelerate_loop": ["--use_cpu"],
     "training.check_data": [],
@@ -70,7 +67,7 @@ def unfinish(output_dir):
 
 
 @pytest.mark.slow
-def test_the_commands_run_in_their_order(workplace, monkeypatch, capsys):
+def test_the_commands_run_in_their_order(workplace, start_command, monkeypatch, capsys):
     """In this process, since importing takes longer than most of them, but for the one of several processes."""
     assert len(COMMANDS) == 10
     monkeypatch.chdir(workplace)
@@ -92,10 +89,8 @@ def test_the_commands_run_in_their_order(workplace, monkeypatch, capsys):
         if line[0] == "accelerate":
             # There are processes where there are no GPUs.
             line[line.index("training/accelerate/multi_gpu.yaml")] = "training/accelerate/multi_cpu.yaml"
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            launch = [sys.executable, "-m", "accelerate.commands.launch", *line[2:]]
-            result = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
-            assert result.returncode == 0, f"{command}\n{result.stderr}"
+            launch = start_command("accelerate.commands.launch", line[2:], folder=workplace, PYTHONPATH=str(ROOT))
+            assert launch.wait() == 0, f"{command}\n{launch.stderr}"
             record = json.loads((workplace / "outputs" / "several" / "run.json").read_text())
             assert record["environment"]["hardware"]["processes"] == 2
             continue

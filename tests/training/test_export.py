@@ -3,9 +3,6 @@
 """`python -m training.export` as a command: what it prints and returns."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -18,7 +15,7 @@ from training.export import main
 
 
 @pytest.mark.slow
-def test_as_a_command(tmp_path):
+def test_as_a_command(start_command, tmp_path):
     """The one export in a process of its own, with the `paper` preset and scope `self`."""
     out = tmp_path / "out"
     backbone_config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
@@ -27,14 +24,8 @@ def test_as_a_command(tmp_path):
     model.save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
     words = ["--model", str(tmp_path / "model"), "--relation_scope", "self", "--output_dir", str(out)]
-    result = subprocess.run(
-        [sys.executable, "-m", "training.export", *words, "--format", "onnx"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert result.returncode == 0, result.stderr
+    result = start_command("training.export", [*words, "--format", "onnx"])
+    assert result.wait() == 0, result.stderr
     text = " ".join(result.stdout.split())
     facts = json.loads((out / "config.json").read_text())["rbi_export"]
     difference = facts["files"]["onnx/model.onnx"]["max_logit_difference"]

@@ -108,7 +108,7 @@ def test_publications_and_the_code_of_their_card(hub, hub_module, run, reloaded,
             *(sys.executable, "-m", "training.publish"),
             *command("zoo/pets", "--private", "--dry_run", "--output_dir", str(draft)),
         ],
-        env=hub.env(tmp_path, OMP_NUM_THREADS="1"),
+        env=hub.env(tmp_path),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -135,7 +135,7 @@ def test_publications_and_the_code_of_their_card(hub, hub_module, run, reloaded,
     code = OUTSIDER + "".join(f"exec(compile({block!r}, 'README.md', 'exec'), {{}})\n" for block in blocks)
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=hub.env(outside, OMP_NUM_THREADS="1"),
+        env=hub.env(outside),
         cwd=outside,
         capture_output=True,
         text=True,
@@ -181,6 +181,7 @@ def test_what_is_refused_touches_nothing(hub, hub_module, run, reloaded, command
     assert hub.count("/commit/") == 0 and set(hub.repos) == {("model", "alice/old")}
 
 
+@pytest.mark.slow
 def test_a_dry_run_that_would_be_refused_says_why(reloaded, command, tmp_path, capsys):
     words = command("alice/pets", "--dry_run", "--output_dir", str(tmp_path / "draft"))
     words[words.index("--config") + 1] = str(tmp_path / "empty.yaml")

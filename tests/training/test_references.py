@@ -3,9 +3,6 @@
 """`python -m training.references`: what it chooses on planted images, and that it writes what it measured."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import RBIForImageClassification
+from modeling_rbi import RBIForImageClassification, modeling_rbi
 from training import references
 from training.data import image_dataset
 from training.evaluation.reference_settings import KERNELS, SHARES, VOTE_WEIGHTS, ReferenceSettings
@@ -266,43 +263,12 @@ def test_test_images_are_not_read(fitted):
     assert len(read) == len(set(read)) == len(splits) + 7
 
 
-WITHOUT_PACKAGE = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_rbi", "training"):
-            raise ModuleNotFoundError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Refuse())
-
-import torch
-from transformers import AutoModelForImageClassification
-
-torch.set_num_threads(1)
-folder, images, answers = sys.argv[1:]
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-with torch.no_grad():
-    torch.save(model(torch.load(images)).logits, answers)
-assert "modeling_rbi" not in sys.modules
-"""
-
-
-@pytest.mark.slow
-def test_it_loads_without_the_package(fitted, data_dir, tmp_path):
-    pixel_values = pixels_of(sorted((data_dir / "test").rglob("*.png")))
-    torch.save(pixel_values, tmp_path / "images.pt")
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_PACKAGE, fitted[0], tmp_path / "images.pt", tmp_path / "answers.pt"],
-        env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    expected = answers_of(RBIForImageClassification.from_pretrained(fitted[0]), pixel_values)
-    torch.testing.assert_close(torch.load(tmp_path / "answers.pt"), expected)
+def test_it_carries_the_code_of_the_model(fitted):
+    """As `save_pretrained` writes it. That such a folder loads without the package is tested with the models."""
+    names = {path.name for path in Path(modeling_rbi.__file__).parent.glob("*_rbi.py")}
+    assert {path.name for path in fitted[0].glob("*.py")} >= names - {"image_processing_rbi.py"}
+    auto_map = json.loads((fitted[0] / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForImageClassification"] == "modeling_rbi.RBIForImageClassification"
 
 
 @pytest.mark.parametrize("keep_images", [True, False])
@@ -359,6 +325,7 @@ def test_nothing_is_written_where_relations_hurt(data_dir, tmp_path, command, ca
     assert_it_loads(tmp_path / "out", command.model, pixels_of(paths["train"][:3]))
 
 
+@pytest.mark.slow
 def test_few_held_out_images_choose_nothing(classifier_dir, data_dir, tmp_path, command, capsys):
     assert command(model=classifier_dir, train_dir=data_dir, max_eval_samples=99, force=True) == 0
     record = record_of(tmp_path / "out")
@@ -386,6 +353,7 @@ def test_without_held_out_images_nothing_is_measured(classifier_dir, data_dir, t
     assert "was not measured" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_labels_do_not_vote_where_they_are_not_to(classifier_dir, data_dir, tmp_path, command):
     model = RBIForImageClassification.from_image_classifier(
         make_classifier(), image_processor=processor(), reference_vote_weight=0.5
@@ -400,6 +368,7 @@ def test_labels_do_not_vote_where_they_are_not_to(classifier_dir, data_dir, tmp_
         assert record["settings"]["vote_weight"] == command.model.config.reference_vote_weight == 0
 
 
+@pytest.mark.slow
 def test_the_number_of_unlabeled_images(classifier_dir, camera, data_dir, tmp_path, command):
     """Of each folder, as many as there are at most, by chance and by the seed."""
     folders = [camera, data_dir / "test"]

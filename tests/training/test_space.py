@@ -5,9 +5,7 @@
 import importlib.util
 import shutil
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -120,8 +118,7 @@ def test_without_gradio(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "training.space", "--model", str(tmp_path / "absent"), "--port", str(free_port())]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 1
+def test_as_a_process(start_command, tmp_path):
+    result = start_command("training.space", ["--model", tmp_path / "absent", "--port", free_port()])
+    assert result.wait() == 1
     assert result.stderr.startswith("error: There is no folder") and not result.stdout

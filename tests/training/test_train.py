@@ -2,10 +2,7 @@
 
 import errno
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +12,6 @@ from safetensors.torch import load_file
 
 from training import accelerate_loop, train
 from training.fine_tuning.trainer import RBITrainer, last_complete_checkpoint
-
-
-ROOT = Path(__file__).parents[2]
 
 
 HARD = {
@@ -60,7 +54,7 @@ RESUMED = {"atol": 1e-4, "rtol": 1e-3}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [train, accelerate_loop], ids=["training.train", "training.accelerate_loop"])
-def test_killed_in_mid_epoch_it_goes_on(arguments, tmp_path, unlabeled_dir, module):
+def test_killed_in_mid_epoch_it_goes_on(arguments, start_command, tmp_path, unlabeled_dir, module):
     """As if it had not been killed. The process that is killed is the one that starts as users do."""
     if module is train:
         options, resume = HARD | {"unlabeled_dir": unlabeled_dir}, ["--resume_from_checkpoint", "last"]
@@ -77,19 +71,13 @@ def test_killed_in_mid_epoch_it_goes_on(arguments, tmp_path, unlabeled_dir, modu
         return line
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", module.__name__, *words(killed)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    started = start_command(module.__name__, words(killed))
     deadline = time.monotonic() + 300
     # 4 steps an epoch: after step 6 it is in the second epoch.
     while not any((killed / f"checkpoint-{step}").exists() for step in (6, 7)) and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    started.process.kill()
+    assert started.wait() == -signal.SIGKILL
     assert not (killed / "all_results.json").exists()
     assert module.main([*words(killed), *resume]) == 0
 

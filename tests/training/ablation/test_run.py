@@ -77,6 +77,7 @@ def end_to_end(command_line, cache, tmp_path_factory):
     return ablate(args), folder, args
 
 
+@pytest.mark.slow
 class TestFrozen:
     def test_every_figure_is_kept(self, frozen):
         results, folder, _ = frozen
@@ -172,6 +173,7 @@ class TestFrozen:
         assert_alike(ablate(AblationArguments.parse(line)), results)
 
 
+@pytest.mark.slow
 class TestResuming:
     def test_stopped_between_arms_it_goes_on_to_the_same(self, make, monkeypatch):
         arms, number = ["rbi", "bank-trained", "batchformer"], 5  # with the controls
@@ -287,6 +289,7 @@ class TestEndToEnd:
         assert accuracy == pytest.approx(measured)
 
 
+@pytest.mark.slow
 def test_through_the_bank_no_image_attends_to_itself_end_to_end(make, monkeypatch, tmp_path):
     asked, batches = [], []
     forward, training_step = RBIForImageClassification.forward, BankTrainer.training_step
@@ -327,6 +330,7 @@ def planted(num_classes=10, per_class=12, seed=0):
     return Cached(CachedImages(pixels, features, labels), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "protocol"),
     [("rbi-kernel-untrained", "shuffled"), ("bank-untrained", "reference"), ("bank-trained", "reference")],
@@ -369,6 +373,7 @@ def test_the_budget_is_that_of_the_arguments(make):
     assert budget.images_per_class == 4 and budget.class_weights is None
 
 
+@pytest.mark.slow
 def test_features_are_those_of_each_seeds_images_even_where_one_occurs_twice(make, tmp_path):
     args = make(**FROZEN, num_unlabeled=3)
     (tmp_path / "out").mkdir()

@@ -157,7 +157,6 @@ def refuse(*args, **kwargs):
 sys.meta_path.insert(0, Absent())
 import torch
 
-torch.set_num_threads(1)
 pickle.loads = torch.load = refuse
 program = torch.export.load(sys.argv[1]).module()
 inputs = torch.frombuffer(bytearray(open(sys.argv[2], "rb").read()), dtype=torch.float32).view(5, 3, 96, 80)
@@ -328,6 +327,7 @@ def test_not_finite_answers_are_refused(model_folder, tmp_path, replace_file):
     check_refused("of them not finite", tmp_path, str(model_folder), format="torch_export")
 
 
+@pytest.mark.slow
 def test_a_backbone_of_one_size_is_not_taken_for_one_of_any(tmp_path, monkeypatch):
     """If an export for any size predicts otherwise at another size, the model is exported for one size."""
     compared = []
