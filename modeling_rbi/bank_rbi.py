@@ -44,6 +44,7 @@ class ReferenceBank(nn.Module):
     mean: torch.Tensor  # (d,)
     keys: torch.Tensor  # (N, d)
     values: torch.Tensor  # (N, d)
+    response: torch.Tensor  # key and value of a fixed vector, which identify the weights of keys and values, (2, d)
 
     def __init__(self, config: RBIConfig):
         super().__init__()
@@ -51,7 +52,7 @@ class ReferenceBank(nn.Module):
         size, image_shape = references["num_references"], references["image_shape"]
         num_features = config.feature_size or 0
         self.mean_similarity = references["mean_similarity"]
-        # Whether mean, keys and values are up to date with the head's weights.
+        # Whether mean, keys and values were computed. The weights may have changed since, see `response`.
         self.is_prepared = False
         self.register_buffer("features", torch.zeros(size, num_features))
         self.register_buffer("labels", torch.full((size,), NO_LABEL))
@@ -61,6 +62,7 @@ class ReferenceBank(nn.Module):
         self.register_buffer("mean", torch.zeros(num_features), persistent=False)
         self.register_buffer("keys", torch.zeros(size, num_features), persistent=False)
         self.register_buffer("values", torch.zeros(size, num_features), persistent=False)
+        self.register_buffer("response", torch.zeros(2, num_features), persistent=False)
 
     def __len__(self) -> int:
         return self.features.shape[0]

@@ -22,7 +22,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from .errors_rbi import UserError
+from .errors_rbi import UserError, listed
 
 
 # Keys that transformers itself may write into a `config.json` or set on a config, besides the fields of its class.
@@ -191,7 +191,26 @@ class RBIConfig(PreTrainedConfig):
             self.backbone_config = self._backbone_config_from_dict(self.backbone_config)
         self.image_mean = [float(value) for value in self.image_mean]
         self.image_std = [float(value) for value in self.image_std]
+        self._complete_classes(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
+
+    def _complete_classes(self, num_labels: int | None):
+        """Makes `id2label` and `label2id` agree, where one of them is given. Equal names get the first one's id."""
+        if self.id2label is None and self.label2id:
+            self.id2label = {label: name for name, label in self.label2id.items()}
+        if self.id2label is None:
+            return
+        try:
+            names = {int(label): name for label, name in self.id2label.items()}
+        except ValueError:
+            raise UserError(f"The keys of `id2label` must be class numbers, got {listed(self.id2label)}.") from None
+        if num_labels is not None and num_labels != len(names):
+            raise UserError(
+                f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes ({listed(names.values())}): "
+                "leave `num_labels` out, or name all classes."
+            )
+        self.id2label = dict(sorted(names.items()))
+        self.label2id = {name: label for label, name in sorted(names.items(), reverse=True)}
 
     def _check_unknown_fields(self, kwargs: dict[str, Any]):
         known = {field.name for field in fields(self)}
@@ -209,7 +228,8 @@ class RBIConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
         As `PreTrainedConfig.from_dict`. Refuses the config of another kind of model, and reads configs that older
-        versions of RBI wrote.
+        versions of RBI wrote. Class names among the keyword arguments, or another number of classes, replace all names
+        of the config.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -218,7 +238,11 @@ class RBIConfig(PreTrainedConfig):
                 "`RBIForImageClassification.from_backbone_pretrained`, or, if it is a fine-tuned classifier, with "
                 "`RBIForImageClassification.from_image_classifier`."
             )
-        return super().from_dict(cls._up_to_date(config_dict), **kwargs)
+        config_dict = cls._up_to_date(config_dict)
+        num_labels, names = kwargs.get("num_labels"), config_dict.get("id2label")
+        if kwargs.get("id2label") or kwargs.get("label2id") or (names and num_labels not in (None, len(names))):
+            config_dict |= {name: kwargs.pop(name, None) for name in ("id2label", "label2id")}
+        return super().from_dict(config_dict, **kwargs)
 
     @staticmethod
     def _up_to_date(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -289,6 +313,14 @@ class RBIConfig(PreTrainedConfig):
                 )
         if not all(value > 0 for value in self.image_std):
             raise UserError(f"`image_std` must be above 0 in every channel, got {self.image_std}.")
+
+    def validate_classes(self):
+        """Part of `@strict`-powered validation: the classes are numbered from 0."""
+        if self.id2label is not None and set(self.id2label) != set(range(len(self.id2label))):
+            raise UserError(
+                f"`id2label` must number its {len(self.id2label)} classes from 0 to {len(self.id2label) - 1}, got "
+                f"{listed(self.id2label)}."
+            )
 
     def validate_relations(self):
         """Part of `@strict`-powered validation: ranges of the head's fields, and fields that exclude each other."""

@@ -18,6 +18,7 @@ import inspect
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -176,11 +177,13 @@ class RBIPreTrainedModel(PreTrainedModel, ReferencesMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         r"""
         As `PreTrainedModel.from_pretrained`, but refuses a checkpoint without the weights of the config's backbone:
-        transformers would initialize them at random, with only a warning.
+        transformers would initialize them at random, with only a warning. If the model is loaded with other classes
+        than it was saved with (`id2label`), the labels of its references follow the names of their classes; those
+        that fit none are dropped, with a warning.
 
         Raises:
-            UserError: if weights of the backbone or the references are missing, or the references were computed by
-                another backbone.
+            UserError: if weights of the backbone or the references are missing, the references were computed by
+                another backbone, or a model with added classes is loaded with other classes.
             MismatchedWeightsError: if weights have other shapes than the config describes, unless
                 `ignore_mismatched_sizes=True`. It is also a `RuntimeError`.
             OSError: if a weights file is truncated or is no safetensors file.
@@ -222,6 +225,8 @@ class RBIPreTrainedModel(PreTrainedModel, ReferencesMixin):
                 "belongs to another model. Give the config that it was saved with, or `ignore_mismatched_sizes=True` "
                 "to initialize these weights at random (for another number of classes, say)."
             )
+        if is_from_file and model.config.references is not None:
+            model.base_model.match_reference_labels(cls._saved_names(pretrained_model_name_or_path, kwargs))
         model.base_model.prepare_references()
         if is_from_file and not model.base_model.has_own_references():
             raise UserError(
@@ -230,6 +235,16 @@ class RBIPreTrainedModel(PreTrainedModel, ReferencesMixin):
                 'relation_scope="self"`, and set them again with `set_references`.'
             )
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _saved_names(name_or_path: str, kwargs: dict[str, Any]) -> dict[int, str]:
+        """Names of the classes that a model was saved with, whatever it is loaded with."""
+        names = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        config_dict, _ = RBIConfig.get_config_dict(name_or_path, **hub_kwargs)
+        # transformers leaves out its default.
+        saved = config_dict.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+        return {int(label): name for label, name in saved.items()}
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         r"""
@@ -608,6 +623,7 @@ class RBIForImageClassification(RBIPreTrainedModel, AddedClassesMixin):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Labels for computing the classification loss, in `[0, ..., config.num_labels - 1]`, or -100 for images
             that the loss leaves out. If `config.num_labels == 1` a regression loss is computed (mean square loss).
+            With `problem_type="multi_label_classification"`, values in [0, 1] of shape `(batch_size, num_labels)`.
         relation_mask (`torch.BoolTensor` of shape `(batch_size,)` or `(batch_size, batch_size)`, *optional*):
             `False` (or 0) for images that are no neighbors of the others, such as padding. They still get an answer.
             With two axes: whether the image of the row may attend to the image of the column; the diagonal then says
@@ -644,7 +660,7 @@ class RBIForImageClassification(RBIPreTrainedModel, AddedClassesMixin):
 
         loss = None
         if labels is not None:
-            self._check_labels(labels, logits)
+            labels = self._check_labels(labels, logits)
             loss = self.loss_function(labels, logits, self.config)
             if self_logits is not None:
                 weight = self.rbi.self_loss_weight
@@ -660,20 +676,46 @@ class RBIForImageClassification(RBIPreTrainedModel, AddedClassesMixin):
             self_logits=self_logits,
         )
 
-    def _check_labels(self, labels: torch.Tensor, logits: torch.Tensor):
-        if labels.shape[0] != logits.shape[0]:
-            raise UserError(f"`labels` are for {labels.shape[0]} images, but the batch holds {logits.shape[0]}.")
-        is_single_label = (
-            self.config.problem_type in (None, "single_label_classification") and self.config.num_labels > 1
-        )
-        if not is_single_label or labels.is_floating_point() or torch.compiler.is_compiling():
-            return
-        out_of_range = labels[((labels < 0) & (labels != -100)) | (labels >= self.config.num_labels)]
-        if out_of_range.numel():
-            raise UserError(
-                f"`labels` hold {out_of_range[0].item()}, but must be in 0..{self.config.num_labels - 1} (or -100, to "
-                "leave an image out of the loss): set `num_labels` to the number of classes."
-            )
+    def _check_labels(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Labels in the shape and type that the loss of this kind of problem takes."""
+        batch_size, num_labels = logits.shape
+        labels = torch.as_tensor(labels, device=logits.device)
+        if labels.ndim and labels.shape[0] != batch_size:
+            raise UserError(f"`labels` are for {labels.shape[0]} images, but the batch holds {batch_size}.")
+        is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        problem = self.config.problem_type
+        if problem is None and num_labels == 1:
+            problem = "regression"
+        elif problem is None:
+            problem = "single_label_classification" if is_integer else "multi_label_classification"
+        given = f"`labels` are {labels.dtype} of shape {tuple(labels.shape)}"
+        if problem == "single_label_classification":
+            if not is_integer or tuple(labels.shape) not in ((batch_size,), (batch_size, 1)):
+                raise UserError(
+                    f"{given}, but must be one class number for each of the {batch_size} images: take `argmax(-1)` of "
+                    'one-hot labels, or set `problem_type="multi_label_classification"` for images with several '
+                    "classes."
+                )
+            labels = labels.long().flatten()
+        else:
+            shapes = ((batch_size, num_labels), (batch_size,)) if num_labels == 1 else ((batch_size, num_labels),)
+            if labels.is_complex() or tuple(labels.shape) not in shapes:
+                raise UserError(
+                    f"{given}, but must have the shape ({batch_size}, {num_labels}), one value for each image and "
+                    "class: for images with one class each, give whole numbers of shape "
+                    f'({batch_size},), or set `problem_type="single_label_classification"`.'
+                )
+            labels = labels.to(logits.dtype).view(logits.shape)
+        if torch.compiler.is_compiling() or problem == "regression":
+            return labels
+        if problem == "single_label_classification":
+            wrong, valid = ((labels < 0) & (labels != NO_LABEL)) | (labels >= num_labels), f"in 0..{num_labels - 1}"
+            hint = " (or -100, to leave an image out of the loss): set `num_labels` to the number of classes."
+        else:
+            wrong, valid, hint = ~((labels >= 0) & (labels <= 1)), "in [0, 1]", "."
+        if wrong.any():
+            raise UserError(f"`labels` hold {labels[wrong][0].item()}, but must be {valid}{hint}")
+        return labels
 
     def _classify(self, features: torch.Tensor) -> torch.Tensor:
         # NaN bypasses the classifier: 0 * NaN in its gradient would be NaN for all images.

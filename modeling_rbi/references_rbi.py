@@ -15,6 +15,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.utils import logging
 from .backbone_rbi import check_images, expected_image_size, in_evaluation
 from .bank_rbi import NO_LABEL, ReferenceBank, check_size
 from .configuration_rbi import RBIConfig
-from .errors_rbi import UserError
+from .errors_rbi import UserError, listed
 from .reference_images_rbi import (
     check_choice,
     choose_references,
@@ -37,6 +38,8 @@ from .reference_images_rbi import (
 )
 
 
+logger = logging.get_logger(__name__)
+
 # Relative tolerance when the features of a fixed test pattern are compared to tell whether the current backbone built
 # the bank. Half precision, and the kernels of another processor, change the features far less.
 PROBE_TOLERANCE = 0.1
@@ -44,6 +47,12 @@ PROBE_TOLERANCE = 0.1
 NUM_MEAN_REFERENCES = 1024
 # Logit of a class that is never predicted, finite in half precision.
 NEVER = -1e4
+
+
+def _is_placeholder(item: tuple[int, str]) -> bool:
+    """Whether a class has the name that transformers gives to classes without names."""
+    label, name = item
+    return name == f"LABEL_{label}"
 
 
 class ReferencesMixin:
@@ -309,16 +318,15 @@ class ReferenceBankMixin:
     rra: Any
     extract_features: Any
 
-    @torch.no_grad()
     def prepare_references(self):
         """Computes the keys and values of the references from the head's weights, if there is a bank."""
         bank = getattr(self, "references", None)
         if bank is None or bank.features.is_meta:
             return
+        bank.is_prepared = False
         # Offloaded (meta) weights are available only inside the `forward` of the head.
-        bank.is_prepared = not any(parameter.is_meta for parameter in self.rra.parameters())
-        if bank.is_prepared:
-            bank.mean, bank.keys, bank.values = self.rra.project_references(bank)
+        if not any(parameter.is_meta for parameter in self.rra.parameters()):
+            self.rra.prepare_references(bank)
 
     def require_references(self, purpose: str) -> ReferenceBank:
         r"""
@@ -367,6 +375,46 @@ class ReferenceBankMixin:
         pattern = torch.stack(waves)[None].to(parameter.device, parameter.dtype)
         with in_evaluation(self.backbone):
             return self.extract_features(pattern)[0][0]
+
+    def match_reference_labels(self, names: dict[int, str]):
+        r"""
+        Makes the labels of the bank those of the model's classes, where the bank was made for other classes. A label
+        stays with the name of its class. It is dropped, with a warning, where the model has no class of this name or
+        the name is no clear sign: one of several equal names, or a placeholder such as "LABEL_0". The image remains a
+        reference without a label.
+
+        Args:
+            names (`dict[int, str]`):
+                Names of the classes that the bank was made for, by their number.
+
+        Raises:
+            UserError: if the model has added classes, which only labeled references tell apart.
+        """
+        bank, config = self.references, self.config
+        has_labels = bank is not None and not bank.labels.is_meta
+        known = sorted(set(bank.labels.tolist()) - {NO_LABEL}) if has_labels else []
+        is_renamed = len(names) == config.num_labels and all(map(_is_placeholder, names.items()))
+        if not known or names == config.id2label or is_renamed:
+            return
+        if config.num_added_classes:
+            raise UserError(
+                "The model has added classes, which only its references tell apart, so it cannot be loaded with other "
+                "classes than its own: leave out `id2label` and `num_labels`, and use `add_classes`."
+            )
+        counts = Counter(names.values()), Counter(config.id2label.values())
+        new = {
+            name: label
+            for label, name in config.id2label.items()
+            if counts[0][name] == counts[1][name] == 1 and not _is_placeholder((label, name))
+        }
+        matched = {label: new.get(names[label], NO_LABEL) for label in known}
+        bank.labels.copy_(torch.tensor([matched.get(label, NO_LABEL) for label in bank.labels.tolist()]))
+        config.references = config.references | {"num_labeled": int((bank.labels != NO_LABEL).sum())}
+        if dropped := [names[label] for label in known if matched[label] == NO_LABEL]:
+            logger.warning(
+                f"The references of {len(dropped)} classes ({listed(dropped)}) have lost their labels, since the "
+                "model is loaded with other classes than they were set for: set them again with `set_references`."
+            )
 
     def set_bank(
         self, features: torch.Tensor, thumbnails: torch.Tensor | None, labels: torch.Tensor, facts: dict[str, Any]

@@ -386,9 +386,7 @@ class ResidualRelationshipAttention(nn.Module):
         is_neighbor: torch.Tensor | None,
         references: ReferenceBank,
     ) -> RRAOutput:
-        mean, keys, values = references.mean, references.keys, references.values
-        if self.training or not references.is_prepared:
-            mean, keys, values = self.project_references(references)
+        mean, keys, values = self._projected(references)
         compared = features - mean.to(features.dtype)
         query, own_key = self._by_head(self.query(compared)), self._by_head(self.key(compared))
         own_value = self._by_head(self.value(features))
@@ -416,9 +414,48 @@ class ResidualRelationshipAttention(nn.Module):
 
     def project_references(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean to subtract before the cosine (zeros for dot products), (d,); keys and values of a bank, (N, d)."""
-        features = references.features.to(self.key.weight.dtype)
+        features = references.features.to(self._dtype(references))
         mean = features.mean(0) if self.is_cosine else torch.zeros_like(features[0])
         return mean, self.key(features - mean), self.value(features)
+
+    def prepare_references(self, references: ReferenceBank):
+        """Computes mean, keys and values of a bank once, for a model whose weights do not change."""
+        device_type = references.features.device.type
+        # Tensors made in inference mode could not be used in a later forward pass with gradients.
+        with torch.inference_mode(False), torch.no_grad(), maybe_autocast(device_type=device_type, enabled=False):
+            references.mean, references.keys, references.values = self.project_references(references)
+            references.response = self._response(references)
+        references.is_prepared = True
+
+    def _projected(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `project_references`, but takes what was prepared where the weights are the same and need no gradient."""
+        if torch.compiler.is_compiling() and not (torch.compiler.is_exporting() and references.is_prepared):
+            # A compiled graph cannot look at values, and outlives changes of the weights. An exported one does not.
+            return self.project_references(references)
+        if not torch.compiler.is_exporting():
+            if self.training:
+                return self.project_references(references)
+            with maybe_autocast(device_type=references.features.device.type, enabled=False):
+                response = self._response(references)
+            if response.requires_grad or response.is_meta:
+                return self.project_references(references)
+            if not (references.is_prepared and torch.equal(response, references.response)):
+                self.prepare_references(references)
+        return references.mean, references.keys, references.values
+
+    def _response(self, references: ReferenceBank) -> torch.Tensor:
+        """
+        Key and value of a fixed vector, (2, d). They change with the weights, however these are changed: in place or
+        not, by a hook, an adapter that is switched off, or quantization.
+        """
+        vector = torch.arange(1.0, references.features.shape[1] + 1, device=references.features.device).sin()[None]
+        vector = vector.to(self._dtype(references))
+        return torch.cat([self.key(vector), self.value(vector)])
+
+    def _dtype(self, references: ReferenceBank) -> torch.dtype:
+        """What the projections take. Quantized ones have no floating-point weights, or no parameters at all."""
+        dtypes = (parameter.dtype for parameter in self.key.parameters() if parameter.is_floating_point())
+        return next(dtypes, references.features.dtype)
 
     def _scores(
         self,

@@ -22,7 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
-from modeling_rbi import RBIConfig, RBIModel
+from modeling_rbi import RBIConfig, RBIModel, UserError
 
 
 BACKBONE_CONFIGS = {
@@ -62,6 +62,60 @@ def test_save_and_load_round_trip(preset, backbone, tmp_path):
         assert own_values(loaded) == own_values(config)
         assert loaded.id2label == config.id2label and loaded.num_labels == 3
         assert loaded.to_json_string() == RBIConfig.from_dict(loaded.to_dict()).to_json_string()
+
+
+# --- Classes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields_given", "named"),
+    [
+        ({"id2label": {1: "a", 2: "b", 3: "c"}}, "from 0 to 2, got 1, 2, 3"),
+        ({"id2label": {"0": "a", "2": "b"}}, "from 0 to 1, got 0, 2"),
+        ({"id2label": {-1: "a", 0: "b"}}, "from 0 to 1, got -1, 0"),
+        ({"label2id": {"a": 1, "b": 2}}, "from 0 to 1, got 1, 2"),
+        ({"id2label": {"cat": 0, "dog": 1}}, "must be class numbers, got cat, dog"),
+        ({"id2label": {0: "a", 1: "b", 2: "c"}, "num_labels": 5}, r"`num_labels` is 5.*3 classes \(a, b, c\)"),
+        ({"label2id": {"a": 0, "b": 1}, "num_labels": 1}, r"`num_labels` is 1.*2 classes"),
+    ],
+)
+def test_classes_that_contradict_each_other_are_refused(fields_given, named):
+    for make in (RBIConfig, RBIConfig.paper, RBIConfig.kernel, lambda **fields: RBIConfig.from_dict(fields)):
+        with pytest.raises((UserError, StrictDataclassError), match=named):
+            make(**fields_given)
+
+
+def test_a_config_that_numbers_its_classes_otherwise_is_neither_saved_nor_built(tmp_path):
+    config = RBIConfig()
+    config.id2label = {1: "a", 2: "b"}
+    with pytest.raises((UserError, StrictDataclassError), match="from 0 to 1, got 1, 2"):
+        config.save_pretrained(tmp_path)
+    with pytest.raises((UserError, StrictDataclassError), match="from 0 to 1, got 1, 2"):
+        RBIModel(config)
+
+
+def test_names_and_numbers_of_classes_agree():
+    names = {10: "k", **{label: chr(97 + label) for label in range(10)}}
+    numbers = {name: label for label, name in names.items()}
+    for config in (RBIConfig(id2label=names), RBIConfig(label2id=numbers), RBIConfig(id2label=names, num_labels=11)):
+        assert list(config.id2label.items()) == sorted(names.items()) and config.label2id == numbers
+    # `id2label` decides, and of equal names the first one counts.
+    assert RBIConfig(id2label={0: "a", 1: "b"}, label2id={"b": 0, "a": 1}).label2id == {"a": 0, "b": 1}
+    assert RBIConfig(id2label={0: "a", 1: "b", 2: "a"}).label2id == {"a": 0, "b": 1}
+
+
+def test_other_classes_at_loading_replace_all_names(tmp_path):
+    RBIConfig(id2label={0: "a", 1: "b", 2: "c"}).save_pretrained(tmp_path)
+    for load in (RBIConfig.from_pretrained, AutoConfig.from_pretrained):
+        assert load(tmp_path, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+        assert load(tmp_path, num_labels=3).id2label == {0: "a", 1: "b", 2: "c"}
+        assert load(tmp_path, id2label={0: "d", 1: "e"}).label2id == {"d": 0, "e": 1}
+        assert load(tmp_path, label2id={"d": 0, "e": 1}).id2label == {0: "d", 1: "e"}
+        with pytest.raises((UserError, StrictDataclassError), match="`num_labels` is 5"):
+            load(tmp_path, id2label={0: "d", 1: "e"}, num_labels=5)
+
+
+# --- The backbone ----------------------------------------------------------------------------------------------------
 
 
 def test_a_backbone_config_dict_becomes_the_config_of_its_class():

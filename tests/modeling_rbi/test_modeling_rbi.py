@@ -23,6 +23,7 @@ from modeling_rbi import (
     RBIForImageClassification,
     RBIModel,
     ResidualRelationshipAttention,
+    UserError,
 )
 from tests.modeling_rbi.processes import gather, run_processes
 from tests.modeling_rbi.shared import (
@@ -544,6 +545,56 @@ def test_labels_of_other_problems_are_taken(config, pixel_values, num_labels, la
     config.num_labels = num_labels
     outputs = RBIForImageClassification(config).eval()(pixel_values, labels=labels)
     torch.testing.assert_close(outputs.loss, oracle(outputs.logits.squeeze(), labels))
+
+
+CLASSES_OF_SEVEN = torch.tensor([0, 1, 2, 3, 4, 0, -100])
+
+
+@pytest.mark.parametrize(
+    "labels", [CLASSES_OF_SEVEN.int(), CLASSES_OF_SEVEN.to(torch.int16), CLASSES_OF_SEVEN[:, None]]
+)
+def test_class_numbers_of_any_integer_type_are_taken(model, pixel_values, labels):
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits, CLASSES_OF_SEVEN))
+    assert model.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "labels", "named"),
+    [
+        (None, 5, torch.eye(5, dtype=torch.int64)[[0] * 7], r"torch\.int64 of shape \(7, 5\).*`argmax\(-1\)`"),
+        (None, 5, torch.zeros(7), r"torch\.float32 of shape \(7,\).*whole numbers of shape \(7,\)"),
+        (None, 5, torch.zeros(7, 3), r"\(7, 3\), but must have the shape \(7, 5\)"),
+        ("single_label_classification", 5, torch.eye(5)[[0] * 7], r"torch\.float32 .*`argmax\(-1\)`"),
+        ("single_label_classification", 5, torch.zeros(7), r"torch\.float32 of shape \(7,\).*one class number"),
+        ("single_label_classification", 5, torch.zeros(7, dtype=torch.bool), r"torch\.bool .*one class number"),
+        ("multi_label_classification", 5, torch.zeros(7, dtype=torch.int64), r"must have the shape \(7, 5\)"),
+        ("multi_label_classification", 5, torch.full((7, 5), 2), r"`labels` hold 2.0, but must be in \[0, 1\]"),
+        ("multi_label_classification", 5, torch.full((7, 5), math.nan), r"`labels` hold nan"),
+        (None, 1, torch.zeros(7, 2), r"\(7, 2\), but must have the shape \(7, 1\)"),
+    ],
+)
+def test_labels_of_the_wrong_kind_are_named(config, pixel_values, problem_type, num_labels, labels, named):
+    config.num_labels, config.problem_type = num_labels, problem_type
+    with pytest.raises(UserError, match=named):
+        RBIForImageClassification(config).eval()(pixel_values, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "labels"),
+    [
+        ("multi_label_classification", 5, torch.eye(5, dtype=torch.int64)[[0, 1, 2, 3, 4, 0, 1]]),
+        (None, 5, torch.eye(5, dtype=torch.bool)[[0, 1, 2, 3, 4, 0, 1]]),
+        ("regression", 1, torch.arange(7)),
+        ("regression", 5, torch.ones(7, 5, dtype=torch.float64)),
+    ],
+)
+def test_labels_of_other_types_get_that_of_the_logits(config, pixel_values, problem_type, num_labels, labels):
+    config.num_labels, config.problem_type = num_labels, problem_type
+    model = RBIForImageClassification(config).eval()
+    loss = model(pixel_values, labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(model(pixel_values, labels=labels.float()).loss, loss)
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------

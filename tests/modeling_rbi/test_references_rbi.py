@@ -20,6 +20,7 @@ from modeling_rbi import (
     RBIConfig,
     RBIForImageClassification,
     RBIModel,
+    UserError,
     bank_rbi,
     choose_references,
     references_rbi,
@@ -195,12 +196,12 @@ def counted_rows(model):
 def test_keys_and_values_are_computed_once(bare_model, pixel_values):
     with counted_rows(bare_model) as rows:
         bare_model.set_references(make_items(NUM_REFERENCES, seed=2), strategy="random")
-        assert rows == [NUM_REFERENCES] * 2
+        assert rows.count(NUM_REFERENCES) == 2
         rows.clear()
-        for batch_size in (7, 3, 1, 7):
+        for batch_size in (7, 3, 2, 7):
             logits_of(bare_model, pixel_values[:batch_size])
-        # Their own alone.
-        assert rows == [7, 7, 3, 3, 1, 1, 7, 7]
+        # Those of the images, and of one vector that tells whether the weights are the same.
+        assert [number for number in rows if number > 1] == [7, 7, 3, 3, 2, 2, 7, 7]
         rows.clear()
         bare_model.train()
         bare_model.rbi.self_loss_weight = 0.0
@@ -230,6 +231,81 @@ def test_keys_and_values_are_fresh_after_training(model, pixel_values):
     assert_bank_is_fresh(model, pixel_values)
 
 
+class Scaled(torch.nn.Module):
+    """An adapter around a layer, which a flag switches off."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.is_on = layer, True
+
+    def forward(self, features):
+        return self.layer(features) + (features.flip(-1) if self.is_on else 0)
+
+
+def _step(model, pixel_values):
+    """A step of training in evaluation mode, as with frozen batch normalization."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(pixel_values, labels=torch.arange(7) % NUM_LABELS).loss.backward()
+    assert model.rbi.rra.key.weight.grad.abs().max() > 0 and model.rbi.rra.value.weight.grad.abs().max() > 0
+    optimizer.step()
+
+
+def _change_data(model, pixel_values):
+    model.rbi.rra.key.weight.data.mul_(1.5)
+
+
+def _change_in_inference_mode(model, pixel_values):
+    with torch.inference_mode():
+        model.rbi.rra.value.weight.mul_(1.5)
+
+
+def _replace(model, pixel_values):
+    model.rbi.rra.key = moved_(copy.deepcopy(model.rbi.rra.key))
+
+
+def _switch_adapter_off(model, pixel_values):
+    model.rbi.rra.key = Scaled(model.rbi.rra.key)
+    with_adapter = logits_of(model, pixel_values)
+    model.rbi.rra.key.is_on = False
+    return with_adapter
+
+
+def _add_hook(model, pixel_values):
+    model.rbi.rra.value.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+CHANGES = [_step, _change_data, _change_in_inference_mode, _replace, _switch_adapter_off, _add_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
+def test_keys_and_values_follow_the_weights_in_evaluation_mode(model, pixel_values, change):
+    at_first = logits_of(model, pixel_values)
+    before = change(model, pixel_values)
+    difference = logits_of(model, pixel_values) - (at_first if before is None else before)
+    assert difference.abs().max() > 1e-5
+    assert_bank_is_fresh(model, pixel_values)
+
+
+def test_a_quantized_head_has_keys_and_values_of_its_own(model, pixel_values):
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    logits = logits_of(quantized, pixel_values)
+    _, keys, values = quantized.rbi.rra.project_references(quantized.rbi.references)
+    torch.testing.assert_close(quantized.rbi.references.keys, keys)
+    torch.testing.assert_close(quantized.rbi.references.values, values)
+    expected = logits_of(model, pixel_values)
+    assert (logits - expected).abs().mean() < 0.1 * expected.std()
+
+
+def test_a_model_prepared_in_inference_mode_gives_gradients_of_pixels(model, pixel_values):
+    with torch.inference_mode():
+        model.rbi.rra.key.weight.mul_(1.5)
+        model.eval()(pixel_values)
+    model.requires_grad_(False)
+    pixel_values.requires_grad_()
+    model(pixel_values).logits.sum().backward()
+    assert pixel_values.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("part", ["model", "base"])
 def test_keys_and_values_are_fresh_after_load_state_dict(model, pixel_values, part):
     other = copy.deepcopy(model)
@@ -256,6 +332,79 @@ def test_references_have_no_gradient_and_are_no_parameters(model, pixel_values):
     assert all(not buffer.requires_grad for buffer in model.rbi.references.buffers())
     saved = {name for name in model.state_dict() if "references" in name}
     assert saved == {f"rbi.references.{name}" for name in ("features", "labels", "images", "probe")}
+
+
+# --- A bank under another head ---------------------------------------------------------------------------------------
+
+
+NO_LABEL = -100
+NAMED = {0: "wren", 1: "crow", 2: "jay", 3: "owl", 4: "kite"}
+
+
+@pytest.fixture
+def named_bank(voting_model, tmp_path):
+    """A saved model of five named classes, with a bank of labeled images of each, and one without a label."""
+    voting_model.config.id2label = dict(NAMED)
+    voting_model.config.label2id = {name: label for label, name in NAMED.items()}
+    labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, NO_LABEL])
+    voting_model.set_reference_features(torch.randn(len(labels), FEATURE_SIZE), None, labels)
+    voting_model.save_pretrained(tmp_path / "named")
+    return tmp_path / "named"
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "dropped"),
+    [
+        (["wren", "crow", "jay", "owl", "kite"], [0, 1, 2, 3, 4, 0, 1, 2], []),
+        (["kite", "owl", "jay", "crow", "wren"], [4, 3, 2, 1, 0, 4, 3, 2], []),
+        (["gull", "wren", "crow", "jay", "owl", "kite"], [1, 2, 3, 4, 5, 1, 2, 3], []),
+        (["owl", "wren"], [1, -100, -100, 0, -100, 1, -100, -100], ["crow", "jay", "kite"]),
+        (["cat", "dog", "fox", "cow", "pig"], [-100] * 8, ["wren", "crow", "jay", "owl", "kite"]),
+        (["wren", "wren", "jay"], [-100, -100, 2, -100, -100, -100, -100, 2], ["wren", "crow", "owl", "kite"]),
+    ],
+    ids=["same", "order", "more", "fewer", "others", "equal names"],
+)
+def test_labels_of_a_bank_follow_the_names_of_their_classes(named_bank, pixel_values, caplog, names, labels, dropped):
+    id2label = dict(enumerate(names))
+    with transformers_log(caplog):
+        model = RBIForImageClassification.from_pretrained(named_bank, id2label=id2label, ignore_mismatched_sizes=True)
+    warned = "have lost their labels" in caplog.text
+    assert warned == bool(dropped) and (not warned or f"({', '.join(dropped)})" in caplog.text)
+    assert model.config.id2label == id2label and model.config.label2id[names[-1]] == len(names) - 1
+    assert model.rbi.references.labels.tolist() == [*labels, NO_LABEL]
+    assert model.config.references["num_labeled"] == len(labels) - labels.count(NO_LABEL)
+    model.config.reference_vote_weight = 0.5
+    assert logits_of(model, pixel_values).isfinite().all()
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification])
+def test_a_bank_without_names_for_its_classes_keeps_no_labels_for_others(named_bank, pixel_values, auto_class):
+    model = auto_class.from_pretrained(named_bank, num_labels=3, ignore_mismatched_sizes=True)
+    assert model.config.num_labels == 3
+    assert set(model.base_model.references.labels.tolist()) == {NO_LABEL}
+    model.save_pretrained(named_bank)
+    assert set(auto_class.from_pretrained(named_bank).base_model.references.labels.tolist()) == {NO_LABEL}
+
+
+def test_classes_that_get_their_first_names_keep_the_labels_of_a_bank(voting_model, tmp_path):
+    assert voting_model.config.id2label[0] == "LABEL_0"
+    labels = voting_model.rbi.references.labels.tolist()
+    voting_model.save_pretrained(tmp_path)
+    model = RBIForImageClassification.from_pretrained(tmp_path, id2label=NAMED)
+    assert model.rbi.references.labels.tolist() == labels
+    others = {label: f"LABEL_{label}" for label in range(3)}
+    model = RBIForImageClassification.from_pretrained(tmp_path, id2label=others, ignore_mismatched_sizes=True)
+    assert set(model.rbi.references.labels.tolist()) == {NO_LABEL}
+
+
+def test_added_classes_are_not_loaded_under_other_names(named_bank, tmp_path):
+    model = RBIForImageClassification.from_pretrained(named_bank)
+    model.add_classes(["gull"], make_items(2, [0, 0], seed=3))
+    model.save_pretrained(tmp_path / "more")
+    assert RBIForImageClassification.from_pretrained(tmp_path / "more").config.id2label == NAMED | {5: "gull"}
+    names = dict(enumerate(["gull", *NAMED.values()]))
+    with pytest.raises(UserError, match=r"added classes.*cannot be loaded with other classes"):
+        RBIForImageClassification.from_pretrained(tmp_path / "more", id2label=names)
 
 
 # --- A bank without thumbnails ---------------------------------------------------------------------------------------
@@ -679,9 +828,10 @@ def test_references_do_not_start_anew(any_model, tmp_path):
     config.references = config.references | {"num_references": 4}
     with pytest.raises(RuntimeError, match=r"references\.\w+` \(9.* instead of \(4"):
         RBIForImageClassification.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
-    # Other weights can, with the references as they are.
+    # Other weights can, with the references as they are, but for their labels.
     other = RBIForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
-    assert_same_bank(bank_of(other), bank_of(any_model))
+    unlabeled = {"labels": torch.full_like(any_model.rbi.references.labels, NO_LABEL)}
+    assert_same_bank(bank_of(other), bank_of(any_model) | unlabeled)
 
 
 def test_a_bank_of_another_backbone_is_warned_of_and_refused(any_model, caplog, tmp_path):
