@@ -54,6 +54,7 @@ class ReferenceBank(nn.Module):
         self.mean_similarity = references["mean_similarity"]
         # Whether mean, keys and values were computed. The weights may have changed since, see `response`.
         self.is_prepared = False
+        self.num_classes = 0  # one more than the highest label
         self.register_buffer("features", torch.zeros(size, num_features))
         self.register_buffer("labels", torch.full((size,), NO_LABEL))
         images = None if image_shape is None else torch.zeros(size, *image_shape, dtype=torch.uint8)

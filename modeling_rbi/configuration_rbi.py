@@ -196,8 +196,8 @@ class RBIConfig(PreTrainedConfig):
 
     def _complete_classes(self, num_labels: int | None):
         """Makes `id2label` and `label2id` agree, where one of them is given. Equal names get the first one's id."""
-        if self.id2label is None and self.label2id:
-            self.id2label = {label: name for name, label in self.label2id.items()}
+        if self.id2label is None and self.label2id:  # type: ignore[has-type]
+            self.id2label = {label: name for name, label in self.label2id.items()}  # type: ignore[has-type]
         if self.id2label is None:
             return
         try:

@@ -505,6 +505,11 @@ class RBIModel(RBIPreTrainedModel, ReferenceBankMixin):
         (B, num_labels).
         """
         batch_size, size = image_features.shape[0], len(self.references)
+        if self.references.num_classes > self.config.num_labels:
+            raise UserError(
+                f"The references have labels up to {self.references.num_classes - 1}, but the model has "
+                f"{self.config.num_labels} classes: set them again with `set_references`."
+            )
         if reference_mask is not None:
             reference_mask = torch.as_tensor(reference_mask, device=image_features.device).bool()
             if reference_mask.shape != (batch_size, size):

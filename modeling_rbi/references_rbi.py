@@ -323,7 +323,7 @@ class ReferenceBankMixin:
         bank = getattr(self, "references", None)
         if bank is None or bank.features.is_meta:
             return
-        bank.is_prepared = False
+        bank.is_prepared, bank.num_classes = False, max(bank.labels.tolist()) + 1
         # Offloaded (meta) weights are available only inside the `forward` of the head.
         if not any(parameter.is_meta for parameter in self.rra.parameters()):
             self.rra.prepare_references(bank)

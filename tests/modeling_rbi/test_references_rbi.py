@@ -397,6 +397,13 @@ def test_classes_that_get_their_first_names_keep_the_labels_of_a_bank(voting_mod
     assert set(model.rbi.references.labels.tolist()) == {NO_LABEL}
 
 
+def test_a_bank_with_labels_beyond_a_smaller_head_is_named(named_bank, pixel_values):
+    model = RBIForImageClassification.from_pretrained(named_bank)
+    model.classifier, model.config.num_labels = nn.Linear(FEATURE_SIZE, 3), 3
+    with pytest.raises(UserError, match=r"labels up to 4, but the model has 3 classes.*`set_references`"):
+        logits_of(model, pixel_values)
+
+
 def test_added_classes_are_not_loaded_under_other_names(named_bank, tmp_path):
     model = RBIForImageClassification.from_pretrained(named_bank)
     model.add_classes(["gull"], make_items(2, [0, 0], seed=3))
