@@ -195,7 +195,7 @@ class RBIConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _complete_classes(self, num_labels: int | None):
-        """Makes `id2label` and `label2id` agree, where one of them is given. Equal names get the first one's id."""
+        """Completes `id2label` and `label2id` where one of them is given. Of equal names, `label2id` has the first."""
         if self.id2label is None and self.label2id:  # type: ignore[has-type]
             self.id2label = {label: name for name, label in self.label2id.items()}  # type: ignore[has-type]
         if self.id2label is None:
@@ -210,7 +210,8 @@ class RBIConfig(PreTrainedConfig):
                 "leave `num_labels` out, or name all classes."
             )
         self.id2label = dict(sorted(names.items()))
-        self.label2id = {name: label for label, name in sorted(names.items(), reverse=True)}
+        if not self.label2id:  # type: ignore[has-type]
+            self.label2id = {name: label for label, name in sorted(names.items(), reverse=True)}
 
     def _check_unknown_fields(self, kwargs: dict[str, Any]):
         known = {field.name for field in fields(self)}
