@@ -20,10 +20,12 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, logging
 
-from .errors_rbi import UserError
+from .errors_rbi import UserError, listed, shown_names
 
+
+logger = logging.get_logger(__name__)
 
 # Keys that transformers itself may write into a `config.json` or set on a config, besides the fields of its class.
 _COMMON_CONFIG_KEYS = {
@@ -351,6 +353,15 @@ class RBIConfig(PreTrainedConfig):
                 f"`references` is written by `model.set_references(...)`, and lacks {', '.join(sorted(missing))}."
                 if missing
                 else "`references` must have a `num_references` of at least 1."
+            )
+
+    def validate_class_names(self):
+        """Part of `@strict`-powered validation: warns of classes that their names do not tell apart."""
+        shown = shown_names(self.id2label)
+        if alike := [shown[number] for number, name in self.id2label.items() if shown[number] != name]:
+            logger.warning_once(
+                f"Several classes have the same name, or none. They are shown with their numbers ({listed(alike)}), but "
+                "`label2id` and the pipeline of transformers cannot tell them apart: set other names in `id2label`."
             )
 
     @classmethod
