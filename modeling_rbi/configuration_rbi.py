@@ -360,8 +360,8 @@ class RBIConfig(PreTrainedConfig):
         shown = shown_names(self.id2label)
         if alike := [shown[number] for number, name in self.id2label.items() if shown[number] != name]:
             logger.warning_once(
-                f"Several classes have the same name, or none. They are shown with their numbers ({listed(alike)}), but "
-                "`label2id` and the pipeline of transformers cannot tell them apart: set other names in `id2label`."
+                f"Several classes have the same name, or none. They are shown with their numbers ({listed(alike)}), "
+                "but `label2id` and the pipeline of transformers do not tell them apart: set other names in `id2label`."
             )
 
     @classmethod

@@ -22,7 +22,8 @@ from transformers import (
     ViTConfig,
 )
 
-from modeling_rbi import RBIConfig, RBIModel
+from modeling_rbi import RBIConfig, RBIModel, configuration_rbi
+from tests.modeling_rbi.shared import transformers_log
 
 
 BACKBONE_CONFIGS = {
@@ -62,6 +63,25 @@ def test_save_and_load_round_trip(preset, backbone, tmp_path):
         assert own_values(loaded) == own_values(config)
         assert loaded.id2label == config.id2label and loaded.num_labels == 3
         assert loaded.to_json_string() == RBIConfig.from_dict(loaded.to_dict()).to_json_string()
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["crane", "dog", "crane", "owl"], "(crane (0), crane (2))"),
+        (["crane"] * 9, "(crane (0), crane (1), crane (2), crane (3), crane (4) and 4 more)"),
+        (["dog", ""], "((1))"),
+        (["dog", "crane", "Crane", "crane (2)"], None),
+    ],
+)
+def test_classes_of_one_name_are_kept_and_warned_of(names, shown, caplog, tmp_path):
+    configuration_rbi.logger.warning_once.cache_clear()
+    with transformers_log(caplog):
+        config = RBIConfig(id2label=dict(enumerate(names)))
+        assert ("have the same name" in caplog.text) == (shown is not None)
+        assert shown is None or f"their numbers {shown}, but" in caplog.text
+    config.save_pretrained(tmp_path)
+    assert RBIConfig.from_pretrained(tmp_path).id2label == dict(enumerate(names))
 
 
 def test_a_backbone_config_dict_becomes_the_config_of_its_class():

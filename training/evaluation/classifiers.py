@@ -116,9 +116,7 @@ def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Ten
             "the model's config."
         )
     matched = torch.full((len(names),), -100)
-    matched[present] = torch.tensor(
-        [label if names[label] in several else numbers[names[label]] for label in present]
-    )
+    matched[present] = torch.tensor([label if names[label] in several else numbers[names[label]] for label in present])
     if len(matched[present].unique()) < len(present):
         raise UserError("Several labels of the data match one class of the model: see `label2id` of its config.")
     return matched
