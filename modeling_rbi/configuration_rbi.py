@@ -361,7 +361,7 @@ class RBIConfig(PreTrainedConfig):
         if alike := [shown[number] for number, name in self.id2label.items() if shown[number] != name]:
             logger.warning_once(
                 f"Several classes have the same name, or none. They are shown with their numbers ({listed(alike)}), "
-                "but `label2id` and the pipeline of transformers do not tell them apart: set other names in `id2label`."
+                "but `label2id` and the pipeline of transformers do not tell them apart: change them in `id2label`."
             )
 
     @classmethod
