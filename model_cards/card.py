@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from modeling_rbi import UserError
-from modeling_rbi.errors_rbi import listed
+from modeling_rbi.errors_rbi import listed, shown_names
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -432,17 +432,22 @@ def _what_it_is(sources: CardSources, backbone: str | None) -> str:
 
 
 def _classes(config: PreTrainedConfig) -> str:
-    names = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    short = {number: _shortened(config.id2label[number]) for number in sorted(config.id2label)}
+    names = list(shown_names(short).values())
     shown = ", ".join(_code(name) for name in names[:_MOST_CLASSES])
     return shown + (
         f" and {len(names) - _MOST_CLASSES} more (`id2label` in the config)" if len(names) > _MOST_CLASSES else ""
     )
 
 
-def _code(name: str) -> str:
-    """A name as Markdown code, on one line and shortened. It may contain backticks."""
+def _shortened(name: str) -> str:
+    """A name on one line, and not too long."""
     name = " ".join(name.split())
-    name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
+    return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
+
+
+def _code(name: str) -> str:
+    """A name as Markdown code. It may contain backticks."""
     longest = max((len(run) for run in re.findall("`+", name)), default=0)
     if not longest:
         return f"`{name}`"

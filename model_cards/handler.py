@@ -93,7 +93,8 @@ class EndpointHandler:
                 `"softmax"`, `"sigmoid"` or `"none"` (default: as the `image-classification` pipeline).
 
         Returns:
-            `list[dict]`: labels and scores, highest score first. For a list of images: a list of such lists.
+            `list[dict]`: labels and scores, highest score first; if classes have the same name, their labels are the
+            name and the class number, `crane (134)`. For a list of images: a list of such lists.
 
         Raises:
             ValueError: if the request is wrong or one of its images cannot be read. The message says what to change.
@@ -106,7 +107,8 @@ class EndpointHandler:
         sources = {name: self._load(source, name) for name, source in sources.items()}
         with self._lock:
             logits = self._logits([self._preprocess(source, name) for name, source in sources.items()])
-        answers = [self._answer(row, top_k, function) for row in logits]
+        names = self.model.class_names
+        answers = [self._answer(row, top_k, function, names) for row in logits]
         return answers if is_list else answers[0]
 
     def _read_request(self, data: Any) -> tuple[Any, int, str]:
@@ -214,10 +216,10 @@ class EndpointHandler:
             raise RuntimeError("The model's logits are not finite.")
         return logits
 
-    def _answer(self, logits: torch.Tensor, top_k: int, function: str) -> list[dict[str, Any]]:
+    def _answer(self, logits: torch.Tensor, top_k: int, function: str, names: dict[int, str]) -> list[dict[str, Any]]:
         scores = _FUNCTIONS[function](logits).tolist()
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_k]
-        return [{"label": self.model.config.id2label[index], "score": scores[index]} for index in best]
+        return [{"label": names[index], "score": scores[index]} for index in best]
 
 
 def _positive_setting(name: str, default: int) -> int:

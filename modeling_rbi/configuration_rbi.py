@@ -20,10 +20,12 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, logging
 
-from .errors_rbi import UserError, listed
+from .errors_rbi import UserError, listed, shown_names
 
+
+logger = logging.get_logger(__name__)
 
 # Keys that transformers itself may write into a `config.json` or set on a config, besides the fields of its class.
 _COMMON_CONFIG_KEYS = {
@@ -195,7 +197,7 @@ class RBIConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _complete_classes(self, num_labels: int | None):
-        """Completes `id2label` and `label2id` where one of them is given. Of equal names, `label2id` has the first."""
+        """Completes `id2label` and `label2id` where one of them is given."""
         if self.id2label is None and self.label2id:  # type: ignore[has-type]
             self.id2label = {label: name for name, label in self.label2id.items()}  # type: ignore[has-type]
         if self.id2label is None:
@@ -211,7 +213,7 @@ class RBIConfig(PreTrainedConfig):
             )
         self.id2label = dict(sorted(names.items()))
         if not self.label2id:  # type: ignore[has-type]
-            self.label2id = {name: label for label, name in sorted(names.items(), reverse=True)}
+            self.label2id = {name: label for label, name in shown_names(self.id2label).items()}
 
     def _check_unknown_fields(self, kwargs: dict[str, Any]):
         known = {field.name for field in fields(self)}
@@ -384,6 +386,15 @@ class RBIConfig(PreTrainedConfig):
                 f"`references` is written by `model.set_references(...)`, and lacks {', '.join(sorted(missing))}."
                 if missing
                 else "`references` must have a `num_references` of at least 1."
+            )
+
+    def validate_class_names(self):
+        """Part of `@strict`-powered validation: warns of classes that their names do not tell apart."""
+        shown = shown_names(self.id2label)
+        if alike := [shown[number] for number, name in self.id2label.items() if shown[number] != name]:
+            logger.warning_once(
+                f"Several classes have the same name, or none. They are shown with their numbers ({listed(alike)}), "
+                "but `label2id` and the pipeline of transformers do not tell them apart: change them in `id2label`."
             )
 
     @classmethod

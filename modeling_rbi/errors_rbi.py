@@ -11,9 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Errors that a user can fix, and how their messages list names."""
+"""Errors that a user can fix, and how names are shown, in their messages and elsewhere."""
 
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -36,4 +38,32 @@ def listed(names: Iterable[Any], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-__all__ = ["MismatchedWeightsError", "MissingPackageError", "UserError", "listed"]
+def normalized(name: Any) -> str:
+    """A name with single spaces and letters as Unicode composes them (NFC): names that look the same become equal."""
+    return " ".join(unicodedata.normalize("NFC", str(name)).split())
+
+
+def shown_names(names: Mapping[Any, Any]) -> dict[Any, str]:
+    r"""
+    Names of classes as they are shown, all different. A class is its number, so several may have the same name. Then,
+    and if a class has no name, the number is appended: `crane (134)` and `crane (517)`.
+
+    Names that look the same count as the same, see [`normalized`].
+
+    Args:
+        names (`Mapping[int, str]`):
+            Name of each class by its number, such as `config.id2label`.
+    """
+    looks = {number: normalized(name) for number, name in names.items()}
+    counts = Counter(looks.values())
+    shown = {}
+    for number, name in names.items():
+        shown[number] = str(name)
+        if counts[looks[number]] > 1 or not looks[number]:
+            shown[number] = looks[number]
+            while not shown[number] or shown[number] in counts:
+                shown[number] = f"{shown[number]} ({number})".strip()
+    return shown
+
+
+__all__ = ["MismatchedWeightsError", "MissingPackageError", "UserError", "listed", "normalized", "shown_names"]

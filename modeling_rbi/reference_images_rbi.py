@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .bank_rbi import NO_LABEL, check_size
-from .errors_rbi import UserError
+from .errors_rbi import UserError, shown_names
 
 
 logger = logging.get_logger(__name__)
@@ -88,7 +88,8 @@ def choose_references(
     if strategy != "random" and len(known):
         counts = known.bincount(minlength=len(class_names))
         if (counts == 0).any():
-            empty = [class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
+            names = shown_names(class_names)
+            empty = [names[label] for label in (counts == 0).nonzero().flatten().tolist()]
             raise UserError(
                 f"{len(empty)} of the model's classes have no image, for instance {empty[0]!r}: add images of "
                 'these classes, or use `strategy="random"`.'

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from .backbone_rbi import check_images, expected_image_size, in_evaluation
 from .bank_rbi import NO_LABEL, ReferenceBank, check_size
 from .configuration_rbi import RBIConfig
-from .errors_rbi import UserError, listed
+from .errors_rbi import UserError, listed, shown_names
 from .reference_images_rbi import (
     check_choice,
     choose_references,
@@ -207,19 +207,20 @@ class ReferencesMixin:
 
         Returns:
             `dict[str, Any]`: the entries of `config.references`, and `has_images` (whether it keeps thumbnails),
-            `references_per_class` (number of labeled references by class name), `num_bytes` (bytes that the bank adds
-            to the model's file) and `multiply_adds_per_image` (what it adds to the cost of an image).
+            `references_per_class` (number of labeled references by class name, as [`shown_names`] tells equal names
+            apart), `num_bytes` (bytes that the bank adds to the model's file) and `multiply_adds_per_image` (what it
+            adds to the cost of an image).
 
         Raises:
             UserError: if the model has no bank.
         """
         bank = self.base_model.require_references("describe")
-        known = bank.labels[bank.labels != NO_LABEL].tolist()
+        known, names = bank.labels[bank.labels != NO_LABEL].tolist(), shown_names(self.config.id2label)
         saved = [buffer for buffer in (bank.features, bank.labels, bank.images, bank.probe) if buffer is not None]
         pixels = 0 if bank.images is None else bank.images[0].numel()
         return self.config.references | {
             "has_images": bank.images is not None,
-            "references_per_class": {self.config.id2label[label]: known.count(label) for label in sorted(set(known))},
+            "references_per_class": {names[label]: known.count(label) for label in sorted(set(known))},
             "num_bytes": sum(buffer.numel() * buffer.element_size() for buffer in saved),
             # The image's own query, key and value; then scores, messages and PSNR with each reference.
             "multiply_adds_per_image": 3 * self.config.feature_size**2
@@ -410,7 +411,8 @@ class ReferenceBankMixin:
         matched = {label: new.get(names[label], NO_LABEL) for label in known}
         bank.labels.copy_(torch.tensor([matched.get(label, NO_LABEL) for label in bank.labels.tolist()]))
         config.references = config.references | {"num_labeled": int((bank.labels != NO_LABEL).sum())}
-        if dropped := [names[label] for label in known if matched[label] == NO_LABEL]:
+        shown = shown_names(names)
+        if dropped := [shown[label] for label in known if matched[label] == NO_LABEL]:
             logger.warning(
                 f"The references of {len(dropped)} classes ({listed(dropped)}) have lost their labels, since the "
                 "model is loaded with other classes than they were set for: set them again with `set_references`."
@@ -479,6 +481,11 @@ class AddedClassesMixin(ReferencesMixin):
     num_labels: int
     classifier: nn.Linear
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Name of each class as it is shown: [`shown_names`] of `config.id2label`, all different."""
+        return shown_names(self.config.id2label)
+
     def with_votes(self, logits: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
         r"""
         Combines the logits of the classifier with the votes of the references, if the config asks for it.
@@ -544,19 +551,19 @@ class AddedClassesMixin(ReferencesMixin):
         """
         bank, known = self.base_model.require_own_references("add classes to"), self.config.id2label
         names = list(names)
-        if not names or len({*names, *known.values()}) != len(names) + len(known):
+        if not names or len(set(names)) < len(names) or {*known.values(), *self.class_names.values()} & set(names):
             raise UserError(f"The names of new classes must be new and differ from each other, got {names}.")
         if absent := sorted(set(known) - set(bank.labels.tolist())):
             raise UserError(
                 f"Classes are told apart by labeled references, and {len(absent)} classes have none in the bank, for "
-                f"instance {known[absent[0]]!r}: add some with `add_references`."
+                f"instance {self.class_names[absent[0]]!r}: add some with `add_references`."
             )
         new = dict(enumerate(names))
         features, thumbnails, labels = self._read_images(images, None, image_processor, batch_size)
         choose_references(labels, new, strategy="balanced")  # checks them
         self._append_references(features, thumbnails, labels + len(known))
         self.config.id2label = known | {len(known) + label: name for label, name in new.items()}
-        self.config.label2id = {name: label for label, name in self.config.id2label.items()}
+        self.config.label2id = {name: label for label, name in self.class_names.items()}
         self.config.num_added_classes += len(names)
         old, self.num_labels = self.classifier, self.config.num_labels
         self.classifier = nn.Linear(old.in_features, self.num_labels, device=old.weight.device, dtype=old.weight.dtype)

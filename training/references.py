@@ -243,7 +243,7 @@ def _check_classes(model: RBIForImageClassification, numbers: torch.Tensor | Non
     if config.num_added_classes and (missing := [label for label in config.id2label if label not in known]):
         raise UserError(
             "The model has classes that were added by references, and recognizes all classes by references: name "
-            f"labeled data with images of each class, for instance {config.id2label[missing[0]]!r}."
+            f"labeled data with images of each class, for instance {model.class_names[missing[0]]!r}."
         )
 
 

@@ -152,8 +152,8 @@ class Classifier:
         self.examples = [str(path) for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
 
     def label(self, number: int) -> str:
-        """The name of a class."""
-        return str(self.model.config.id2label[number])
+        """The name of a class, with its number if others have the same name."""
+        return self.model.class_names[number]
 
     @torch.inference_mode()
     def outputs(self, images: Sequence[Image.Image], *scopes: str) -> list[Any]:

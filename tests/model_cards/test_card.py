@@ -133,6 +133,19 @@ def test_class_names_of_any_kind(sources, given):
     assert f"``  a `b` c ``, `line break`, `{'x' * 80}...`, `<b>|`".replace("  ", " ") in text
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["crane", "dog", "crane", "owl"], "`crane (0)`, `dog`, `crane (2)`, `owl`"),
+        (["crane"] * 3, "`crane (0)`, `crane (1)`, `crane (2)`"),
+        (["x" * 90, "x" * 91, ""], f"`{'x' * 80}... (0)`, `{'x' * 80}... (1)`, `(2)`"),
+    ],
+)
+def test_classes_of_one_name_are_told_apart(sources, given, names, shown):
+    sources.config.id2label = dict(reversed([*enumerate(names)]))  # in whatever order
+    assert shown in make_card(dataclasses.replace(sources, assessment=None), given)[0].text
+
+
 def test_a_backbone_that_is_not_on_the_hub(sources, given):
     card, missing = make_card(sources, dataclasses.replace(given, base_model="none"))
     assert not missing and card.data.base_model is None

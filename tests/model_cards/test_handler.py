@@ -147,6 +147,26 @@ def test_parameters(handler, classifier, image_files, files, top_k, function):
 
 
 @pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["crane", "dog", "crane"], ["crane (0)", "dog", "crane (2)"]),
+        (["crane", "crane", "crane"], ["crane (0)", "crane (1)", "crane (2)"]),
+        (["crane", "crane", "crane (0)"], ["crane (0) (0)", "crane (1)", "crane (0)"]),
+        (["", "Crane", "crane"], ["(0)", "Crane", "crane"]),
+    ],
+)
+def test_classes_of_one_name(handler, files, monkeypatch, names, labels):
+    expected = {each["label"]: each["score"] for each in handler({"inputs": files[5]})}
+    monkeypatch.setattr(handler.model.config, "id2label", dict(enumerate(names)))
+    answer = handler({"inputs": files[5]})
+    assert {each["label"]: each["score"] for each in answer} == pytest.approx(
+        {label: expected[name] for label, name in zip(labels, ("cat", "dog", "fox"), strict=True)}
+    )
+    scores = [each["score"] for each in answer]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize(
     ("problem_type", "function"),
     [
         (None, "softmax"),

@@ -226,6 +226,56 @@ class TestSeveralImages:
         assert page.count(html.escape(name)) == 4
 
 
+class TestClassesOfOneName:
+    @pytest.fixture(
+        params=[
+            (["crane", "dog", "crane"], ["crane (0)", "dog", "crane (2)"]),
+            (["crane"] * 3, ["crane (0)", "crane (1)", "crane (2)"]),
+            (["crane", "crane", "crane (0)"], ["crane (0) (0)", "crane (1)", "crane (0)"]),
+            (["", "Crane", "crane"], ["(0)", "Crane", "crane"]),
+        ]
+    )
+    def shown(self, request, model):
+        """Gives the model equal names, and what is to be shown."""
+        names, shown = request.param
+        model.config.id2label = dict(enumerate(names))
+        return shown
+
+    def test_each_has_its_score(self, app, model, model_folder, image_files, images, shown, tmp_path):
+        folder = str(_saved(model, model_folder, tmp_path / "model"))
+        classifier, classify = app.Classifier(folder), app.build(folder)
+        for path, image in zip(image_files[::4], images[::4], strict=True):
+            answer, labels = classifier.classify(image), classify(str(path), api_name="classify")
+            for scope, scores, label in (
+                ("self", answer.without_references, labels[1]),
+                ("reference", answer.with_references, labels[0]),
+            ):
+                logits = ask(model, model_folder, [image], relation_scope=scope).logits[0]
+                expected = dict(zip(shown, logits.softmax(-1).tolist(), strict=True))
+                assert scores == pytest.approx(expected, abs=1e-6)
+                assert {each["label"]: each["confidence"] for each in label["confidences"]} == pytest.approx(
+                    expected, abs=1e-6
+                )
+                assert label["label"] == shown[int(logits.argmax())]
+
+    def test_references_and_the_table(self, app, classifier, model, images, image_files, shown):
+        classifier.model.config.id2label = model.config.id2label
+        for number, image in ((0, images[0]), (2, images[6])):
+            assert classifier.classify(image).nearest[0].label == shown[number]
+        comparison = classifier.compare(images)
+        rows = app.table_rows(comparison, [path.name for path in image_files], classifier)
+        for place, scores in ((2, comparison.single), (4, comparison.batch)):
+            assert [row[place] for row in rows] == [shown[number] for number in scores.argmax(-1).tolist()]
+
+    def test_a_change_from_one_to_the_other_is_said(self, app, images):
+        answer = app.Answer({"crane (0)": 0.6, "crane (2)": 0.4}, {"crane (2)": 0.7, "crane (0)": 0.3})
+        page = app.attention_html(answer, images[0])
+        assert (
+            "change the answer from <b>crane (0)</b> (60.0% without them) to <b>crane (2)</b> (70.0% with them)"
+            in page
+        )
+
+
 class TestOtherModels:
     def test_gray(self, app, backbone_config, images, image_files, tmp_path):
         backbone_config.num_channels = 1

@@ -22,7 +22,8 @@ from transformers import (
     ViTConfig,
 )
 
-from modeling_rbi import RBIConfig, RBIModel, UserError
+from modeling_rbi import RBIConfig, RBIModel, UserError, configuration_rbi
+from tests.modeling_rbi.shared import transformers_log
 
 
 BACKBONE_CONFIGS = {
@@ -99,8 +100,8 @@ def test_names_and_numbers_of_classes_agree():
     numbers = {name: label for label, name in names.items()}
     for config in (RBIConfig(id2label=names), RBIConfig(label2id=numbers), RBIConfig(id2label=names, num_labels=11)):
         assert list(config.id2label.items()) == sorted(names.items()) and config.label2id == numbers
-    # Of equal names the first one counts.
-    assert RBIConfig(id2label={0: "a", 1: "b", 2: "a"}).label2id == {"a": 0, "b": 1}
+    # Equal names as they are shown.
+    assert RBIConfig(id2label={0: "a", 1: "b", 2: "a"}).label2id == {"a (0)": 0, "b": 1, "a (2)": 2}
 
 
 def test_other_classes_at_loading_replace_all_names(tmp_path):
@@ -112,6 +113,25 @@ def test_other_classes_at_loading_replace_all_names(tmp_path):
         assert load(tmp_path, label2id={"d": 0, "e": 1}).id2label == {0: "d", 1: "e"}
         with pytest.raises((UserError, StrictDataclassError), match="`num_labels` is 5"):
             load(tmp_path, id2label={0: "d", 1: "e"}, num_labels=5)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["crane", "dog", "crane", "owl"], "(crane (0), crane (2))"),
+        (["crane"] * 9, "(crane (0), crane (1), crane (2), crane (3), crane (4) and 4 more)"),
+        (["dog", ""], "((1))"),
+        (["dog", "crane", "Crane", "crane (2)"], None),
+    ],
+)
+def test_classes_of_one_name_are_kept_and_warned_of(names, shown, caplog, tmp_path):
+    configuration_rbi.logger.warning_once.cache_clear()
+    with transformers_log(caplog):
+        config = RBIConfig(id2label=dict(enumerate(names)))
+        assert ("have the same name" in caplog.text) == (shown is not None)
+        assert shown is None or f"their numbers {shown}, but" in caplog.text
+    config.save_pretrained(tmp_path)
+    assert RBIConfig.from_pretrained(tmp_path).id2label == dict(enumerate(names))
 
 
 # --- The backbone ----------------------------------------------------------------------------------------------------

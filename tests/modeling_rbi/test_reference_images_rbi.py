@@ -3,6 +3,7 @@
 """Which images become references, and what they are read from."""
 
 import math
+import re
 
 import datasets
 import numpy as np
@@ -18,6 +19,7 @@ from modeling_rbi import (
     RBIConfig,
     choose_references,
 )
+from modeling_rbi.errors_rbi import shown_names
 from tests.modeling_rbi.shared import (
     CLASS_NAMES,
     NUM_LABELS,
@@ -197,6 +199,15 @@ def test_herding_comes_closer_to_the_mean_than_chance():
 def test_a_choice_that_cannot_be_made_is_refused(labels, kwargs, message):
     with pytest.raises(ValueError, match=message):
         choose_references(torch.tensor(labels, dtype=torch.int64), CLASS_NAMES, **kwargs)
+
+
+@pytest.mark.parametrize("names", [["crane", "dog", "crane"], ["crane"] * 3, ["dog", "", "crane (2) "]])
+def test_a_class_without_images_is_named_as_it_is_shown(names):
+    names = dict(enumerate(names))
+    for label in names:
+        labels = torch.tensor([other for other in names if other != label])
+        with pytest.raises(ValueError, match=rf"instance {re.escape(repr(shown_names(names)[label]))}: add"):
+            choose_references(labels, names)
 
 
 def test_as_many_references_as_the_limit():

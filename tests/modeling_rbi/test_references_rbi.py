@@ -25,6 +25,7 @@ from modeling_rbi import (
     choose_references,
     references_rbi,
 )
+from modeling_rbi.errors_rbi import shown_names
 from tests.modeling_rbi.shared import (
     CLASS_NAMES,
     FEATURE_SIZE,
@@ -1135,6 +1136,47 @@ def test_a_pipeline_names_new_classes(kernel, tmp_path):
     processor.save_pretrained(tmp_path)
     classify = pipeline("image-classification", model=str(tmp_path), top_k=1)
     assert [answer[0]["label"] for answer in classify(images)] == NEW
+
+
+# --- Classes of one name ---------------------------------------------------------------------------------------------
+
+EQUAL = [
+    ["crane", "dog", "crane", "emu", "crane"],
+    ["crane"] * NUM_LABELS,
+    ["crane", "crane (2)", "crane", "Crane", ""],
+]
+
+
+@pytest.mark.parametrize("names", EQUAL)
+def test_references_are_counted_by_class_and_not_by_name(kernel, names):
+    kernel.set_references(items_of(make_images(9, seed=5), [0, 0, 0, 1, 2, 2, 3, 4, 4]))
+    kernel.config.id2label = dict(enumerate(names))
+    counts = kernel.describe_references()["references_per_class"]
+    assert list(counts.values()) == [3, 1, 2, 1, 2]
+    assert list(counts) == list(kernel.class_names.values()) == list(shown_names(kernel.config.id2label).values())
+
+
+def test_messages_tell_classes_of_one_name_apart(kernel):
+    kernel.config.id2label = dict(enumerate(["crane", "dog", "crane", "emu", "crane"]))
+    items = items_of(make_images(4, seed=5), [0, 1, 3, 4])
+    with pytest.raises(ValueError, match=r"1 of the model's classes have no image, for instance 'crane \(2\)'"):
+        kernel.set_references(items)
+    kernel.set_references(items, strategy="random")
+    with pytest.raises(ValueError, match=r"1 classes have none in the bank, for instance 'crane \(2\)'"):
+        kernel.add_classes(NEW, new_items())
+
+
+@pytest.mark.parametrize("names", EQUAL)
+def test_classes_are_added_beside_classes_of_one_name(kernel, names):
+    kernel.config.id2label = dict(enumerate(names))
+    for name in (names[0], kernel.class_names[2]):
+        with pytest.raises(ValueError, match="must be new and differ"):
+            kernel.add_classes([name, "crow"], new_items())
+    kernel.add_classes(NEW, new_items())
+    assert list(kernel.config.id2label.values()) == [*names, *NEW]
+    assert kernel.config.label2id == {name: label for label, name in kernel.class_names.items()}
+    assert list(kernel.config.label2id.values()) == list(range(7))
+    assert list(kernel.describe_references()["references_per_class"].values()) == [4] * 5 + [2] * 2
 
 
 @pytest.mark.parametrize(

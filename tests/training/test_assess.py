@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from training import assess as assess_command
 from training.assess import AssessmentArguments, choose_protocols, main, run
 from training.data.arguments import DataArguments
 from training.data.reading import load_images
+from training.evaluation import report
 from training.evaluation.classifiers import in_order_of_content
 from training.evaluation.metrics import compute_metrics
 from training.evaluation.protocols import Condition
@@ -216,6 +218,49 @@ def test_labels_in_another_order_than_the_models(assessed, model_dir, data, tmp_
         recalls = {(row["protocol"], row["batch_size"], row["class"]): float(row["recall"]) for row in rows}
         by_class.append({key: recall for key, recall in recalls.items() if key[0] != "sorted"})
     assert by_class[0] == pytest.approx(by_class[1], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("is_rbi", [True, False], ids=["RBI", "another classifier"])
+def test_classes_of_one_name(is_rbi, data, tmp_path, monkeypatch):
+    """They are matched by the names that are shown, and each has its own row and its own name in the figures."""
+    names, shown = ["crane", "dog", "crane", "owl"], ["crane (0)", "dog", "crane (2)", "owl"]
+    model = _model(NAMES) if is_rbi else _classifier()
+    folder = _save(model, tmp_path / "model")
+    images = load_images(data, seed=0)
+    plotted = []
+    monkeypatch.setattr(report, "plot_confusion_matrix", lambda path, counts, names, title: plotted.append(names))
+    monkeypatch.setattr(report, "plot_confused_pairs", lambda path, pairs, *_: plotted.append(pairs))
+    monkeypatch.setattr(report, "plot_reliability", lambda *_: None)
+
+    def measured(name, folder, own_names):
+        """Rows of the classes, by number, of data with these names."""
+        files = {}
+        for part in ("train", "test"):
+            split = images[part].cast_column("label", datasets.ClassLabel(names=own_names))
+            files[f"{part}_file"] = _listed_in(tmp_path / f"{name}_{part}.csv", split, range(len(split)))
+        arguments = DataArguments(**files, train_val_split=0)
+        result, _ = _run(folder, tmp_path / name, arguments, protocols=["single"], batch_sizes=None)
+        return result, list(csv.DictReader((tmp_path / name / "per_class.csv").open()))
+
+    expected, expected_rows = measured("before", folder, NAMES)
+    before = plotted.copy()
+    plotted.clear()
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {"crane": 2, "dog": 1, "owl": 3}
+    folder = _save(model, tmp_path / "model")
+    result, rows = measured("after", folder, shown)
+    condition = Condition("single")
+    assert result.metrics[condition]["accuracy"].value == expected.metrics[condition]["accuracy"].value
+    assert [row.pop("class") for row in rows] == shown
+    assert [row.pop("class") for row in expected_rows] == NAMES
+    assert rows == expected_rows
+    number = {name: number for number, name in enumerate(NAMES)}
+    assert plotted[0] == [shown[number[name]] for name in before[0]]
+    assert [(pair.first, pair.second) for pair in plotted[1]] == [
+        (shown[number[pair.first]], shown[number[pair.second]]) for pair in before[1]
+    ]
+    with pytest.raises(ValueError, match=r"several classes of the name crane: .*shown \(crane \(0\), crane \(2\)\)"):
+        measured("refused", folder, ["crane", "dog", "heron", "owl"])
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.slow

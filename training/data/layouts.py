@@ -36,7 +36,7 @@ import datasets
 import numpy as np
 
 from modeling_rbi import MissingPackageError, UserError
-from modeling_rbi.errors_rbi import listed
+from modeling_rbi.errors_rbi import listed, shown_names
 
 from .archives import is_archive, unpack
 from .form import BOX, IMAGE
@@ -494,14 +494,13 @@ def _largest_object(file: Path) -> Box:
 def _build(
     name: str, path: Path, ids: Sequence[Any], names: Mapping[Any, str], splits: Mapping[str, _Rows]
 ) -> datasets.DatasetDict:
-    """The data set; class `k` is `ids[k]`. If two classes share a name, their ids are appended."""
+    """The data set; class `k` is `ids[k]`. Names are as [`shown_names`] tells them apart, by their ids."""
     nameless = [number for number in ids if not isinstance(names[number], str)]
     if nameless:
         raise UserError(f"{path} must have text as the name of class {nameless[0]}.")
-    counts = Counter(names[number] for number in ids)
-    class_names = [names[number] if counts[names[number]] == 1 else f"{names[number]} ({number})" for number in ids]
-    if len(set(class_names)) < len(ids):
-        raise UserError(f"{path} lists a class twice: {Counter(class_names).most_common(1)[0][0]}.")
+    if twice := [number for number, count in Counter(ids).items() if count > 1]:
+        raise UserError(f"{path} lists a class twice: {twice[0]}.")
+    class_names = list(shown_names({number: names[number] for number in ids}).values())
     numbers = {number: label for label, number in enumerate(ids)}
     result = datasets.DatasetDict()
     for split, rows in splits.items():

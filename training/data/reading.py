@@ -122,6 +122,12 @@ def _read_dataset(args: DataArguments) -> dict[str, datasets.Dataset]:
         # datasets 5.2 raises this for a split without rows.
         raise BadDataError(f"{name} cannot be read; probably one of its splits has no images.") from error
     except (ValueError, RuntimeError) as error:
+        if "label names are duplicated" in str(error):
+            raise BadDataError(
+                f"{name} has several classes of one name, which `datasets` does not load: rename them in the "
+                "`ClassLabel` of its features (in README.md, dataset_info.json or the metadata of its files), or list "
+                "the images in a file for --train_file."
+            ) from error
         # Such as an unknown configuration, or a data set that is a script.
         raise UserError(f"The data set {name} cannot be loaded: {error}") from error
     given = dict(data) if isinstance(data, dict) else {"train": data}

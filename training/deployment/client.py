@@ -27,7 +27,10 @@ _MAX_GRAY_LEVELS = 2.0
 def client_config(
     config: PreTrainedConfig, facts: dict[str, Any], files: Sequence[ExportedFile], is_onnx: bool
 ) -> dict[str, Any]:
-    """Content of `config.json`. transformers.js uses the first of the files by default."""
+    """
+    Content of `config.json`. transformers.js uses the first of the files by default. Class names are as shown, since
+    clients know a class by its name only.
+    """
     names = class_names(config)
     content: dict[str, Any] = {
         "architectures": ["RBIForImageClassification"],

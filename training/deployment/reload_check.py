@@ -37,7 +37,7 @@ def main(folder: str, images: list[str], output: str):
     with torch.no_grad():
         logits = {scope: model(**inputs, relation_scope=scope).logits.float() for scope in scopes}
     (answer,) = pipeline("image-classification", model=folder, trust_remote_code=True)(opened[0], top_k=1)
-    if answer["label"] not in model.config.label2id:
+    if answer["label"] not in model.config.id2label.values():
         raise ValueError(f"The pipeline predicts {answer['label']!r}, which is not a class of the model.")
     save_file(logits, output)
 

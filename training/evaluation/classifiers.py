@@ -5,6 +5,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError, load_image_processor
-from modeling_rbi.errors_rbi import listed
+from modeling_rbi.errors_rbi import listed, normalized, shown_names
 
 from ..data.form import iter_rows, labels_of
 from .features import CachedImages, is_itself
@@ -85,32 +86,50 @@ def in_order_of_content(split: datasets.Dataset) -> datasets.Dataset:
 
 def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Tensor:
     r"""
-    Matches the classes of the data to the classes of the model by name. Returns the model's number of each class,
-    `(num_classes,)`, -100 for classes without images.
+    Matches the classes of the data to the classes of the model by name: a name in the config, or as [`class_names`]
+    shows it. A name that several classes of the model have is matched only if the data list the classes of the model
+    in its order. Returns the model's number of each class, `(num_classes,)`, -100 for classes without images.
 
     Raises:
-        UserError: if all images are of one class, several labels match one class, or the model lacks a class.
+        UserError: if all images are of one class, several labels match one class, one label matches several classes,
+            or the model lacks a class.
     """
     names = split.features["label"].names
     present = labels_of(split).unique().tolist()
     if len(present) < 2:
         raise UserError(f'All images are of one class, "{names[present[0]]}": name images of at least two.')
-    numbers = {name: number for number, name in enumerate(class_names(config))} | (config.label2id or {})
+    names, own, shown = [normalized(name) for name in names], [*map(normalized, _names(config))], class_names(config)
+    several = {name for name, count in Counter(own).items() if count > 1} & {names[label] for label in present}
+    is_in_order = len(names) == len(own) and all(name in pair for name, *pair in zip(names, own, shown, strict=True))
+    if several and not is_in_order:
+        choices = [choice for name, choice in zip(own, shown, strict=True) if name in several]
+        raise UserError(
+            f"The model has several classes of the name {listed(sorted(several))}: name the labels of the data as "
+            f"these classes are shown ({listed(choices)}), or rename the classes in `id2label` of the model's config."
+        )
+    numbers = {name: number for every in (own, shown) for number, name in enumerate(every)}
+    numbers |= {normalized(name): int(number) for name, number in (config.label2id or {}).items()}
     if unknown := [names[label] for label in present if names[label] not in numbers]:
         raise UserError(
             f"The model lacks {len(unknown)} of the {len(present)} labels of the data ({listed(unknown)}; the model "
-            f"has {listed(class_names(config))}): use the same names in the data and in `id2label` and `label2id` of "
+            f"has {listed(shown)}): use the same names in the data and in `id2label` and `label2id` of "
             "the model's config."
         )
     matched = torch.full((len(names),), -100)
-    matched[present] = torch.tensor([int(numbers[names[label]]) for label in present])
+    matched[present] = torch.tensor([label if names[label] in several else numbers[names[label]] for label in present])
     if len(matched[present].unique()) < len(present):
         raise UserError("Several labels of the data match one class of the model: see `label2id` of its config.")
     return matched
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """Class names from `id2label`, or from `label2id` where those are placeholders (`LABEL_0`)."""
+    """
+    Class names as shown, all different: from `id2label`, or from `label2id` where those are placeholders (`LABEL_0`).
+    """
+    return list(shown_names(dict(enumerate(_names(config)))).values())
+
+
+def _names(config: PreTrainedConfig) -> list[str]:
     named = {int(number): name for name, number in (config.label2id or {}).items()}
     names = {int(number): name for number, name in config.id2label.items()}
     return [

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of an assessment, as PNG files. They open no window and leave matplotlib's global state unchanged."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from PIL import Image
+
+from modeling_rbi.errors_rbi import shown_names
 
 from .bootstrap import Estimate
 from .metrics import NUM_CALIBRATION_BINS
@@ -34,6 +37,11 @@ class ConfusedPair:
     first_as_second: float
     second_as_first: float
     rows: dict[str, list[int]]  # "first", "first as second", "second as first", "second"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of classes, in the order of their numbers, that fit into a figure and are all different."""
+    return list(shown_names(dict(enumerate(map(_short, names)))).values())
 
 
 def plot_batch_sizes(path: Path, curves: Mapping[str, Mapping[int | None, Estimate]]):
@@ -87,7 +95,7 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
         title (`str`):
             Title of the figure.
     """
-    shown_names = [_short(name) for name in names]
+    ticks = short_names(names)
     if len(names) > _MOST_CLASSES:
         errors = counts - counts.diagonal().diag()
         shown = (
@@ -97,9 +105,9 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
         # Sum rows by group, then columns.
         counts = counts.new_zeros(_MOST_CLASSES, len(names)).index_add_(0, group, counts)
         counts = counts.new_zeros(_MOST_CLASSES, _MOST_CLASSES).index_add_(1, group, counts)
-        shown_names = [*(shown_names[row] for row in shown.tolist()), f"{len(names) - len(shown)} others"]
+        ticks = [*(ticks[row] for row in shown.tolist()), f"{len(names) - len(shown)} others"]
         title += f"\nThe {len(shown)} classes with the most errors"
-    side = 3.5 + 0.22 * len(shown_names)
+    side = 3.5 + 0.22 * len(ticks)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     totals = counts.sum(1, keepdim=True)
@@ -107,10 +115,10 @@ def plot_confusion_matrix(path: Path, counts: torch.Tensor, names: Sequence[str]
     shares = (counts / totals.clamp(min=1e-9)).where(totals > 0, float("nan"))
     image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of the images of the class")
-    places = range(len(shown_names))
-    axes.set_xticks(places, shown_names, rotation=90, fontsize=7, parse_math=False)
-    axes.set_yticks(places, shown_names, fontsize=7, parse_math=False)
-    if len(shown_names) <= _MOST_NUMBERS:
+    places = range(len(ticks))
+    axes.set_xticks(places, ticks, rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(places, ticks, fontsize=7, parse_math=False)
+    if len(ticks) <= _MOST_NUMBERS:
         for row in places:
             for column in places:
                 if number := float(counts[row, column]):
@@ -201,4 +209,7 @@ def plot_confused_pairs(path: Path, pairs: Sequence[ConfusedPair], load: Callabl
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    """A name of a class, cut to fit into a figure. A class number at its end stays."""
+    number = "".join(re.findall(r" \(\d{1,6}\)\Z", name))
+    name = name.removesuffix(number)
+    return (name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…") + number

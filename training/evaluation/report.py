@@ -16,7 +16,14 @@ from rich.table import Table
 from .assessment import Assessment
 from .bootstrap import LEVEL, Estimate
 from .metrics import METRIC_TITLES
-from .plots import ConfusedPair, plot_batch_sizes, plot_confused_pairs, plot_confusion_matrix, plot_reliability
+from .plots import (
+    ConfusedPair,
+    plot_batch_sizes,
+    plot_confused_pairs,
+    plot_confusion_matrix,
+    plot_reliability,
+    short_names,
+)
 from .protocols import BATCH_PROTOCOLS, Condition, Predictions
 from .text import percent_with_interval
 
@@ -152,9 +159,9 @@ def plot(folder: Path, assessment: Assessment, names: Sequence[str], load: Calla
     title = f"{shown}: accuracy {100 * assessment.metrics[shown]['accuracy'].value:.1f} %"
     counts = confusion(predictions, labels)
     used = ((counts.sum(0) + counts.sum(1)) > 0).nonzero().flatten()
-    all_names = [*names, "(no prediction)"]
+    names = short_names([*names, "(no prediction)"])
     plot_confusion_matrix(
-        folder / "confusion_matrix.png", counts[used][:, used], [all_names[label] for label in used.tolist()], title
+        folder / "confusion_matrix.png", counts[used][:, used], [names[label] for label in used.tolist()], title
     )
     # The last condition of a protocol has its largest batches.
     largest = {condition.protocol: condition for condition in assessment.predictions}
@@ -163,7 +170,7 @@ def plot(folder: Path, assessment: Assessment, names: Sequence[str], load: Calla
         {protocol: (str(condition), assessment.predictions[condition]) for protocol, condition in largest.items()},
         labels,
     )
-    pairs = confused_pairs(predictions, labels, names, _NUM_CONFUSED_PAIRS)
+    pairs = confused_pairs(predictions, labels, names[:-1], _NUM_CONFUSED_PAIRS)
     plot_confused_pairs(folder / "confused_pairs.png", pairs, load, title)
 
 

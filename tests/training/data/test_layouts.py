@@ -284,6 +284,10 @@ class TestNABirds:
         _edit(path / "classes.txt", "Made-up Bird 3", "Made-up Bird 1")
         names = LAYOUTS["nabirds"](path)["train"].features["label"].names
         assert names[1:4:2] == ["Made-up Bird 1 (Adult) (302)", "Made-up Bird 1 (Adult) (316)"]
+        # Which is the name of another class, too.
+        _edit(path / "classes.txt", "Made-up Bird 2 (Adult)", "Made-up Bird 1 (Adult) (302)")
+        names = LAYOUTS["nabirds"](path)["train"].features["label"].names
+        assert len(set(names)) == NUM_CLASSES and names[1:3] == [f"{names[2]} (302)", "Made-up Bird 1 (Adult) (302)"]
 
 
 class TestTinyImageNet:

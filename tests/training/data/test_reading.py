@@ -1,5 +1,6 @@
 """Data from Hub data sets and published layouts in one form, smaller sets, or an error that says what to do."""
 
+import json
 import shutil
 import socket
 
@@ -81,6 +82,16 @@ class TestCopiesOfHubDataSets:
         faces.to_parquet(tmp_path / "copy" / "train.parquet")
         with pytest.raises(UserError, match=r"The data set .*copy cannot be loaded: .*'other'"):
             load(dataset_name=str(tmp_path / "copy"), dataset_config_name="other")
+
+    def test_several_classes_of_one_name(self, faces, tmp_path, load):
+        path = self._saved(tmp_path, train=faces)
+        (info,) = (tmp_path / "copy").rglob("dataset_info.json")
+        for names in (["a", "b", "a"], ["a"] * 3, ["", "", "a"]):
+            content = json.loads(info.read_text())
+            content["features"]["label"]["names"] = names
+            info.write_text(json.dumps(content))
+            with pytest.raises(BadDataError, match=r"copy has several classes of one name, .*: rename them in"):
+                load(dataset_name=path)
 
     def _saved(self, tmp_path, **splits):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)

@@ -62,10 +62,12 @@ def made(arguments, given, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def made_in_half(arguments, given, trained, tmp_path_factory):
-    """A publication in float16, whose weights are in several files."""
+    """A publication in float16, with weights in several files and without `label2id`."""
     folder = tmp_path_factory.mktemp("made_in_half")
     source = shutil.copytree(trained / "model", folder / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
-    RBIForImageClassification.from_pretrained(source).half().save_pretrained(source)
+    model = RBIForImageClassification.from_pretrained(source).half()
+    model.config.label2id = None
+    model.save_pretrained(source)
     (folder / "folder").mkdir()
     changes = {"model": str(source), "assessment": None, "max_shard_size": "20kB"}
     return make_folder(arguments(**changes), given, folder / "folder")

@@ -1,6 +1,6 @@
 # Copyright 2026 The RBI authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Image processors of exports, in a form that transformers.js supports."""
+"""Config and image processors of exports, in a form that transformers.js supports."""
 
 import json
 
@@ -15,7 +15,8 @@ from transformers.models.efficientnet.image_processing_pil_efficientnet import E
 from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileViTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from training.deployment.client import client_image_processor
+from modeling_rbi import RBIConfig
+from training.deployment.client import client_config, client_image_processor
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,17 @@ def test_image_processors_in_a_form_that_clients_have(image_processor, tmp_path)
 def test_image_processors_that_clients_do_not_have():
     fields, note = client_image_processor(MobileViTImageProcessorPil(do_flip_channel_order=True), 3)
     assert fields is None and "MobileViTImageProcessor" in note
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["cat", "dog", "fox"], ["cat", "dog", "fox"]),
+        (["crane", "dog", "crane"], ["crane (0)", "dog", "crane (2)"]),
+        (["crane", "crane", "crane (0)"], ["crane (0) (0)", "crane (1)", "crane (0)"]),
+    ],
+)
+def test_no_class_is_lost(names, shown):
+    content = client_config(RBIConfig(id2label=dict(enumerate(names))), {"files": {}}, [], is_onnx=False)
+    assert content["id2label"] == {str(number): name for number, name in enumerate(shown)}
+    assert content["label2id"] == {name: number for number, name in enumerate(shown)}

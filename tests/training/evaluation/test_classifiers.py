@@ -4,10 +4,11 @@
 
 import dataclasses
 
+import datasets
 import pytest
 import torch
 
-from modeling_rbi import RBIConfig
+from modeling_rbi import RBIConfig, UserError
 from tests.training.evaluation.shared import (
     LABELS,
     NAMES,
@@ -65,6 +66,62 @@ def test_two_labels_of_one_class_are_refused(split):
     config = RBIConfig(id2label=dict(enumerate(NAMES)), label2id=dict(zip(NAMES, [0, 1, 1, 3], strict=True)))
     with pytest.raises(ValueError, match="one class of the model"):
         match_labels(split, config)
+
+
+def _data(names):
+    """A split with an image of each of these classes."""
+    feature = datasets.ClassLabel(names=names)
+    return datasets.Dataset.from_dict({"label": [*range(len(names))]}, datasets.Features({"label": feature}))
+
+
+def _config(names, **kwargs):
+    return RBIConfig(id2label=dict(enumerate(names)), **kwargs)
+
+
+CRANES = ["crane", "dog", "crane", "owl"]
+
+
+@pytest.mark.parametrize(
+    ("model_names", "names", "numbers"),
+    [
+        # The names that the model is shown with, in any order.
+        (CRANES, ["crane (0)", "crane (2)", "dog", "owl"], [0, 2, 1, 3]),
+        (CRANES, ["owl", "crane (2)"], [3, 2]),
+        (["crane"] * 3, ["crane (2)", "crane (0)", "crane (1)"], [2, 0, 1]),
+        (["crane", "crane (2)", "crane"], ["crane (2) (2)", "crane (2)", "crane (0)"], [2, 1, 0]),
+        (["", "dog", ""], ["(2)", "dog", "(0)"], [2, 1, 0]),
+        # Names that no other class has.
+        (CRANES, ["owl", "dog"], [3, 1]),
+        (["Crane", "crane", "CRANE"], ["CRANE", "Crane", "crane"], [2, 0, 1]),
+        # The same list in the same order.
+        (CRANES, ["crane", "dog", "crane (2)", "owl"], [0, 1, 2, 3]),
+        (CRANES, ["crane (0)", "dog", "crane", "owl"], [0, 1, 2, 3]),
+        # Names that look the same.
+        (["cafe\u0301", "dog ", "two  words"], ["two words", "caf\u00e9", "dog"], [2, 0, 1]),
+    ],
+)
+def test_classes_of_one_name_are_matched_where_they_can_be_told_apart(model_names, names, numbers):
+    config = _config(model_names)
+    assert match_labels(_data(names), config).tolist() == numbers
+    assert len(set(class_names(config))) == len(model_names)
+
+
+@pytest.mark.parametrize(
+    ("model_names", "names", "choices"),
+    [
+        (CRANES, ["crane", "dog", "owl"], r"crane \(0\), crane \(2\)"),
+        (CRANES, ["crane", "crane (2)", "dog", "owl"], r"crane \(0\), crane \(2\)"),
+        (CRANES, ["owl", "dog", "crane (2)", "crane"], r"crane \(0\), crane \(2\)"),
+        (["crane"] * 3, ["crane", "crane (1)"], r"crane \(0\), crane \(1\), crane \(2\)"),
+        (["crane", "crane (2)", "crane"], ["crane", "crane (2)"], r"crane \(0\), crane \(2\) \(2\)"),
+        (["caf\u00e9", "cafe\u0301"], ["caf\u00e9", "dog"], "caf\u00e9 \\(0\\), caf\u00e9 \\(1\\)"),
+    ],
+)
+def test_a_label_of_several_classes_is_refused(model_names, names, choices):
+    for more in ({}, {"label2id": {name: number for number, name in enumerate(model_names)}}):
+        message = rf"several classes of the name {names[0] if names[0] != 'owl' else 'crane'}: .*shown \({choices}\)"
+        with pytest.raises(UserError, match=message):
+            match_labels(_data(names), _config(model_names, **more))
 
 
 @pytest.mark.parametrize("psnr_max", [20, 50, 80])

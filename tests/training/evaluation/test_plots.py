@@ -17,6 +17,7 @@ from training.evaluation.plots import (
     plot_confused_pairs,
     plot_confusion_matrix,
     plot_reliability,
+    short_names,
 )
 from training.evaluation.protocols import PROTOCOLS, Predictions
 
@@ -85,6 +86,18 @@ class TestConfusionMatrix:
         assert sorted(text.get_text() for text in axes.texts) == ["1", "3", "5"]
         assert [label.get_text() for label in axes.get_yticklabels()][:2] == NAMES[:2]
         assert len(axes.get_yticklabels()[2].get_text()) < 30
+
+    def test_classes_of_one_name_and_of_long_names_that_begin_alike(self, drawn):
+        names = ["crane (0)", *(f"{'x' * 30} {part}" for part in "ab"), "crane (3)", f"{'y' * 30} (4)", "y" * 31]
+        short = short_names(names)
+        assert short[0] == "crane (0)" and short[3] == "crane (3)" and short[4].endswith("… (4)")
+        assert short[1].endswith("… (1)") and short[2].endswith("… (2)")
+        assert len(set(short)) == 6 and max(map(len, short)) < 30 and short_names(short) == short
+        counts = torch.eye(6, dtype=torch.float64)
+        for given, expected in ((names, short), (short, short), (["crane"] * 6, [f"crane ({n})" for n in range(6)])):
+            axes = drawn(plot_confusion_matrix, counts, given, "title").axes[0]
+            for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+                assert [label.get_text() for label in labels] == expected
 
     def test_of_many_classes_those_with_errors(self, drawn):
         counts = 10 * torch.eye(300, dtype=torch.float64)
