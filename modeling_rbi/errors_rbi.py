@@ -29,6 +29,10 @@ class MismatchedWeightsError(UserError, RuntimeError):
     """The weights of a checkpoint have other shapes than its config describes."""
 
 
+class UnreadableImageError(UserError):
+    """An image is missing, of an unknown format, broken, cut off or too large; the message names it and says which."""
+
+
 def listed(names: Iterable[Any], limit: int = 5) -> str:
     """The first `limit` names, separated by commas, and how many more there are."""
     names = [str(name) for name in names]
@@ -36,4 +40,4 @@ def listed(names: Iterable[Any], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-__all__ = ["MismatchedWeightsError", "MissingPackageError", "UserError", "listed"]
+__all__ = ["MismatchedWeightsError", "MissingPackageError", "UnreadableImageError", "UserError", "listed"]

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from modeling_rbi import UserError
+from modeling_rbi.errors_rbi import listed
 
 from ..files import cache_dir, write_json
 from .arguments import DataArguments
@@ -53,12 +54,13 @@ KINDS = {
     "missing_class": "class without images in a split",
     "duplicate": "the same image several times in one split",
     "few_images": "class with few training images",
+    "deep_gray": "gray of more than 8 bits, scaled to 8",
     "hidden_file": "hidden file or folder, ignored",
     "stray_file": "other file or empty folder, ignored",
 }
 DEFAULT_MIN_PER_CLASS = 5
 # Version of the cached results; a change discards older ones.
-_FACTS_VERSION = 3
+_FACTS_VERSION = 4
 _CHUNK_PER_WORKER = 16
 
 
@@ -134,12 +136,16 @@ class DataReport:
 
 
 class _Facts(NamedTuple):
-    """Result of decoding an image: the kind of problem, if any, and its message; hashes of the file and the pixels."""
+    """
+    Result of decoding an image: the kind of problem, if any, and its message; hashes of the file and the pixels; and
+    the range of gray of more than 8 bits.
+    """
 
     problem: str | None
     detail: str
     content: str | None
     pixels: str | None
+    gray_range: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ def check_images(
         *_problems(images, facts),
         *_same_images(images, facts),
         *_class_findings(dataset, min_per_class, allow_missing_classes),
+        *_deep_gray(images, facts),
         *(
             Finding(f"{kind}_file", path, False, (Place(path),))
             for kind, paths in (ignored or {}).items()
@@ -389,7 +396,8 @@ def _look_at(values: dict[str, Any], max_pixels: int) -> _Facts:
         size = f"{image.width} x {image.height}"
         kind = "zero_size" if short < 2 else "narrow"
         return _Facts(kind, f"{source['path'] or 'the image'} has {size} pixels.", content, None)
-    return _Facts(None, "", content, _hash(f"{image.width} {image.height} ".encode() + image.tobytes()))
+    pixels = _hash(f"{image.width} {image.height} ".encode() + image.tobytes())
+    return _Facts(None, "", content, pixels, image.info.get("gray_range"))
 
 
 def _problem(data: bytes, error: UnreadableImageError, max_pixels: int) -> str:
@@ -459,6 +467,18 @@ def _class_findings(
             fatal = split == "validation" and not allow_missing_classes
             for name in classes_missing_from(dataset[split], train):
                 yield Finding("missing_class", f'"{name}" has no images in {split}', fatal)
+
+
+def _deep_gray(images: list[_Image], facts: dict[str, _Facts]) -> Iterator[Finding]:
+    groups = defaultdict(list)
+    for image in images:
+        if (gray_range := facts[image.key].gray_range) is not None:
+            groups[gray_range].append(image.place)
+    for gray_range, places in groups.items():
+        number = f"{len(places)} image{'s' if len(places) > 1 else ''}"
+        yield Finding(
+            "deep_gray", f"{number} {gray_range}: {listed((place.name for place in places), 3)}", False, tuple(places)
+        )
 
 
 def _hash(data: bytes) -> str:

@@ -8,9 +8,11 @@ import struct
 import zlib
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
+from tests.odd_images import tiff
 from training.data import checks
 from training.data.arguments import DataArguments
 from training.data.checks import (
@@ -99,6 +101,26 @@ def test_a_clean_data_set(folder):
     assert report == DataReport({"train": 12, "validation": 4, "test": 4}, ())
     refuse_bad(report)
     assert _paths(drop_bad(dataset, report)) == _paths(dataset)
+
+
+def test_gray_of_more_than_8_bits(folder):
+    """The range that was taken for white is a note, one for all images of the same range."""
+    values = np.random.default_rng(0).integers(0, 256, (5, 8, 8))
+    values[:, 0, 0] = 255
+    for number, white in enumerate((255, 255, 65535, 4095)):
+        (folder / "train" / "a" / f"x{number}.tif").write_bytes(tiff((values[number] * (white / 255)).astype("i4")))
+    (folder / "train" / "b" / "y.tif").write_bytes(tiff((values[4] * 16).astype("u2")))
+    dataset, report = _check(folder)
+    assert _kinds(report) == {"deep_gray": 4} and not report.fatal
+    messages = {finding.message.replace(f"{folder}/train/", "") for finding in report.findings}
+    assert messages == {
+        "2 images from 0 to 255, by the range of the pixels: a/x0.tif, a/x1.tif",
+        "1 image from 0 to 65535, by the range of the pixels: a/x2.tif",
+        "1 image from 0 to 4095, by the range of the pixels: a/x3.tif",
+        "1 image from 0 to 65535, as the file states, though no pixel is above a sixteenth of that: b/y.tif",
+    }
+    # From the cache, too.
+    assert check_images(dataset).findings == report.findings
 
 
 def _truncate(path):

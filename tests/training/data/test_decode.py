@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from tests.odd_images import ODD_IMAGES
 from training.data.decode import DEFAULT_MAX_PIXELS, UnreadableImageError, decode_image
 
 
@@ -132,6 +133,11 @@ class TestModes:
         for source in (image, _bytes(image, image_format)):
             assert _pixel(decode_image(source)) == pytest.approx(expected, abs=1)
             assert _pixel(decode_image(source, box=[1, 1, 3, 3])) == pytest.approx(expected, abs=1)
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize("name", ODD_IMAGES)
+    def test_odd_images(self, name):
+        ODD_IMAGES[name].check(decode_image(ODD_IMAGES[name].file))
 
     @pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "YCbCr", "HSV", "LAB", "RGBX", "I;16L"])
     def test_rarer_modes(self, mode):
