@@ -33,7 +33,7 @@ from modeling_rbi.errors_rbi import listed
 from ..files import cache_dir, write_json
 from .arguments import DataArguments
 from .decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, UnreadableImageError, decode_image
-from .folders import read_unlabeled
+from .folders import ignored_files, read_unlabeled, why_empty, why_unread
 from .form import SPLITS, BadDataError, classes_missing_from, iter_rows, labels_of
 from .reading import load_images
 
@@ -49,6 +49,8 @@ KINDS = {
     "zero_size": "empty, or less than 2 pixels wide or high",
     "narrow": f"one side more than {MAX_ASPECT_RATIO} times as long as the other",
     "empty_box": "the box does not overlap the image",
+    "unread_file": "may be an image, but cannot be read",
+    "empty_class": "class folder without a readable image",
     "label_clash": "the same image under several labels",
     "leak": "the same image in several splits",
     "missing_class": "class without images in a split",
@@ -56,7 +58,7 @@ KINDS = {
     "few_images": "class with few training images",
     "deep_gray": "gray of more than 8 bits, scaled to 8",
     "hidden_file": "hidden file or folder, ignored",
-    "stray_file": "other file or empty folder, ignored",
+    "stray_file": "other file or folder, ignored",
 }
 DEFAULT_MIN_PER_CLASS = 5
 # Version of the cached results; a change discards older ones.
@@ -179,12 +181,13 @@ def check_images(
             Classes with fewer training images are reported.
         num_workers (`int`, *optional*):
             Number of threads that decode. Defaults to the number of cores that this process may use.
-        ignored (mapping of `"hidden"` and `"stray"` to paths, *optional*):
-            Other files among the images, to be reported; see [`ignored_files`].
+        ignored (mapping of kinds of findings to paths, *optional*):
+            Other files and folders among the images, to be reported; see [`ignored_files`].
         allow_missing_classes (`bool`, *optional*, defaults to `False`):
             If `True`, a class without validation images does not prevent training.
     """
     images = list(_list_images(dataset))
+    ignored = ignored or {}
     facts = _look_at_all(dataset, [image.key for image in images], max_pixels, num_workers or _num_cores())
     findings = [
         *_problems(images, facts),
@@ -192,9 +195,14 @@ def check_images(
         *_class_findings(dataset, min_per_class, allow_missing_classes),
         *_deep_gray(images, facts),
         *(
-            Finding(f"{kind}_file", path, False, (Place(path),))
-            for kind, paths in (ignored or {}).items()
-            for path in paths
+            Finding(kind, explain(path), True, (Place(path),), (Place(path),))
+            for kind, explain in (("unread_file", why_unread), ("empty_class", why_empty))
+            for path in ignored.get(kind, ())
+        ),
+        *(
+            Finding(kind, path, False, (Place(path),))
+            for kind in ("hidden_file", "stray_file")
+            for path in ignored.get(kind, ())
         ),
     ]
     order = list(KINDS)
@@ -213,7 +221,12 @@ def load_checked_images(args: DataArguments, seed: int) -> tuple[datasets.Datase
         BadDataError: if the data cannot be trained on; names the files.
     """
     images = load_images(args, seed)
-    report = check_images(images, max_pixels=args.max_pixels, allow_missing_classes=args.allow_missing_classes)
+    report = check_images(
+        images,
+        max_pixels=args.max_pixels,
+        ignored=ignored_files(args),
+        allow_missing_classes=args.allow_missing_classes,
+    )
     if args.skip_bad_images:
         return drop_bad(images, report), report
     refuse_bad(report)
@@ -230,7 +243,7 @@ def load_unlabeled_images(
         UserError: if it is not a folder.
         BadDataError: if it holds no images, or, without `skip_bad_images`, images that cannot be decoded; names them.
     """
-    images = read_unlabeled(folder)
+    images = read_unlabeled(folder, skip_bad_images)
     keys = [_key(values) for values in iter_rows(images)]
     facts = _look_at_all(datasets.DatasetDict(unlabeled=images), keys, max_pixels, _num_cores())
     bad = [row for row, key in enumerate(keys) if facts[key].problem is not None]

@@ -2,18 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decodes stored images to RGB pixels, in the same way everywhere."""
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, features
 
 from modeling_rbi import UnreadableImageError, upright_rgb
 from modeling_rbi.image_processing_rbi import DEFAULT_MAX_PIXELS
 
 
+# Types of files in the ISO container that phones write (ISO/IEC 23008-12).
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 # An extremely narrow image of few pixels would fill the memory when its shorter side is resized to the model's size.
 MAX_ASPECT_RATIO = 100
 
@@ -57,7 +60,7 @@ def decode_image(
     elif not isinstance(source, (str, Path)):
         raise TypeError(f"An image is a path, bytes, a dict of both or a PIL image, not {type(source).__name__}.")
     try:
-        opened = Image.open(source, formats=_formats())
+        opened = Image.open(source, formats=known_formats())
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"{name} is too large: {error}") from error
     except MemoryError:
@@ -69,10 +72,28 @@ def decode_image(
 
 
 @cache
-def _formats() -> list[str]:
-    """All formats of Pillow except EPS, a program that Pillow would have Ghostscript execute."""
+def known_formats() -> list[str]:
+    """
+    All formats of Pillow, and HEIC if pillow-heif is installed, except EPS, a program that Pillow would have
+    Ghostscript execute.
+    """
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
+
+
+def missing_decoder(head: bytes, ending: str = "") -> str | None:
+    """What to install for a file with these first bytes, or this ending, if it is HEIC or AVIF and cannot be read."""
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    if (brand in _HEIC_BRANDS or ending in (".heic", ".heif", ".hif")) and "HEIF" not in known_formats():
+        return "It is HEIC: install pillow-heif (`pip install pillow-heif`), or convert it to JPEG."
+    can_read_avif = "AVIF" in known_formats() and features.check("avif")
+    if (brand in (b"avif", b"avis") or ending == ".avif") and not can_read_avif:
+        return "It is AVIF: install Pillow 11.3 or newer with AVIF, or convert it to JPEG."
+    return None
 
 
 def _why_not_open(source: Any, name: str, error: Exception) -> str:
@@ -86,5 +107,6 @@ def _why_not_open(source: Any, name: str, error: Exception) -> str:
         if not Path(source).stat().st_size:
             return f"{name} is empty."
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"{name} is not an image of a known format."
+        head = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        return f"{name} is not an image of a known format." + (f" {hint}" if (hint := missing_decoder(head)) else "")
     return f"{name} cannot be opened: {error}"

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from tests.odd_images import ODD_IMAGES
+from training.data import decode
 from training.data.decode import DEFAULT_MAX_PIXELS, UnreadableImageError, decode_image
 
 
@@ -225,6 +226,25 @@ class TestBroken:
             decode_image(tmp_path)
         with pytest.raises(UnreadableImageError, match="is empty"):
             decode_image(b"")
+
+    @pytest.mark.parametrize(
+        ("head", "message"),
+        [
+            (b"\0\0\0\x18ftypheic", "It is HEIC: install pillow-heif"),
+            (b"\0\0\0\x18ftypmif1", "It is HEIC: install pillow-heif"),
+            (b"\0\0\0\x1cftypavif", "It is AVIF: install Pillow 11.3 or newer"),
+            (b"\0\0\0\x1cftypisom", "$"),
+        ],
+    )
+    def test_names_what_to_install(self, tmp_path, monkeypatch, head, message):
+        """Also for a file whose ending hides its format."""
+        formats = [name for name in decode.known_formats() if name not in ("HEIF", "AVIF")]
+        monkeypatch.setattr(decode, "known_formats", lambda: formats)
+        path = tmp_path / "a.jpg"
+        path.write_bytes(head + bytes(40))
+        for source in (path, str(path), path.read_bytes()):
+            with pytest.raises(UnreadableImageError, match=f"is not an image of a known format.*{message}"):
+                decode_image(source)
 
     def test_is_a_value_error(self):
         assert issubclass(UnreadableImageError, ValueError)
