@@ -19,7 +19,7 @@ from modeling_rbi.errors_rbi import listed
 
 from .arguments import DataArguments
 from .decode import known_formats, missing_decoder
-from .form import BadDataError, path_dataset
+from .form import BadDataError, class_name, path_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,9 @@ def read_folders(args: DataArguments) -> dict[str, datasets.Dataset]:
     # depths differ, and caches its listing.
     folders = image_folders(args)
     contents = {name: walk_folder(folder) for name, folder in folders.items()}
-    train = contents["train"].images if contents else {}
-    # Without these classes, there is nothing to learn, or other splits have labels that `train` lacks.
-    is_needed = len(train) < 2 or any(content.images.keys() - train for content in contents.values())
+    classes = {name: set(map(class_name, content.images)) for name, content in contents.items()}
+    # Without the files, there is nothing to learn, or other splits have labels that `train` lacks.
+    is_needed = len(classes["train"]) < 2 or any(found - classes["train"] for found in classes.values())
     if not args.skip_bad_images or is_needed:
         problems = [problem for content in contents.values() for problem in content.problems]
         _refuse(problems, listed(folders.values()), args.skip_bad_images)

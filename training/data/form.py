@@ -10,6 +10,7 @@ boxes are published and requested, `box` (left, top, right, bottom in pixels of 
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def label_name(value: Any, where: str) -> str:
             f"The label in {where} is {value!r}: it must be text or a whole number, one for each image."
         )
     return str(value)
+
+
+def class_name(label: str) -> str:
+    """A label as the name of a class: in composed form (NFC) and without white space around it."""
+    return unicodedata.normalize("NFC", label).strip()
 
 
 def classes_missing_from(split: datasets.Dataset, train: datasets.Dataset) -> list[str]:

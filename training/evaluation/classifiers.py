@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError, load_image_processor
 from modeling_rbi.errors_rbi import listed
 
-from ..data.form import iter_rows, labels_of
+from ..data.form import class_name, iter_rows, labels_of
 from .features import CachedImages, is_itself
 from .protocols import Predict
 
@@ -96,6 +96,7 @@ def match_labels(split: datasets.Dataset, config: PreTrainedConfig) -> torch.Ten
     if len(present) < 2:
         raise UserError(f'All images are of one class, "{names[present[0]]}": name images of at least two.')
     numbers = {name: number for number, name in enumerate(class_names(config))} | (config.label2id or {})
+    numbers = {class_name(name): number for name, number in numbers.items()}
     if unknown := [names[label] for label in present if names[label] not in numbers]:
         raise UserError(
             f"The model lacks {len(unknown)} of the {len(present)} labels of the data ({listed(unknown)}; the model "

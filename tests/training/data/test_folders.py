@@ -2,6 +2,7 @@
 
 import io
 import os
+import unicodedata
 
 import datasets
 import numpy as np
@@ -155,6 +156,20 @@ class TestFolders:
         tmp_path.joinpath("data").mkdir()
         with pytest.raises(BadDataError, match=message):
             load(train_dir=str(make_folder(tmp_path / "data", counts)))
+
+    @pytest.mark.parametrize("names", [("café", "cafe\u0301"), ("cat", "cat "), (" cat", "cat")])
+    def test_names_that_look_the_same(self, folder, tmp_path, load, make_folder, rows_of, names):
+        # Alone, such a name is normalized, and is the same in all splits.
+        other = str(make_folder(tmp_path / "validation", {names[1]: 1, "dog": 1}))
+        make_folder(folder, {names[0]: 2})
+        dataset = load(train_dir=str(folder), validation_dir=other, allow_missing_classes=True)
+        clean = unicodedata.normalize("NFC", names[0]).strip()
+        assert clean in dataset["train"].features["label"].names
+        assert sorted(rows_of(dataset["validation"])) == sorted([("0.png", clean), ("0.png", "dog")])
+        make_folder(folder, {names[1]: 2})
+        with pytest.raises(BadDataError, match=f'"{clean}" of train is spelled in two ways') as error:
+            load(train_dir=str(folder))
+        assert all(ascii(name) in str(error.value) for name in names)
 
     def test_no_folder(self, tmp_path, load):
         with pytest.raises(ValueError, match=r"--train_dir .*nowhere is not a folder"):
