@@ -9,12 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 from modeling_rbi import UnreadableImageError, upright_rgb
 from modeling_rbi.image_processing_rbi import DEFAULT_MAX_PIXELS
 
 
+# A long text in a PNG file does not make its pixels unreadable.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # Types of files in the ISO container that phones write (ISO/IEC 23008-12).
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 # An extremely narrow image of few pixels would fill the memory when its shorter side is resized to the model's size.

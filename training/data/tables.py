@@ -93,7 +93,10 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
         try:
             for row in reader:
                 if None in row:
-                    raise BadDataError(f"Line {reader.line_num} of {path} has more cells than there are columns.")
+                    raise BadDataError(
+                        f"Line {reader.line_num} of {path} has more cells than there are columns, separated by "
+                        f"{_DELIMITERS[delimiter]}: quote the cells that contain such characters."
+                    )
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise BadDataError(f"{path} cannot be read after line {reader.line_num}: {error}.") from error

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from tests.odd_images import ODD_IMAGES
 from training.data import decode
@@ -182,6 +182,29 @@ class TestModes:
         data = _bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
         assert Image.open(io.BytesIO(data)).n_frames == 2
         assert _pixel(decode_image(data)) == (200, 0, 0)
+
+
+class TestLongTexts:
+    """Pillow refuses compressed texts of more than a megabyte, wherever they stand in a PNG file."""
+
+    @pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+    @pytest.mark.parametrize("is_last", [False, True])
+    def test_do_not_matter(self, kind, is_last):
+        text = {"zTXt": b"a\0\0", "iTXt": b"a\0\1\0\0\0", "iCCP": b"a\0\0"}[kind] + zlib.compress(bytes(3_000_000))
+        chunk = (
+            struct.pack(">I", len(text)) + kind.encode() + text + struct.pack(">I", zlib.crc32(kind.encode() + text))
+        )
+        data = _bytes(IMAGE, "PNG")
+        place = data.index(b"IEND" if is_last else b"IDAT") - 4
+        assert decode_image(data[:place] + chunk + data[place:]).tobytes() == IMAGE.tobytes()
+
+    def test_more_than_the_limit_is_refused_with_its_reason(self):
+        text = b"a\0\0" + zlib.compress(bytes(PngImagePlugin.MAX_TEXT_MEMORY + 1))
+        chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+        data = _bytes(IMAGE, "PNG")
+        place = data.index(b"IDAT") - 4
+        with pytest.raises(UnreadableImageError, match=r"cannot be opened: .*MAX_TEXT_CHUNK"):
+            decode_image(data[:place] + chunk + data[place:])
 
 
 @pytest.mark.filterwarnings("ignore")
