@@ -203,7 +203,7 @@ class TestLongTexts:
         chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
         data = _bytes(IMAGE, "PNG")
         place = data.index(b"IDAT") - 4
-        with pytest.raises(UnreadableImageError, match=r"cannot be opened: .*MAX_TEXT_CHUNK"):
+        with pytest.raises(UnreadableImageError, match=r"(?i)cannot be opened: decompressed data too large"):
             decode_image(data[:place] + chunk + data[place:])
 
 
