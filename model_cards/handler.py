@@ -16,19 +16,18 @@ task's answers, `[{"label": ..., "score": ...}]`. Environment variables set its 
 
 import base64
 import binascii
-import contextlib
 import http.client
+import importlib
 import io
 import os
 import threading
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 from transformers import AutoModelForImageClassification
 
 # transformers 5.17 exports it at the top level only if torchvision is installed, which is not needed here.
@@ -40,6 +39,8 @@ _DOWNLOAD_SECONDS = 10
 # Resizing the shorter side of a narrow image to the model's size makes the longer side, and the memory, enormous.
 _MAX_ASPECT_RATIO = 100
 _DEFAULT_TOP_K = 5
+# A long text in a PNG file does not make its pixels unreadable.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _FUNCTIONS = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda logits: logits}
 
 
@@ -62,7 +63,8 @@ class EndpointHandler:
             Folder with the model's weights, config, image processor and code. The code is executed.
 
     Raises:
-        ValueError: if an environment variable is not a whole number of at least 1.
+        ValueError: if an environment variable is not a whole number of at least 1, or the model's code is older than
+            this handler.
     """
 
     def __init__(self, path: str = ""):
@@ -76,6 +78,7 @@ class EndpointHandler:
         model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True)
         self.model = model.to(device).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
+        self._upright_rgb = _find_decoder(self.model)
         config = self.model.config
         self.mode = "L" if len(config.image_mean) == 1 else "RGB"
         self.relation_scope = config.relation_scope
@@ -196,12 +199,34 @@ class EndpointHandler:
 
     def _preprocess(self, source: Any, name: str) -> torch.Tensor:
         """Decodes an image and returns its pixel values, `(1, num_channels, height, width)`."""
-        image = _decode(source, name, self.max_pixels).convert(self.mode)
+        image = self._decode(source, name).convert(self.mode)
         try:
             return self.image_processor(images=image, return_tensors="pt")["pixel_values"]
         except ValueError as error:
             width, height = image.size
             raise ValueError(f"`{name}`, {width} x {height} pixels, can't be preprocessed: {error}") from error
+
+    def _decode(self, source: Any, name: str) -> Image.Image:
+        """Decodes an image to RGB as in training."""
+        image = source if isinstance(source, Image.Image) else _open(source, name)
+        width, height = image.size
+        if width * height > self.max_pixels:
+            raise ValueError(
+                f"`{name}` has {width} x {height} pixels, more than the limit of {self.max_pixels}: send a smaller "
+                "image."
+            )
+        if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(
+                f"`{name}` has {width} x {height} pixels, one side more than {_MAX_ASPECT_RATIO} times the other: "
+                "crop it."
+            )
+        try:
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"`{name}` is broken or cut off: {error}. Send the whole file.") from error
+        return self._upright_rgb(image, max_pixels=self.max_pixels, name=f"`{name}`")
 
     def _logits(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of each image, `(num_labels,)` on the CPU. Images of different sizes do not share a batch."""
@@ -220,6 +245,18 @@ class EndpointHandler:
         scores = _FUNCTIONS[function](logits).tolist()
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_k]
         return [{"label": names[index], "score": scores[index]} for index in best]
+
+
+def _find_decoder(model: Any) -> Callable[..., Image.Image]:
+    """The function of the model's own code that decodes images as in training."""
+    package = type(model).__module__.rpartition(".")[0]
+    try:
+        return importlib.import_module(f"{package}.image_processing_rbi").upright_rgb
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            "The model's code is older than this handler and cannot decode images: save and publish the model again, "
+            "with one version of both."
+        ) from error
 
 
 def _positive_setting(name: str, default: int) -> int:
@@ -254,36 +291,6 @@ def _read_response(response: http.client.HTTPResponse) -> bytes:
     return content
 
 
-def _decode(source: Any, name: str, max_pixels: int) -> Image.Image:
-    """
-    Decodes an image to RGB as in training: EXIF's orientation applied, transparency on white, 16 bits scaled to 8,
-    only the first frame of an animation.
-    """
-    image = source if isinstance(source, Image.Image) else _open(source, name)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(
-            f"`{name}` has {width} x {height} pixels, more than the limit of {max_pixels}: send a smaller image."
-        )
-    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(
-            f"`{name}` has {width} x {height} pixels, one side more than {_MAX_ASPECT_RATIO} times the other: crop it."
-        )
-    try:
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(f"`{name}` is broken or cut off: {error}. Send the whole file.") from error
-    rgb = _to_rgb(image, name)
-    # `info` holds the orientation. Pillow turns the pixels first, then rewrites EXIF, which fails if EXIF is broken.
-    rgb.info = image.info.copy()
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(rgb, in_place=True)
-    rgb.info.clear()
-    return rgb
-
-
 def _open(source: Any, name: str) -> Image.Image:
     if not isinstance(source, (bytes, bytearray, memoryview)):
         raise ValueError(f"`{name}` must be an image's file as bytes or base64 text, got {type(source).__name__}.")
@@ -302,21 +309,3 @@ def _open(source: Any, name: str) -> Image.Image:
     # Pillow's decoders raise errors of many types for broken files.
     except Exception as error:
         raise ValueError(f"`{name}` can't be opened as an image: {error}") from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Returns a new RGB image."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError(f"`{name}` has pixels that are not finite.")
-        if image.mode != "F":
-            values = values / 257
-        elif values.max() <= 1:
-            values = values * 255
-        image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
-    elif "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        # Pillow converts La only to LA.
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

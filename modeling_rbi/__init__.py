@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .bank_rbi import MAX_REFERENCES, NO_LABEL, ReferenceBank
 from .configuration_rbi import RBIConfig
-from .errors_rbi import MismatchedWeightsError, MissingPackageError, UserError
-from .image_processing_rbi import load_image_processor, pixel_statistics
+from .errors_rbi import MismatchedWeightsError, MissingPackageError, UnreadableImageError, UserError
+from .image_processing_rbi import load_image_processor, pixel_statistics, upright_rgb
 from .modeling_rbi import (
     RBIForImageClassification,
     RBIImageClassifierOutput,
@@ -55,8 +55,10 @@ __all__ = [
     "ReferenceBank",
     "RelationshipPositionEncoding",
     "ResidualRelationshipAttention",
+    "UnreadableImageError",
     "UserError",
     "choose_references",
     "load_image_processor",
     "pixel_statistics",
+    "upright_rgb",
 ]

@@ -31,6 +31,10 @@ class MismatchedWeightsError(UserError, RuntimeError):
     """The weights of a checkpoint have other shapes than its config describes."""
 
 
+class UnreadableImageError(UserError):
+    """An image is missing, of an unknown format, broken, cut off or too large; the message names it and says which."""
+
+
 def listed(names: Iterable[Any], limit: int = 5) -> str:
     """The first `limit` names, separated by commas, and how many more there are."""
     names = [str(name) for name in names]
@@ -66,4 +70,12 @@ def shown_names(names: Mapping[Any, Any]) -> dict[Any, str]:
     return shown
 
 
-__all__ = ["MismatchedWeightsError", "MissingPackageError", "UserError", "listed", "normalized", "shown_names"]
+__all__ = [
+    "MismatchedWeightsError",
+    "MissingPackageError",
+    "UnreadableImageError",
+    "UserError",
+    "listed",
+    "normalized",
+    "shown_names",
+]

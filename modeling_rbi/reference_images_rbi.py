@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .bank_rbi import NO_LABEL, check_size
 from .errors_rbi import UserError, shown_names
+from .image_processing_rbi import image_mode, upright_rgb
 
 
 logger = logging.get_logger(__name__)
@@ -185,7 +187,7 @@ def read_batches(
     Args:
         images (`Dataset` or `Iterable`):
             Yields dicts: one image, `pixel_values` (C, H, W) or a PIL `image`, or a batch, `pixel_values`
-            (B, C, H, W); with `labels` or `label` where they are known.
+            (B, C, H, W); with `labels` or `label` where they are known. A PIL image is decoded by [`upright_rgb`].
         rows (`Sequence[int]`, *optional*):
             Row numbers of the images of a data set to read. `None`: all.
         image_processor (`Callable`, *optional*):
@@ -194,7 +196,7 @@ def read_batches(
             Number of images per batch, if they come one by one.
 
     Raises:
-        UserError: if an item has another form.
+        UserError: if an item has another form, or its image cannot be decoded.
     """
     if isinstance(images, Mapping):
         raise UserError(
@@ -233,7 +235,10 @@ def _pixels_and_labels(item: Any, image_processor: Callable | None) -> tuple[tor
     elif image_processor is None:
         raise UserError("The data set holds images, no `pixel_values`: pass the model's `image_processor`, too.")
     else:
-        pixel_values = image_processor(item["image"], return_tensors="pt")["pixel_values"][0]
+        image = item["image"]
+        if isinstance(image, Image.Image):
+            image = upright_rgb(image).convert(image_mode(image_processor))
+        pixel_values = image_processor(image, return_tensors="pt")["pixel_values"][0]
     if pixel_values.ndim not in (3, 4):
         raise UserError(
             "`pixel_values` of an image must be (C, H, W), and of a batch (B, C, H, W), got "

@@ -85,8 +85,8 @@ def check(data_args: DataArguments, args: CheckArguments, console: Console) -> D
     Raises:
         UserError, OSError: see [`load_images`].
     """
-    # Report missing classes as findings, together with all others.
-    dataset = load_images(dataclasses.replace(data_args, allow_missing_classes=True), args.seed)
+    # Report missing classes and unreadable files as findings, together with all others.
+    dataset = load_images(dataclasses.replace(data_args, allow_missing_classes=True, skip_bad_images=True), args.seed)
     report = check_images(
         dataset,
         max_pixels=data_args.max_pixels,

@@ -13,21 +13,20 @@ import os
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import base64
-import contextlib
 import html
+import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
 from gradio.utils import get_upload_folder
 from huggingface_hub import metadata_load, snapshot_download
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
@@ -44,6 +43,8 @@ MAX_ASPECT_RATIO = 100
 MAX_FILE_SIZE = "20mb"
 # Only common formats: each further decoder is one more that a stranger's file can attack.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# A long text in a PNG file does not make its pixels unreadable.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # Uploads older than this many seconds are deleted. The check runs equally often.
 UPLOADS_KEPT = 3600
 THUMBNAIL = 96
@@ -124,7 +125,8 @@ class Classifier:
             Branch, tag or commit of the repository.
 
     Raises:
-        ValueError: if the folder does not exist or does not hold a trained RBI model that chooses one of its classes.
+        ValueError: if the folder does not exist or does not hold a trained RBI model that chooses one of its classes,
+            or the model's code is older than this app.
         OSError: if the repository does not exist, the Hub cannot be reached, or a file of the model is broken.
     """
 
@@ -145,6 +147,7 @@ class Classifier:
         problem_type = self.model.config.problem_type
         if problem_type not in (None, "single_label_classification") or self.model.config.num_labels < 2:
             raise ValueError(f"{name} does not choose one of several classes, which this app needs.")
+        self.upright_rgb = _find_decoder(self.model, name)
         self.model = self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.mode = "L" if len(self.model.config.image_mean) == 1 else "RGB"
         self.bank = self.model.base_model.references
@@ -231,6 +234,18 @@ def _check_config(folder: Path, name: str):
         raise ValueError(f"{name} has no classifier: save an RBIForImageClassification.")
 
 
+def _find_decoder(model: Any, name: str) -> Callable[..., Image.Image]:
+    """The function of the model's own code that decodes images as in training."""
+    package = type(model).__module__.rpartition(".")[0]
+    try:
+        return importlib.import_module(f"{package}.image_processing_rbi").upright_rgb
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"The code of {name} is older than this app and cannot decode images: load the model with the current "
+            "package, save it and publish it again."
+        ) from error
+
+
 def uploaded(path: str | None) -> str:
     r"""
     The path of an upload or an example (Gradio copies the examples to the uploads).
@@ -258,14 +273,15 @@ def uploaded(path: str | None) -> str:
     raise _error("This upload does not exist or was deleted: upload the image again.")
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, upright_rgb: Callable[..., Image.Image]) -> Image.Image:
     r"""
-    Decodes an uploaded image to RGB as in training: EXIF's orientation applied, transparency on white, 16 bits scaled
-    to 8, only the first frame of an animation.
+    Decodes an uploaded image to RGB as in training.
 
     Args:
         path (`str`):
             Path of the file.
+        upright_rgb (`Callable`):
+            The model's own function for that, see [`Classifier`].
 
     Raises:
         gr.Error: if the file is not an image, is broken, too large or too narrow, or has pixels that are not finite.
@@ -293,31 +309,10 @@ def read_image(path: str) -> Image.Image:
         raise _error(f"{name} has more than {MAX_PIXELS:,} pixels: upload a smaller copy.")
     if is_too_narrow:
         raise _error(f"{name}, {width} x {height} pixels, is too narrow: crop it to the part that matters.")
-    rgb = _to_rgb(image, name)
-    # `info` holds the orientation. Pillow turns the pixels first, then rewrites EXIF, which fails if EXIF is broken.
-    rgb.info = image.info.copy()
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(rgb, in_place=True)
-    rgb.info.clear()
-    return rgb
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Returns a new RGB image."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise _error(f"{name} has pixels that are not finite: upload it as a PNG or JPEG.")
-        if image.mode != "F":
-            values = values / 257
-        elif values.max() <= 1:
-            values = values * 255
-        image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
-    elif "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        # Pillow converts La only to LA.
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    try:
+        return upright_rgb(image, max_pixels=MAX_PIXELS, name=name)
+    except ValueError as error:
+        raise _error(f"{error} Upload it as a PNG or JPEG of 8 bits.") from None
 
 
 def _error(message: str) -> gr.Error:
@@ -483,7 +478,7 @@ def _one_image(classifier: Classifier):
     def classify(upload: dict[str, Any] | None) -> dict[Any, Any]:
         if upload is None:
             raise _error("There is no image yet: upload one first.")
-        image = read_image(uploaded(upload["path"]))
+        image = read_image(uploaded(upload["path"]), classifier.upright_rgb)
         answer = classifier.classify(image)
         if answer.with_references is None:
             return {outputs[0]: answer.without_references}
@@ -534,7 +529,7 @@ def _several_images(classifier: Classifier):
         if len(chosen) > MAX_IMAGES:
             raise _error(f"{len(chosen)} images are too many: choose at most {MAX_IMAGES}.")
         paths = [uploaded(path) for path, _ in chosen]
-        images = [read_image(path) for path in paths]
+        images = [read_image(path, classifier.upright_rgb) for path in paths]
         names = [Path(path).name for path in paths]
         comparison = classifier.compare(images)
         return map_html(comparison, images, names), table_rows(comparison, names, classifier)

@@ -25,15 +25,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from starlette.applications import Starlette
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from transformers import pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
+from modeling_rbi import RBIConfig, RBIForImageClassification, upright_rgb
+from tests.odd_images import ODD_IMAGES
 from training.data.decode import decode_image
 
 
@@ -234,30 +236,15 @@ def pixels_given_to(handler, image) -> tuple:
 
 # Pillow warns of broken EXIF.
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_kinds_of_images(handler, kind_of_image):
-    expected = decode_image(kind_of_image)
-    assert pixels_given_to(handler, kind_of_image) == ("RGB", expected.size, expected.tobytes())
+def test_odd_images(handler, odd_image):
+    odd_image.check(Image.frombytes(*pixels_given_to(handler, odd_image.file)))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_kinds_of_images_differ(kinds_of_images):
-    """Otherwise the test above would prove less than it seems to."""
-    pixels = {name: decode_image(file).tobytes() for name, file in kinds_of_images.items()}
-    for name, other in (
-        ("32 bits", "16 bits"),
-        ("float", "16 bits"),
-        ("large float", "16 bits"),
-        ("animation", "palette"),
-    ):
-        assert pixels[name] == pixels[other]
-    for suffix in ("", " of 16 bits", " of transparency", " of a TIFF"):
-        assert len({pixels[f"orientation {orientation}{suffix}"] for orientation in range(1, 9)}) == 8
-    assert (
-        len({pixels[name] for name in ("RGBA", "LA", "palette", "transparent palette", "bilevel", "gray", "CMYK")})
-        == 7
-    )
-    for name in ("resolution as text", "negative offset"):
-        assert pixels[f"broken EXIF, {name}"] == pixels["orientation 6"] != pixels["no EXIF"]
+def test_a_long_text_in_a_png_file(handler):
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("notes", "a" * 2_000_000, zip=True)
+    mode, size, pixels = pixels_given_to(handler, file_of(Image.new("RGB", (4, 4), "red"), pnginfo=text))
+    assert (mode, size, pixels[:3]) == ("RGB", (4, 4), b"\xff\0\0")
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
@@ -286,6 +273,20 @@ def test_gray_model(tmp_path, backbone_config, kinds_of_images):
     with torch.no_grad():
         logits = model.eval()(**processor(gray, return_tensors="pt")).logits[0]
     np.testing.assert_allclose([each["score"] for each in answer], sorted(logits, reverse=True), rtol=0, atol=1e-5)
+
+
+def test_the_decoder_is_of_the_models_own_code(model_folder):
+    remote = get_class_from_dynamic_module("modeling_rbi.RBIForImageClassification", str(model_folder))
+    decoder = handler_module._find_decoder(remote.__new__(remote))
+    assert decoder.__module__.startswith("transformers_modules.") and decoder is not upright_rgb
+    ODD_IMAGES["orientation 6"].check(decoder(Image.open(io.BytesIO(ODD_IMAGES["orientation 6"].file))))
+
+
+@pytest.mark.parametrize("module", ["modeling_rbi.errors_rbi", "nowhere.modeling_rbi", "json.decoder"])
+def test_code_without_a_decoder(module, monkeypatch):
+    monkeypatch.delattr("modeling_rbi.image_processing_rbi.upright_rgb")
+    with pytest.raises(ValueError, match=r"code is older than this handler .*save and publish the model again"):
+        handler_module._find_decoder(type("Model", (), {"__module__": module})())
 
 
 # Requests that can't be answered

@@ -32,13 +32,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import metadata_load
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from playwright.sync_api import Page, expect, sync_playwright
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import RBIConfig, RBIForImageClassification
-from training.data.decode import decode_image
+from modeling_rbi import RBIConfig, RBIForImageClassification, upright_rgb
 from training.space import APP, load_app
 
 
@@ -287,7 +287,7 @@ class TestOtherModels:
         model.save_pretrained(tmp_path)
         image_processor.save_pretrained(tmp_path)
         classifier = app.Classifier(str(tmp_path))
-        answer = classifier.classify(app.read_image(str(image_files[0])))
+        answer = classifier.classify(app.read_image(str(image_files[0]), upright_rgb))
         related = ask(model, tmp_path, gray[:1], relation_scope="reference")
         assert answer.with_references == pytest.approx(
             {f"LABEL_{number}": score for number, score in enumerate(related.logits[0].softmax(-1).tolist())}, abs=1e-6
@@ -339,29 +339,48 @@ def _file(image: Image.Image, format: str = "PNG", **kwargs) -> bytes:
     return buffer.getvalue()
 
 
+def test_the_decoder_is_of_the_models_own_code(app, classifier, model_folder, monkeypatch):
+    assert classifier.upright_rgb is upright_rgb
+    remote = get_class_from_dynamic_module("modeling_rbi.RBIForImageClassification", str(model_folder))
+    decoder = app._find_decoder(remote.__new__(remote), "pets")
+    assert decoder.__module__.startswith("transformers_modules.") and decoder is not upright_rgb
+    monkeypatch.delattr("modeling_rbi.image_processing_rbi.upright_rgb")
+    with pytest.raises(ValueError, match=r"code of .*pets is older than this app .*publish it again"):
+        app.Classifier(str(model_folder))
+
+
 class TestReadImage:
     def test_as_the_pipeline_reads_it(self, app, image_files):
         for path in image_files[:2]:
-            assert app.read_image(str(path)).tobytes() == Image.open(path).convert("RGB").tobytes()
+            assert app.read_image(str(path), upright_rgb).tobytes() == Image.open(path).convert("RGB").tobytes()
 
     # Pillow warns of broken EXIF.
     @pytest.mark.filterwarnings("ignore::UserWarning")
-    def test_as_training_reads_it(self, app, tmp_path, kind_of_image):
+    def test_odd_images(self, app, tmp_path, odd_image):
         path = tmp_path / "image"
-        path.write_bytes(kind_of_image)
-        read, expected = app.read_image(str(path)), decode_image(path)
-        assert (read.mode, read.size) == (expected.mode, expected.size)
-        assert read.tobytes() == expected.tobytes()
+        path.write_bytes(odd_image.file)
+        if Image.open(path).format in app.FORMATS:
+            odd_image.check(app.read_image(str(path), upright_rgb))
+        else:
+            with pytest.raises(gr.Error, match="not an image of a known format"):
+                app.read_image(str(path), upright_rgb)
+
+    def test_a_long_text_in_a_png_file(self, app, tmp_path):
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("notes", "a" * 2_000_000, zip=True)
+        path = tmp_path / "a.png"
+        Image.new("RGB", (4, 4), "red").save(path, pnginfo=text)
+        assert app.read_image(str(path), upright_rgb).getpixel((0, 0)) == (255, 0, 0)
 
     def test_16_bits_are_scaled_to_8(self, app, tmp_path):
         path = tmp_path / "deep.png"
         Image.fromarray(np.array([[0, 128, 129, 257 * 100, 65535]], dtype=np.uint16)).save(path)
-        assert [app.read_image(str(path)).getpixel((x, 0))[0] for x in range(5)] == [0, 0, 1, 100, 255]
+        assert [app.read_image(str(path), upright_rgb).getpixel((x, 0))[0] for x in range(5)] == [0, 0, 1, 100, 255]
 
     def test_as_narrow_as_in_training(self, app, tmp_path):
         path = tmp_path / "narrow.png"
         Image.new("L", (200, 2)).save(path)
-        assert app.read_image(str(path)).size == (200, 2)
+        assert app.read_image(str(path), upright_rgb).size == (200, 2)
 
     def test_upright(self, app, tmp_path):
         image = Image.new("RGB", (40, 20), "red")
@@ -369,7 +388,7 @@ class TestReadImage:
         exif = image.getexif()
         exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
         image.save(tmp_path / "turned.png", exif=exif)
-        read = app.read_image(str(tmp_path / "turned.png"))
+        read = app.read_image(str(tmp_path / "turned.png"), upright_rgb)
         assert read.size == (20, 40)
         assert read.getpixel((19, 0)) == (0, 0, 255)
 
@@ -378,7 +397,7 @@ class TestReadImage:
         Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode).save(
             tmp_path / "a.png", transparency=0 if mode == "P" else None
         )
-        assert app.read_image(str(tmp_path / "a.png")).getpixel((4, 4)) == (255, 255, 255)
+        assert app.read_image(str(tmp_path / "a.png"), upright_rgb).getpixel((4, 4)) == (255, 255, 255)
 
     # Pillow warns of large images below its own limit.
     @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -407,7 +426,7 @@ class TestReadImage:
             content = _file(Image.effect_noise((64, 64), 50))[:-1000]
         path.write_bytes(content)
         with pytest.raises(gr.Error) as caught:
-            app.read_image(str(path))
+            app.read_image(str(path), upright_rgb)
         assert name in caught.value.message
         assert message in caught.value.message
 
@@ -415,7 +434,7 @@ class TestReadImage:
         path = tmp_path / "<b>.png"
         path.write_bytes(b"")
         with pytest.raises(gr.Error) as caught:
-            app.read_image(str(path))
+            app.read_image(str(path), upright_rgb)
         assert "<b>" not in caught.value.message
 
 
@@ -790,7 +809,7 @@ class TestInTheBrowser:
     def test_one_image(self, page, app, pets_folder, examples, answers):
         for path in (examples[4], examples[0]):
             classify(page, path)
-            expected = app.Classifier(str(pets_folder)).classify(app.read_image(str(path)))
+            expected = app.Classifier(str(pets_folder)).classify(app.read_image(str(path), upright_rgb))
             first = max(answers[path.name], key=answers[path.name].get)
             expect(page.locator("#with-references h2")).to_have_text(first)
             expect_scores(page, "with-references", answers[path.name])
@@ -823,7 +842,7 @@ class TestInTheBrowser:
         expect(page.locator("#map td").first).to_be_visible()
         classifier = app.Classifier(str(pets_folder))
         names = [path.name for path in chosen]
-        comparison = classifier.compare([app.read_image(str(path)) for path in chosen])
+        comparison = classifier.compare([app.read_image(str(path), upright_rgb) for path in chosen])
         cells = _cells(page.locator("#map").inner_html())
         others = ~torch.eye(len(chosen), dtype=torch.bool)
         assert torch.allclose(cells[others], comparison.relations[others], atol=0.00501)

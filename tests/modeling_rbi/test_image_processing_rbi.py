@@ -1,4 +1,6 @@
-"""Statistics that undo what image processors do to pixels, and processors loaded from folders."""
+"""Statistics that undo what image processors do to pixels, processors loaded from folders, and decoded images."""
+
+import io
 
 import numpy as np
 import pytest
@@ -12,7 +14,17 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from modeling_rbi import RBIConfig, RBIForImageClassification, RBIModel, load_image_processor, pixel_statistics
+from modeling_rbi import (
+    RBIConfig,
+    RBIForImageClassification,
+    RBIModel,
+    UnreadableImageError,
+    load_image_processor,
+    pixel_statistics,
+    upright_rgb,
+)
+from modeling_rbi.image_processing_rbi import image_mode
+from tests.odd_images import ODD_IMAGES, tiff
 
 
 MEAN, STD = [0.1, 0.5, 0.8], [0.2, 0.3, 0.7]
@@ -121,3 +133,76 @@ def test_a_folder_without_a_processor_is_an_error(config, tmp_path):
     RBIForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises((OSError, ValueError), match="image processor"):
         load_image_processor(str(tmp_path))
+
+
+def _open(file):
+    return Image.open(io.BytesIO(file))
+
+
+# Pillow warns of broken EXIF.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_an_odd_image_becomes_upright_rgb_and_is_not_changed(name):
+    opened = _open(ODD_IMAGES[name].file)
+    opened.load()
+    stored, info = opened.tobytes(), dict(opened.info)
+    decoded = upright_rgb(opened)
+    ODD_IMAGES[name].check(decoded)
+    assert opened.tobytes() == stored and opened.info == info
+    decoded.putpixel((0, 0), (1, 2, 3))
+    assert opened.tobytes() == stored
+    # There is nothing left to do.
+    assert upright_rgb(decoded).tobytes() == decoded.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "gray_range"),
+    [
+        (np.array([[0, 65535]], "u2"), {}, "from 0 to 65535, as the file states"),
+        (
+            np.array([[0, 4095]], "u2"),
+            {},
+            "from 0 to 65535, as the file states, though no pixel is above a sixteenth of that",
+        ),
+        (np.array([[0, 4095]], "u2"), {"MaxSampleValue": 4095}, "from 0 to 4095, as the file states"),
+        (np.array([[0, 255]], "i4"), {}, "from 0 to 255, by the range of the pixels"),
+        (np.array([[0, 256]], "i4"), {}, "from 0 to 1023, by the range of the pixels"),
+        (np.array([[0, 65536]], "i4"), {}, "from 0 to the largest pixel of each image"),
+        (np.array([[-1, 255]], "i2"), {}, "from the smallest to the largest pixel of each image"),
+        (np.array([[0, 1.5]], "f4"), {}, "from 0 to 1, by the range of the pixels"),
+        (np.array([[0, 2]], "f4"), {}, "from 0 to 255, by the range of the pixels"),
+    ],
+)
+def test_the_range_of_deep_gray_is_told(values, tags, gray_range):
+    assert upright_rgb(_open(tiff(values, **tags))).info == {"gray_range": gray_range}
+    assert upright_rgb(Image.new("L", (4, 4))).info == {}
+
+
+@pytest.mark.parametrize("dtype", ["i4", "f4"])
+def test_deep_gray_in_memory_is_scaled_as_in_a_file(dtype):
+    values = np.array([[0, 1, 200, 255]], dtype)
+    assert np.asarray(upright_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 1, 200, 255]
+
+
+def test_a_box_does_not_change_the_range():
+    values = np.array([[10, 20, 4095]], "i4")
+    assert np.asarray(upright_rgb(_open(tiff(values)), box=[0, 0, 2, 1]))[0, :, 0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite(value):
+    file = tiff(np.array([[0, value]], "f4"))
+    with pytest.raises(UnreadableImageError, match=r"^the image has pixels that are not finite\.$"):
+        upright_rgb(_open(file))
+    with pytest.raises(UnreadableImageError, match=r"^x has pixels"):
+        upright_rgb(_open(file), name="x")
+
+
+def test_too_many_pixels():
+    with pytest.raises(UnreadableImageError, match="more than the limit of 19"):
+        upright_rgb(Image.new("L", (4, 5)), max_pixels=19)
+
+
+def test_the_mode_of_a_processor():
+    modes = [image_mode(ViTImageProcessorPil(image_mean=mean)) for mean in (MEAN, [0.5], 0.5)]
+    assert modes == ["RGB", "L", "RGB"]

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which images become references, and what they are read from."""
 
+import io
 import math
 import re
 
@@ -17,9 +18,11 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from modeling_rbi import (
     MAX_REFERENCES,
     RBIConfig,
+    UnreadableImageError,
     choose_references,
 )
 from modeling_rbi.errors_rbi import shown_names
+from modeling_rbi.reference_images_rbi import read_batches
 from tests.modeling_rbi.shared import (
     CLASS_NAMES,
     NUM_LABELS,
@@ -28,9 +31,11 @@ from tests.modeling_rbi.shared import (
     bank_of,
     collate,
     make_items,
+    make_model,
     state_of,
     transformers_log,
 )
+from tests.odd_images import ODD_IMAGES
 from training.data.image_dataset import ImageDataset
 
 
@@ -260,6 +265,55 @@ def pil_dataset(number, column="label"):
     columns = {"image": pil_images(number), column: [index % NUM_LABELS for index in range(number)]}
     features = datasets.Features({"image": datasets.Image(), column: datasets.ClassLabel(names=NAMES)})
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+# Pillow warns of broken EXIF.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_odd_images(name):
+    given = []
+
+    def processor(image, return_tensors):
+        given.append(image)
+        return {"pixel_values": torch.zeros(1, 3, 32, 32)}
+
+    list(read_batches([{"image": Image.open(io.BytesIO(ODD_IMAGES[name].file))}], None, processor, 1))
+    ODD_IMAGES[name].check(given[0])
+
+
+@pytest.mark.parametrize("add", ["set_references", "add_references", "add_classes"])
+def test_a_photograph_of_a_telephone_stands_upright_in_the_bank(bare_model, add):
+    bare_model.set_references(make_items(23))
+    odd = ODD_IMAGES["orientation 6"]
+    for image in (Image.open(io.BytesIO(odd.file)), Image.fromarray(odd.pixels)):
+        items = [{"image": image, "label": 0}]
+        if add == "add_classes":
+            bare_model.add_classes(["new" if image.format else "other"], items, image_processor=PROCESSOR)
+        else:
+            getattr(bare_model, add)(items, image_processor=PROCESSOR, strategy="random")
+        bank = bank_of(bare_model)
+        last = {name: values[-1] for name, values in bank.items() if name in ("features", "images")}
+        if image.format:
+            expected = last
+    for name, values in expected.items():
+        assert torch.equal(last[name], values)
+
+
+def test_a_gray_model_gets_gray_images(backbone_config):
+    backbone_config.num_channels = 1
+    model = make_model(RBIConfig.kernel(backbone_config=backbone_config, image_mean=[0.5], image_std=[0.5]))
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.5])
+    image = pil_images(1)[0]
+    model.set_references([{"image": image}, {"image": image.convert("L")}], image_processor=processor)
+    first, second = bank_of(model)["features"]
+    torch.testing.assert_close(first, second)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    path = tmp_path / "nowhere.tif"
+    Image.new("F", (5, 4), float("nan")).save(path)
+    with pytest.raises(UnreadableImageError, match=r"nowhere\.tif has pixels that are not finite"):
+        list(read_batches([{"image": Image.open(path)}], None, PROCESSOR, 1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])

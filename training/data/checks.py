@@ -28,11 +28,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from modeling_rbi import UserError
+from modeling_rbi.errors_rbi import listed
 
 from ..files import cache_dir, write_json
 from .arguments import DataArguments
 from .decode import DEFAULT_MAX_PIXELS, MAX_ASPECT_RATIO, UnreadableImageError, decode_image
-from .folders import read_unlabeled
+from .folders import ignored_files, read_unlabeled, why_empty, why_unread
 from .form import SPLITS, BadDataError, classes_missing_from, iter_rows, labels_of
 from .reading import load_images
 
@@ -48,17 +49,20 @@ KINDS = {
     "zero_size": "empty, or less than 2 pixels wide or high",
     "narrow": f"one side more than {MAX_ASPECT_RATIO} times as long as the other",
     "empty_box": "the box does not overlap the image",
+    "unread_file": "may be an image, but cannot be read",
+    "empty_class": "class folder without a readable image",
     "label_clash": "the same image under several labels",
     "leak": "the same image in several splits",
     "missing_class": "class without images in a split",
     "duplicate": "the same image several times in one split",
     "few_images": "class with few training images",
+    "deep_gray": "gray of more than 8 bits, scaled to 8",
     "hidden_file": "hidden file or folder, ignored",
-    "stray_file": "other file or empty folder, ignored",
+    "stray_file": "other file or folder, ignored",
 }
 DEFAULT_MIN_PER_CLASS = 5
 # Version of the cached results; a change discards older ones.
-_FACTS_VERSION = 3
+_FACTS_VERSION = 4
 _CHUNK_PER_WORKER = 16
 
 
@@ -134,12 +138,16 @@ class DataReport:
 
 
 class _Facts(NamedTuple):
-    """Result of decoding an image: the kind of problem, if any, and its message; hashes of the file and the pixels."""
+    """
+    Result of decoding an image: the kind of problem, if any, and its message; hashes of the file and the pixels; and
+    the range of gray of more than 8 bits.
+    """
 
     problem: str | None
     detail: str
     content: str | None
     pixels: str | None
+    gray_range: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,21 +181,28 @@ def check_images(
             Classes with fewer training images are reported.
         num_workers (`int`, *optional*):
             Number of threads that decode. Defaults to the number of cores that this process may use.
-        ignored (mapping of `"hidden"` and `"stray"` to paths, *optional*):
-            Other files among the images, to be reported; see [`ignored_files`].
+        ignored (mapping of kinds of findings to paths, *optional*):
+            Other files and folders among the images, to be reported; see [`ignored_files`].
         allow_missing_classes (`bool`, *optional*, defaults to `False`):
             If `True`, a class without validation images does not prevent training.
     """
     images = list(_list_images(dataset))
+    ignored = ignored or {}
     facts = _look_at_all(dataset, [image.key for image in images], max_pixels, num_workers or _num_cores())
     findings = [
         *_problems(images, facts),
         *_same_images(images, facts),
         *_class_findings(dataset, min_per_class, allow_missing_classes),
+        *_deep_gray(images, facts),
         *(
-            Finding(f"{kind}_file", path, False, (Place(path),))
-            for kind, paths in (ignored or {}).items()
-            for path in paths
+            Finding(kind, explain(path), True, (Place(path),), (Place(path),))
+            for kind, explain in (("unread_file", why_unread), ("empty_class", why_empty))
+            for path in ignored.get(kind, ())
+        ),
+        *(
+            Finding(kind, path, False, (Place(path),))
+            for kind in ("hidden_file", "stray_file")
+            for path in ignored.get(kind, ())
         ),
     ]
     order = list(KINDS)
@@ -206,7 +221,12 @@ def load_checked_images(args: DataArguments, seed: int) -> tuple[datasets.Datase
         BadDataError: if the data cannot be trained on; names the files.
     """
     images = load_images(args, seed)
-    report = check_images(images, max_pixels=args.max_pixels, allow_missing_classes=args.allow_missing_classes)
+    report = check_images(
+        images,
+        max_pixels=args.max_pixels,
+        ignored=ignored_files(args),
+        allow_missing_classes=args.allow_missing_classes,
+    )
     if args.skip_bad_images:
         return drop_bad(images, report), report
     refuse_bad(report)
@@ -223,7 +243,7 @@ def load_unlabeled_images(
         UserError: if it is not a folder.
         BadDataError: if it holds no images, or, without `skip_bad_images`, images that cannot be decoded; names them.
     """
-    images = read_unlabeled(folder)
+    images = read_unlabeled(folder, skip_bad_images)
     keys = [_key(values) for values in iter_rows(images)]
     facts = _look_at_all(datasets.DatasetDict(unlabeled=images), keys, max_pixels, _num_cores())
     bad = [row for row, key in enumerate(keys) if facts[key].problem is not None]
@@ -389,7 +409,8 @@ def _look_at(values: dict[str, Any], max_pixels: int) -> _Facts:
         size = f"{image.width} x {image.height}"
         kind = "zero_size" if short < 2 else "narrow"
         return _Facts(kind, f"{source['path'] or 'the image'} has {size} pixels.", content, None)
-    return _Facts(None, "", content, _hash(f"{image.width} {image.height} ".encode() + image.tobytes()))
+    pixels = _hash(f"{image.width} {image.height} ".encode() + image.tobytes())
+    return _Facts(None, "", content, pixels, image.info.get("gray_range"))
 
 
 def _problem(data: bytes, error: UnreadableImageError, max_pixels: int) -> str:
@@ -459,6 +480,18 @@ def _class_findings(
             fatal = split == "validation" and not allow_missing_classes
             for name in classes_missing_from(dataset[split], train):
                 yield Finding("missing_class", f'"{name}" has no images in {split}', fatal)
+
+
+def _deep_gray(images: list[_Image], facts: dict[str, _Facts]) -> Iterator[Finding]:
+    groups = defaultdict(list)
+    for image in images:
+        if (gray_range := facts[image.key].gray_range) is not None:
+            groups[gray_range].append(image.place)
+    for gray_range, places in groups.items():
+        number = f"{len(places)} image{'s' if len(places) > 1 else ''}"
+        yield Finding(
+            "deep_gray", f"{number} {gray_range}: {listed((place.name for place in places), 3)}", False, tuple(places)
+        )
 
 
 def _hash(data: bytes) -> str:

@@ -2,39 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decodes stored images to RGB pixels, in the same way everywhere."""
 
+import contextlib
 import io
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image, PngImagePlugin, features
 
-from modeling_rbi import UserError
+from modeling_rbi import UnreadableImageError, upright_rgb
+from modeling_rbi.image_processing_rbi import DEFAULT_MAX_PIXELS
 
 
-DEFAULT_MAX_PIXELS = 100_000_000
+# A long text in a PNG file does not make its pixels unreadable.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# Types of files in the ISO container that phones write (ISO/IEC 23008-12).
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 # An extremely narrow image of few pixels would fill the memory when its shorter side is resized to the model's size.
 MAX_ASPECT_RATIO = 100
-
-_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
-# How to turn the stored pixels for each value of EXIF's Orientation (CIPA DC-008-2019, 4.6.4 A). Not left to
-# `ImageOps.exif_transpose`, which writes the EXIF back and fails if any other entry has a wrong type.
-_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class UnreadableImageError(UserError):
-    """An image is missing, of an unknown format, broken, cut off or too large; the message names it and says which."""
 
 
 def decode_image(
@@ -43,19 +29,14 @@ def decode_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     r"""
-    Decodes an image to upright RGB.
-
-    The orientation from EXIF is applied and removed. Transparent images are put on white. 16-bit gray (modes `I;16`
-    and `I`) is scaled to 8 bits. Floats (mode `F`) range from 0 to 1, or from 0 to 255 if one is above 1. An animation
-    gives its first frame. Color profiles are not applied.
+    Decodes an image to upright RGB; see [`upright_rgb`]. An animation gives its first frame.
 
     Args:
         image (`str`, `Path`, `bytes`, `dict` or `PIL.Image.Image`):
             A path, the bytes of a file, a row of `datasets.Image(decode=False)` (`{"path": ..., "bytes": ...}`; the
             bytes are preferred), or an open image, which is not changed.
         box (sequence of 4 floats, *optional*):
-            Left, top, right, bottom in pixels of the stored image, before it is turned upright (in a TIFF file: after,
-            because Pillow turns it while loading). The box is rounded outwards, clipped to the image and cut out.
+            The part of the image to cut out: left, top, right, bottom in pixels of the stored image.
         max_pixels (`int`, *optional*, defaults to 100 million):
             Largest number of pixels, checked before decoding. Pillow warns above its own limit,
             `PIL.Image.MAX_IMAGE_PIXELS`, and refuses more than twice as many.
@@ -65,15 +46,15 @@ def decode_image(
         UserError: if the box is not four finite numbers, or does not overlap the image.
         TypeError: if `image` is none of the above.
     """
+    if isinstance(image, Image.Image):
+        return upright_rgb(image, box, max_pixels)
     if isinstance(image, Mapping):
         name = str(image.get("path") or "the image")
         source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
         if source is None:
             raise UnreadableImageError("The image has neither a path nor bytes.")
     else:
-        name, source = _name(image), image
-    if isinstance(source, Image.Image):
-        return _finish(source, name, box, max_pixels)
+        name, source = str(image) if isinstance(image, (str, Path)) else "the image", image
     if isinstance(source, bytes):
         if not source:
             raise UnreadableImageError(f"{name} is empty.")
@@ -81,7 +62,7 @@ def decode_image(
     elif not isinstance(source, (str, Path)):
         raise TypeError(f"An image is a path, bytes, a dict of both or a PIL image, not {type(source).__name__}.")
     try:
-        opened = Image.open(source, formats=_formats())
+        opened = Image.open(source, formats=known_formats())
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"{name} is too large: {error}") from error
     except MemoryError:
@@ -89,20 +70,32 @@ def decode_image(
     except Exception as error:
         raise UnreadableImageError(_why_not_open(source, name, error)) from error
     with opened:
-        return _finish(opened, name, box, max_pixels)
-
-
-def _name(image: Any) -> str:
-    if isinstance(image, (str, Path)):
-        return str(image)
-    return str(getattr(image, "filename", "") or "the image")
+        return upright_rgb(opened, box, max_pixels, name)
 
 
 @cache
-def _formats() -> list[str]:
-    """All formats of Pillow except EPS, a program that Pillow would have Ghostscript execute."""
+def known_formats() -> list[str]:
+    """
+    All formats of Pillow, and HEIC if pillow-heif is installed, except EPS, a program that Pillow would have
+    Ghostscript execute.
+    """
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
+
+
+def missing_decoder(head: bytes, ending: str = "") -> str | None:
+    """What to install for a file with these first bytes, or this ending, if it is HEIC or AVIF and cannot be read."""
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    if (brand in _HEIC_BRANDS or ending in (".heic", ".heif", ".hif")) and "HEIF" not in known_formats():
+        return "It is HEIC: install pillow-heif (`pip install pillow-heif`), or convert it to JPEG."
+    can_read_avif = "AVIF" in known_formats() and features.check("avif")
+    if (brand in (b"avif", b"avis") or ending == ".avif") and not can_read_avif:
+        return "It is AVIF: install Pillow 11.3 or newer with AVIF, or convert it to JPEG."
+    return None
 
 
 def _why_not_open(source: Any, name: str, error: Exception) -> str:
@@ -116,63 +109,6 @@ def _why_not_open(source: Any, name: str, error: Exception) -> str:
         if not Path(source).stat().st_size:
             return f"{name} is empty."
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"{name} is not an image of a known format."
+        head = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        return f"{name} is not an image of a known format." + (f" {hint}" if (hint := missing_decoder(head)) else "")
     return f"{name} cannot be opened: {error}"
-
-
-def _finish(image: Image.Image, name: str, box: Sequence[float] | None, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise UnreadableImageError(
-            f"{name} has {width} x {height} = {width * height} pixels, more than the limit of {max_pixels}."
-        )
-    # Pillow's decoders raise errors of many kinds for broken files, and its EXIF reader even for intact images.
-    try:
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UnreadableImageError(f"{name} is broken or cut off: {error}") from error
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        orientation = 1
-    if box is not None:
-        image = image.crop(_whole_box(box, image.size, name))
-    image = _to_rgb(image, name)
-    if orientation in _TRANSPOSES:
-        image = image.transpose(_TRANSPOSES[orientation])
-    # It still describes the stored image, such as its orientation.
-    image.info.clear()
-    return image
-
-
-def _whole_box(box: Sequence[float], size: tuple[int, int], name: str) -> tuple[int, int, int, int]:
-    if len(box) != 4 or not all(math.isfinite(edge) for edge in box):
-        raise UserError(f"The box of {name} must be 4 finite numbers (left, top, right, bottom), got {list(box)}.")
-    width, height = size
-    left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
-    right, bottom = min(width, math.ceil(box[2])), min(height, math.ceil(box[3]))
-    if right <= left or bottom <= top or box[2] <= box[0] or box[3] <= box[1]:
-        raise UserError(
-            f"No part of {name}, {width} x {height}, is in its box {list(box)} (left, top, right, bottom)."
-        )
-    return left, top, right, bottom
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A new image of mode RGB."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise UnreadableImageError(f"{name} has pixels that are not finite.")
-        if image.mode != "F":
-            values /= 257
-        elif values.max() <= 1:
-            values *= 255
-        image = Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
-    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
-        # Pillow converts La only to LA.
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

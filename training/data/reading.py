@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 
 from modeling_rbi import UserError
-from modeling_rbi.errors_rbi import listed
+from modeling_rbi.errors_rbi import listed, normalized
 
 from .arguments import DataArguments, check_column, nearest_first
 from .folders import SPLIT_NAMES, natural_key, read_folders
@@ -175,7 +175,8 @@ def _with_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Data
             names_of_rows[split] = names
     feature = splits["train"].features["label"]
     present = set(names_of_rows["train"])
-    classes = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(present, key=natural_key)
+    is_named = isinstance(feature, datasets.ClassLabel)
+    classes = [normalized(name) for name in feature.names] if is_named else sorted(present, key=natural_key)
     numbers = {name: number for number, name in enumerate(classes)}
     labeled = {}
     for split, names in names_of_rows.items():
@@ -197,7 +198,7 @@ def _with_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Data
 
 
 def _label_names(split: str, data: datasets.Dataset) -> list[str] | None:
-    """The label of each row as text; `None` if no row has one."""
+    """The name of the class of each row; `None` if no row has one."""
     feature, values = data.features["label"], column_values(data, "label")
     # In numbered classes, -1 means no label.
     is_numbered = str(getattr(feature, "dtype", "")).startswith("int")
@@ -216,7 +217,18 @@ def _label_names(split: str, data: datasets.Dataset) -> list[str] | None:
             f"{missing} of the {len(names)} images of {split} have no label, the first in row {names.index(None)}: "
             "label them or leave them out."
         )
-    return [name for name in names if name is not None]
+    labels = feature.names if is_named else dict.fromkeys(names)
+    name_of = {label: normalized(label) for label in labels if label is not None}
+    spelling: dict[str, str] = {}
+    for label, name in name_of.items():
+        if not name:
+            raise BadDataError(f"A label of {split} is blank: {label!a}.")
+        if (other := spelling.setdefault(name, label)) != label:
+            raise BadDataError(
+                f'The class "{name}" of {split} is spelled in two ways, {other!a} and {label!a}: use one of '
+                "them for all of its images, or give the classes different names."
+            )
+    return [name_of[name] for name in names if name is not None]
 
 
 def _check_classes(images: dict[str, datasets.Dataset]):

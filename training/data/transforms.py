@@ -21,6 +21,7 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import UserError, pixel_statistics
+from modeling_rbi.image_processing_rbi import image_mode
 
 
 # Aspect ratios (width / height) of random crops, relative to the aspect ratio of the output.
@@ -134,7 +135,7 @@ def processed_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     Raises:
         UserError: if they depend on the image.
     """
-    mode = _mode(image_processor)
+    mode = image_mode(image_processor)
     sizes = {
         tuple(image_processor(Image.new(mode, size), return_tensors="pt")["pixel_values"].shape[-2:])
         for size in ((96, 64), (64, 96))
@@ -174,7 +175,7 @@ class TrainTransform:
         self.args = args
         self.height, self.width = processed_size(image_processor)
         self.resample = getattr(image_processor, "resample", None)
-        self.mode = _mode(image_processor)
+        self.mode = image_mode(image_processor)
         mean, std = pixel_statistics(image_processor, num_channels=len(self.mode))
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self.change_pixels = nn.Sequential(*_pixel_augmentations(args))
@@ -227,16 +228,10 @@ class EvalTransform:
 
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
-        self.mode = _mode(image_processor)
+        self.mode = image_mode(image_processor)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.image_processor(image.convert(self.mode), return_tensors="pt")["pixel_values"][0]
-
-
-def _mode(image_processor: BaseImageProcessor) -> Literal["L", "RGB"]:
-    """Mode of PIL images that the image processor takes."""
-    mean = getattr(image_processor, "image_mean", None)
-    return "L" if isinstance(mean, Sequence) and len(mean) == 1 else "RGB"
 
 
 def _pixel_augmentations(args: AugmentationArguments) -> list[nn.Module]:

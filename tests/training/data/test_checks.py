@@ -8,9 +8,11 @@ import struct
 import zlib
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
+from tests.odd_images import tiff
 from training.data import checks
 from training.data.arguments import DataArguments
 from training.data.checks import (
@@ -20,6 +22,7 @@ from training.data.checks import (
     Place,
     check_images,
     drop_bad,
+    load_checked_images,
     load_unlabeled_images,
     refuse_bad,
 )
@@ -65,8 +68,8 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def _check(folder, **kwargs):
-    args = DataArguments(train_dir=str(folder), allow_missing_classes=True)
+def _check(folder, skip_bad_images=False, **kwargs):
+    args = DataArguments(train_dir=str(folder), allow_missing_classes=True, skip_bad_images=skip_bad_images)
     dataset = load_images(args, 0)
     return dataset, check_images(dataset, ignored=ignored_files(args), **kwargs)
 
@@ -99,6 +102,26 @@ def test_a_clean_data_set(folder):
     assert report == DataReport({"train": 12, "validation": 4, "test": 4}, ())
     refuse_bad(report)
     assert _paths(drop_bad(dataset, report)) == _paths(dataset)
+
+
+def test_gray_of_more_than_8_bits(folder):
+    """The range that was taken for white is a note, one for all images of the same range."""
+    values = np.random.default_rng(0).integers(0, 256, (5, 8, 8))
+    values[:, 0, 0] = 255
+    for number, white in enumerate((255, 255, 65535, 4095)):
+        (folder / "train" / "a" / f"x{number}.tif").write_bytes(tiff((values[number] * (white / 255)).astype("i4")))
+    (folder / "train" / "b" / "y.tif").write_bytes(tiff((values[4] * 16).astype("u2")))
+    dataset, report = _check(folder)
+    assert _kinds(report) == {"deep_gray": 4} and not report.fatal
+    messages = {finding.message.replace(f"{folder}/train/", "") for finding in report.findings}
+    assert messages == {
+        "2 images from 0 to 255, by the range of the pixels: a/x0.tif, a/x1.tif",
+        "1 image from 0 to 65535, by the range of the pixels: a/x2.tif",
+        "1 image from 0 to 4095, by the range of the pixels: a/x3.tif",
+        "1 image from 0 to 65535, as the file states, though no pixel is above a sixteenth of that: b/y.tif",
+    }
+    # From the cache, too.
+    assert check_images(dataset).findings == report.findings
 
 
 def _truncate(path):
@@ -229,6 +252,27 @@ def test_files_that_are_ignored_are_noted(folder):
     assert _kinds(report) == {"hidden_file": 3, "stray_file": 2} and not report.fatal
     found = {os.path.relpath(finding.places[0].name, folder) for finding in report.findings}
     assert found == {"train/.DS_Store", "test/a/Thumbs.db", "__MACOSX", "train/b/list.txt", "train/loose.png"}
+
+
+def test_files_that_may_be_images_and_empty_classes_stop(folder):
+    unread, empty = folder / "train" / "new" / "IMG_0001", folder / "train" / "empty"
+    for path in (unread.parent, empty):
+        path.mkdir()
+    unread.write_bytes(b"?")
+    dataset, report = _check(folder, skip_bad_images=True)
+    assert _kinds(report) == {"unread_file": 1, "empty_class": 2} and len(report.fatal) == 3
+    assert {finding.places[0].name for finding in report.findings} == {str(unread), str(unread.parent), str(empty)}
+    with pytest.raises(BadDataError, match=r"(?s)unread_file .*IMG_0001 has no known ending"):
+        refuse_bad(DataReport(report.images, report.findings[:1]))
+    with pytest.raises(BadDataError, match=r"(?s)empty_class .*, 2:\n.*empty holds no image"):
+        refuse_bad(report)
+    with pytest.raises(BadDataError, match=r"IMG_0001 has no known ending"):
+        load_checked_images(DataArguments(train_dir=str(folder)), 0)
+    # Left out and recorded.
+    assert drop_bad(dataset, report).keys() == dataset.keys()
+    images, recorded = load_checked_images(DataArguments(train_dir=str(folder), skip_bad_images=True), 0)
+    assert images["train"].features["label"].names == ["a", "b"]
+    assert recorded.findings == report.findings
 
 
 def test_classes(folder):

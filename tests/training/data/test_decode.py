@@ -6,8 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
+from tests.odd_images import ODD_IMAGES
+from training.data import decode
 from training.data.decode import DEFAULT_MAX_PIXELS, UnreadableImageError, decode_image
 
 
@@ -133,6 +135,11 @@ class TestModes:
             assert _pixel(decode_image(source)) == pytest.approx(expected, abs=1)
             assert _pixel(decode_image(source, box=[1, 1, 3, 3])) == pytest.approx(expected, abs=1)
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize("name", ODD_IMAGES)
+    def test_odd_images(self, name):
+        ODD_IMAGES[name].check(decode_image(ODD_IMAGES[name].file))
+
     @pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "YCbCr", "HSV", "LAB", "RGBX", "I;16L"])
     def test_rarer_modes(self, mode):
         assert decode_image(Image.new(mode, (5, 4))).mode == "RGB"
@@ -177,6 +184,29 @@ class TestModes:
         assert _pixel(decode_image(data)) == (200, 0, 0)
 
 
+class TestLongTexts:
+    """Pillow refuses compressed texts of more than a megabyte, wherever they stand in a PNG file."""
+
+    @pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+    @pytest.mark.parametrize("is_last", [False, True])
+    def test_do_not_matter(self, kind, is_last):
+        text = {"zTXt": b"a\0\0", "iTXt": b"a\0\1\0\0\0", "iCCP": b"a\0\0"}[kind] + zlib.compress(bytes(3_000_000))
+        chunk = (
+            struct.pack(">I", len(text)) + kind.encode() + text + struct.pack(">I", zlib.crc32(kind.encode() + text))
+        )
+        data = _bytes(IMAGE, "PNG")
+        place = data.index(b"IEND" if is_last else b"IDAT") - 4
+        assert decode_image(data[:place] + chunk + data[place:]).tobytes() == IMAGE.tobytes()
+
+    def test_more_than_the_limit_is_refused_with_its_reason(self):
+        text = b"a\0\0" + zlib.compress(bytes(PngImagePlugin.MAX_TEXT_MEMORY + 1))
+        chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+        data = _bytes(IMAGE, "PNG")
+        place = data.index(b"IDAT") - 4
+        with pytest.raises(UnreadableImageError, match=r"(?i)cannot be opened: decompressed data too large"):
+            decode_image(data[:place] + chunk + data[place:])
+
+
 @pytest.mark.filterwarnings("ignore")
 class TestBroken:
     @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
@@ -219,6 +249,25 @@ class TestBroken:
             decode_image(tmp_path)
         with pytest.raises(UnreadableImageError, match="is empty"):
             decode_image(b"")
+
+    @pytest.mark.parametrize(
+        ("head", "message"),
+        [
+            (b"\0\0\0\x18ftypheic", "It is HEIC: install pillow-heif"),
+            (b"\0\0\0\x18ftypmif1", "It is HEIC: install pillow-heif"),
+            (b"\0\0\0\x1cftypavif", "It is AVIF: install Pillow 11.3 or newer"),
+            (b"\0\0\0\x1cftypisom", "$"),
+        ],
+    )
+    def test_names_what_to_install(self, tmp_path, monkeypatch, head, message):
+        """Also for a file whose ending hides its format."""
+        formats = [name for name in decode.known_formats() if name not in ("HEIF", "AVIF")]
+        monkeypatch.setattr(decode, "known_formats", lambda: formats)
+        path = tmp_path / "a.jpg"
+        path.write_bytes(head + bytes(40))
+        for source in (path, str(path), path.read_bytes()):
+            with pytest.raises(UnreadableImageError, match=f"is not an image of a known format.*{message}"):
+                decode_image(source)
 
     def test_is_a_value_error(self):
         assert issubclass(UnreadableImageError, ValueError)

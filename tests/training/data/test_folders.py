@@ -1,11 +1,16 @@
 """Folders of images: splits, classes, and everything that is not an image of a class."""
 
+import io
 import os
+import unicodedata
 
 import datasets
+import numpy as np
 import pytest
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import Image, features
 
+from training.data import decode, folders
 from training.data.arguments import DataArguments
 from training.data.folders import ignored_files, natural_key, read_unlabeled, walk_folder
 from training.data.form import IMAGE, BadDataError, labels_of
@@ -86,13 +91,15 @@ class TestFolders:
         (folder / "__MACOSX" / "._x.jpg").write_bytes(b"?")
         (folder / "empty").mkdir()
         os.mkfifo(folder / "dog" / "pipe.png")
-        dataset = load(train_dir=str(folder), train_val_split=0)
+        dataset = load(train_dir=str(folder), train_val_split=0, skip_bad_images=True)
         assert len(dataset["train"]) == 20
         found = ignored_files(DataArguments(train_dir=str(folder)))
         relative = {kind: sorted(os.path.relpath(path, folder) for path in paths) for kind, paths in found.items()}
         assert relative == {
-            "hidden": [".DS_Store", "__MACOSX", "dog/._0.png", "dog/.hidden", "dog/Thumbs.db"],
-            "stray": ["dog/notes.txt", "dog/pipe.png", "empty", "loose.png"],
+            "hidden_file": [".DS_Store", "__MACOSX", "dog/._0.png", "dog/.hidden", "dog/Thumbs.db"],
+            "stray_file": ["dog/notes.txt", "dog/pipe.png", "loose.png"],
+            "unread_file": [],
+            "empty_class": ["empty"],
         }
 
     def test_what_lies_beside_the_folders_of_splits(self, tmp_path, caplog, make_folder):
@@ -100,7 +107,10 @@ class TestFolders:
         (tmp_path / "__MACOSX").mkdir()
         (tmp_path / "unlabeled").mkdir()
         found = ignored_files(DataArguments(train_dir=str(tmp_path)))
-        assert found == {"hidden": [str(tmp_path / "__MACOSX")], "stray": [str(tmp_path / "unlabeled")]}
+        assert {kind: paths for kind, paths in found.items() if paths} == {
+            "hidden_file": [str(tmp_path / "__MACOSX")],
+            "stray_file": [str(tmp_path / "unlabeled")],
+        }
         assert "unlabeled" in caplog.text
 
     def test_nested_images_are_of_the_outermost_folder(self, folder, load, make_image, rows_of):
@@ -123,7 +133,7 @@ class TestFolders:
             (tmp_path / "a").mkdir(exist_ok=True)
             (tmp_path / "a" / f"x{ending}").write_bytes(b"?")
         content = walk_folder(tmp_path)
-        assert {os.path.splitext(path)[1] for path in content.strays} <= {
+        assert {os.path.splitext(path)[1] for path in content.strays + content.unread} <= {
             *(".eps", ".ps", ".bufr", ".grib", ".wmf", ".emf", ".h5", ".hdf"),
         }
         assert len(content.images["a"]) > 40
@@ -146,6 +156,20 @@ class TestFolders:
         tmp_path.joinpath("data").mkdir()
         with pytest.raises(BadDataError, match=message):
             load(train_dir=str(make_folder(tmp_path / "data", counts)))
+
+    @pytest.mark.parametrize("names", [("café", "cafe\u0301"), ("cat", "cat "), (" cat", "cat")])
+    def test_names_that_look_the_same(self, folder, tmp_path, load, make_folder, rows_of, names):
+        # Alone, such a name is normalized, and is the same in all splits.
+        other = str(make_folder(tmp_path / "validation", {names[1]: 1, "dog": 1}))
+        make_folder(folder, {names[0]: 2})
+        dataset = load(train_dir=str(folder), validation_dir=other, allow_missing_classes=True)
+        clean = unicodedata.normalize("NFC", names[0]).strip()
+        assert clean in dataset["train"].features["label"].names
+        assert sorted(rows_of(dataset["validation"])) == sorted([("0.png", clean), ("0.png", "dog")])
+        make_folder(folder, {names[1]: 2})
+        with pytest.raises(BadDataError, match=f'"{clean}" of train is spelled in two ways') as error:
+            load(train_dir=str(folder))
+        assert all(ascii(name) in str(error.value) for name in names)
 
     def test_no_folder(self, tmp_path, load):
         with pytest.raises(ValueError, match=r"--train_dir .*nowhere is not a folder"):
@@ -176,6 +200,116 @@ class TestFolders:
         with pytest.raises(BadDataError, match="--train_val_split 0"):
             load(train_dir=str(tmp_path), allow_missing_classes=True)
         assert list(load(train_dir=str(tmp_path), train_val_split=0)) == ["train"]
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
+
+
+@pytest.fixture
+def without_heif(monkeypatch):
+    """As if pillow-heif were not installed."""
+    formats = [name for name in decode.known_formats() if name != "HEIF"]
+    for module in (decode, folders):
+        monkeypatch.setattr(module, "known_formats", lambda: formats)
+    folders._image_endings.cache_clear()
+    yield
+    folders._image_endings.cache_clear()
+
+
+class TestUnreadFiles:
+    """Files of classes that may be images stop a training, so that no class vanishes."""
+
+    def _file(self, image_format):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), "red").save(buffer, image_format)
+        return buffer.getvalue()
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.heic", HEIC, "cannot be read. It is HEIC: install pillow-heif .*convert it to JPEG"),
+            ("a.HEIF", b"", "cannot be read. It is HEIC: install pillow-heif"),
+            ("IMG_0001", HEIC, "cannot be read. It is HEIC"),
+            ("a.txt", HEIC, "cannot be read. It is HEIC"),
+            ("IMG_0001", "JPEG", r"is an image of format JPEG: give it the ending \.jpg"),
+            ("a.txt", "PNG", r"is an image of format PNG: give it the ending \.png"),
+            ("a.json", "WEBP", r"is an image of format WEBP: give it the ending \.webp"),
+            ("a.jpg.download", "JPEG", "is an image of format JPEG"),
+            ("IMG_0001", b"?", "has no known ending: convert it to JPEG or PNG if it is an image, else remove it"),
+            ("a.cr2", b"?", "has no known ending"),
+            ("a.jxl", b"\xff\x0a", "has no known ending"),
+            ("a.svg", b"<svg/>", "has the ending of an image that cannot be read: convert it to JPEG or PNG"),
+            ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0", "has the ending of an image that cannot be read"),
+        ],
+    )
+    @pytest.mark.parametrize("is_whole_class", [False, True])
+    def test_stop(self, folder, tmp_path, load, without_heif, name, content, message, is_whole_class):
+        path = folder / ("new" if is_whole_class else "dog") / "deep" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(self._file(content) if isinstance(content, str) else content)
+        with pytest.raises(BadDataError, match=rf"{name} {message}") as error:
+            load(train_dir=str(folder))
+        assert ("new holds no image that can be read" in str(error.value)) == is_whole_class
+        assert "--skip_bad_images" in str(error.value)
+        dataset = load(train_dir=str(folder), skip_bad_images=True)
+        assert dataset["train"].features["label"].names == ["cat2", "cat10", "dog"]
+        found = ignored_files(DataArguments(train_dir=str(folder)))
+        assert found["unread_file"] == [str(path)]
+        assert found["empty_class"] == ([str(folder / "new")] if is_whole_class else [])
+
+    @pytest.mark.parametrize(
+        "name", ["a.txt", "a.json", "a.csv", "a.xml", "a.yaml", "a.mov", "a.AAE", "a.xmp", "a.zip", "a.py", "a.pdf"]
+    )
+    def test_other_files_are_passed_over(self, folder, load, name):
+        (folder / "dog" / name).write_bytes(b"BM or anything else")
+        assert load(train_dir=str(folder))
+        assert ignored_files(DataArguments(train_dir=str(folder)))["stray_file"] == [str(folder / "dog" / name)]
+
+    def test_the_cause_is_named_before_what_follows_from_it(self, tmp_path, load, make_folder, without_heif):
+        """A class that is missing from one split, or the last but one class."""
+        for split in ("train", "validation"):
+            make_folder(tmp_path / split, {"a": 3, "b": 3})
+        (tmp_path / "validation" / "c").mkdir()
+        (tmp_path / "validation" / "c" / "0.heic").write_bytes(HEIC)
+        with pytest.raises(BadDataError, match=r"c/0\.heic cannot be read\. It is HEIC"):
+            load(train_dir=str(tmp_path))
+        assert load(train_dir=str(tmp_path), skip_bad_images=True)
+        make_folder(tmp_path / "validation", {"d": 1})
+        (tmp_path / "train" / "d").mkdir()
+        (tmp_path / "train" / "d" / "0.heic").write_bytes(HEIC)
+        with pytest.raises(BadDataError, match=r"d/0\.heic cannot be read\. It is HEIC"):
+            load(train_dir=str(tmp_path), skip_bad_images=True)
+        for name in ("x", "y"):
+            (tmp_path / "two" / name).mkdir(parents=True)
+            (tmp_path / "two" / name / "0.heic").write_bytes(HEIC)
+        with pytest.raises(BadDataError, match=r"y/0\.heic cannot be read\. It is HEIC"):
+            load(train_dir=str(tmp_path / "two"), skip_bad_images=True)
+
+    def test_of_unlabeled_images(self, folder, tmp_path, without_heif):
+        for place in ("loose.heic", "dog/a.heic"):
+            (folder / place).write_bytes(HEIC)
+        (folder / "notes.txt").write_bytes(b"?")
+        with pytest.raises(BadDataError, match=r"2:\n.*loose\.heic cannot be read\. It is HEIC.*\n.*dog/a\.heic"):
+            read_unlabeled(folder)
+        assert len(read_unlabeled(folder, skip_bad_images=True)) == 20
+
+    @pytest.mark.parametrize(("ending", "package"), [(".heic", "pillow_heif"), (".avif", None)])
+    def test_a_class_of_other_formats_is_read(self, folder, load, ending, package):
+        if package is not None:
+            pytest.importorskip(package)
+        elif "AVIF" not in decode.known_formats() or not features.check("avif"):
+            pytest.skip("Pillow has no AVIF")
+        decode.known_formats()  # registers HEIC
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        pixels[:, 16:] = (200, 40, 90)
+        (folder / "new").mkdir()
+        for number in range(2):
+            Image.fromarray(pixels).save(folder / "new" / f"{number}{ending}", quality=95)
+        dataset = load(train_dir=str(folder))
+        assert dataset["train"].features["label"].names == ["cat2", "cat10", "dog", "new"]
+        image = next(row["image"] for row in dataset["train"] if row["image"]["path"].endswith(ending))
+        difference = np.abs(np.asarray(decode.decode_image(image)).astype(int) - pixels)
+        assert difference[:, [*range(12), *range(20, 32)]].max() <= 10
 
 
 class TestUnlabeled:

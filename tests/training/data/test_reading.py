@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from modeling_rbi import UserError
+from training.data.folders import natural_key
 from training.data.form import BOX, IMAGE, BadDataError, labels_of
 from training.data.layouts import LAYOUTS
 from training.data.packaged import catalog
@@ -76,6 +77,52 @@ class TestCopiesOfHubDataSets:
         )
         assert rows == sorted((row["image"]["bytes"], row["label"]) for row in faces.cast_column("image", IMAGE))
         assert (len(dataset["test"]) == 12) if kind == "saved" else ("test" not in dataset)
+
+    @pytest.mark.parametrize(
+        ("names", "clean"),
+        [
+            (["caf\u00e9", "b", "a"], ["café", "b", "a"]),
+            (["cafe\u0301", "b", "a"], ["café", "b", "a"]),
+            (["\u1112\u1161\u11ab", "b", "a"], ["\ud55c", "b", "a"]),
+            (["cat ", " b", "\ta\u00a0"], ["cat", "b", "a"]),
+            (["a b", "B", "b"], ["a b", "B", "b"]),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["names", "text"])
+    def test_names_are_normalized(self, faces, tmp_path, load, check_form, names, clean, kind):
+        numbers = [number % 3 for number in range(12)]
+        if kind == "names":
+            train = self._labeled(faces, numbers, datasets.ClassLabel(names=names))
+        else:
+            train = self._labeled(faces, [names[number] for number in numbers], datasets.Value("string"))
+        # In another split, the same names may be spelled in another way.
+        test = self._labeled(faces, numbers, datasets.ClassLabel(names=clean))
+        dataset = load(dataset_name=self._saved(tmp_path, train=train, test=test), train_val_split=0)
+        check_form(dataset)
+        given = dataset["train"].features["label"].names
+        assert given == (clean if kind == "names" else sorted(clean, key=natural_key))
+        for split in dataset.values():
+            assert [given[number] for number in split["label"]] == [clean[number] for number in numbers]
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (
+                ["café", "cafe\u0301", "a"],
+                r"class .café. of train .* two ways, 'caf\\xe9' and 'cafe\\u0301'",
+            ),
+            (["cat", "a", "cat "], r"class \"cat\" of train is spelled in two ways, 'cat' and 'cat '"),
+            (["a", "\u00a0b", "b"], r"class \"b\" of train is spelled in two ways, '\\xa0b' and 'b'"),
+            (["a", "b", " "], r"A label of train is blank: ' '"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["names", "text"])
+    def test_names_that_look_the_same(self, faces, tmp_path, load, names, message, kind):
+        labels, feature = [number % 3 for number in range(12)], datasets.ClassLabel(names=names)
+        if kind == "text":
+            labels, feature = [names[number] for number in labels], datasets.Value("string")
+        with pytest.raises(BadDataError, match=message):
+            load(dataset_name=self._saved(tmp_path, train=self._labeled(faces, labels, feature)))
 
     def test_what_datasets_refuses(self, faces, tmp_path, load):
         (tmp_path / "copy").mkdir()

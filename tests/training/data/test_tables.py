@@ -1,5 +1,6 @@
 """Files that list images."""
 
+import csv
 import json
 import os
 
@@ -41,6 +42,16 @@ class TestFiles:
         assert dataset["train"].features["label"].names == ["1e3", "007", "9", "10"]
         assert [name for _, name in rows_of(dataset["train"])] == [label for _, label in rows]
 
+    @pytest.mark.parametrize("ending", ["csv", "jsonl"])
+    def test_names_that_look_the_same(self, folder, tmp_path, ending, load):
+        labels = ["cat", "cafe\u0301 "]
+        rows = [(f"train/cat10/{number}.png", labels[number % 2]) for number in range(8)]
+        dataset = load(train_file=self._write(tmp_path / f"a.{ending}", rows))
+        assert dataset["train"].features["label"].names == ["café", "cat"]
+        file = self._write(tmp_path / f"a.{ending}", [*rows, ("train/cat10/8.png", "cat ")])
+        with pytest.raises(BadDataError, match=r'class "cat" of train is spelled in two ways, .cat. and .cat .:'):
+            load(train_file=file)
+
     @pytest.mark.parametrize("labels", [[10, 9], ["10", "9"], [10.0, 9.0]])
     def test_whole_numbers_of_json_are_classes(self, folder, tmp_path, labels, load):
         rows = [(f"train/cat10/{number}.png", labels[number % 2]) for number in range(8)]
@@ -51,6 +62,42 @@ class TestFiles:
         rows = [("train/dog/0.png", "dog"), ("train/dog/99.png", "dog"), ("0.png", "cat")]
         with pytest.raises(BadDataError, match=rf"2 of the 3 images .*{tmp_path}/train/dog/99.png, {tmp_path}/0.png"):
             load(train_file=self._write(tmp_path / "a.csv", rows))
+
+    @pytest.mark.parametrize("ending", ["csv", "tsv"])
+    @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+    @pytest.mark.parametrize(
+        "header", [("image", "label"), ("label", "weight", "image"), ("image", "a,b;c", "label"), ("label", "image")]
+    )
+    def test_delimiters(self, folder, tmp_path, ending, delimiter, header, load, rows_of):
+        file = tmp_path / f"a.{ending}"
+        with file.open("w", encoding="utf-8-sig", newline="") as stream:
+            writer = csv.writer(stream, delimiter=delimiter)
+            writer.writerow(header)
+            for number in range(6):
+                row = {"image": f"train/dog/{number}.png", "label": ("a, b; c", "d|e")[number % 2], "weight": "0,5"}
+                writer.writerow([row.get(name, "x") for name in header])
+        found = rows_of(load(train_file=str(file), train_val_split=0)["train"])
+        assert found == [(f"{number}.png", ("a, b; c", "d|e")[number % 2]) for number in range(6)]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (
+                "file;species\ntrain/dog/0.png;a\ntrain/dog/1.png;b\n",
+                "semicolons, has .*image_column_name to file, sp",
+            ),
+            ("file\tspecies\ntrain/dog/0.png\ta\ntrain/dog/1.png\tb\n", "tabs, has .*image_column_name to file, sp"),
+            (
+                "image;species\ntrain/dog/0.png;a, b\ntrain/dog/1.png;b\n",
+                'semicolons, has no column "label": .* species',
+            ),
+            ("path\ntrain/dog/0.png\n", 'read as columns separated by commas, has no column "image": .*to path'),
+        ],
+    )
+    def test_the_delimiter_is_named_where_columns_are_missing(self, folder, tmp_path, text, message, load):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(train_file=str(tmp_path / "a.csv"))
 
     def test_wrong_columns_are_offered_nearest_first(self, folder, tmp_path, load):
         file = tmp_path / "a.csv"
@@ -67,6 +114,7 @@ class TestFiles:
             ("a.csv", "image,label\ntrain/dog/0.png,dog\ntrain/dog/1.png,\n", "Line 3 .* no label"),
             ("a.csv", "image,label\ntrain/dog/0.png\n", "Line 2 .* no label"),
             ("a.csv", "image,label\n,dog\n", "Line 2 .* no path"),
+            ("a.csv", "image,label\ntrain/dog/0.png,  \n", "Line 2 .* no label"),
             ("a.csv", "image,label\na, b.png,dog\n", "Line 2 .* more cells"),
             ("a.jsonl", '{"image": "a"\n', "Line 1 .* not JSON"),
             ("a.jsonl", '["a", "b"]\n', "Line 1 .* not a JSON object"),

@@ -62,6 +62,15 @@ def test_labels_are_matched_by_name_with_either_table(split):
     assert class_names(config) == names
 
 
+def test_names_of_a_model_are_matched_as_those_of_data_are_read():
+    """A model may have been saved with other spaces and another Unicode form."""
+    split = datasets.Dataset.from_dict(
+        {"label": [0, 1, 1]}, features=datasets.Features({"label": datasets.ClassLabel(names=["café", "cat"])})
+    )
+    config = RBIConfig(id2label={0: "cat ", 1: "cafe\u0301"}, label2id={"cat ": 0, "cafe\u0301": 1})
+    assert match_labels(split, config).tolist() == [1, 0]
+
+
 def test_two_labels_of_one_class_are_refused(split):
     config = RBIConfig(id2label=dict(enumerate(NAMES)), label2id=dict(zip(NAMES, [0, 1, 1, 3], strict=True)))
     with pytest.raises(ValueError, match="one class of the model"):
