@@ -35,6 +35,7 @@ from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from .evaluation.metrics import compute_metrics
 from .files import check_output_dir, filled_whole, write_json
+from .fine_tuning.divergence import DivergedError, weights_are_finite
 from .fine_tuning.loss import count_targets, training_loss
 from .fine_tuning.models import ModelArguments, load_model
 from .fine_tuning.optimization import parameter_groups
@@ -143,7 +144,12 @@ def command(argv: Sequence[str], console: Console):
         accelerator.load_state(str(checkpoint))
     step, losses, history = progress["step"], progress["losses"], progress["history"]
 
+    def diverged(what: str) -> DivergedError:
+        return DivergedError(what, checkpoint=next(reversed(checkpoints(output_dir)), None))
+
     def save():
+        if not accelerator.gather(weights_are_finite(model).to(accelerator.device)).all():
+            raise diverged(f"the weights after step {step} are not finite")
         state = {"step": step, "losses": losses, "history": history, "arguments": arguments}
         save_checkpoint(accelerator, output_dir, state)
 
@@ -157,12 +163,14 @@ def command(argv: Sequence[str], console: Console):
             outputs = model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"])
             # The loss is a mean over the images of all processes, and DDP averages the gradients of the processes.
             loss = training_loss(outputs, batch, num_targets, args.self_loss_weight) * accelerator.num_processes
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            if not math.isfinite(losses[-1]):
+                raise diverged(f"the loss of step {step + 1} is {losses[-1]}")
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses.append(accelerator.reduce(loss.detach(), "mean").item())
             step += 1
             bar.update()
             if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step % len(sampler):
@@ -176,6 +184,8 @@ def command(argv: Sequence[str], console: Console):
             parts = accelerator.gather_for_metrics((outputs.logits.float(), batch["labels"]))
             logits.append(parts[0].cpu())
             labels.append(parts[1].cpu())
+        if not all(part.isfinite().all() for part in logits):
+            raise diverged(f"logits of validation images after step {step} are not finite")
         metrics = compute_metrics(EvalPrediction(torch.cat(logits).numpy(), torch.cat(labels).numpy()))
         history.append({"epoch": epoch + 1, "train_loss": statistics.mean(losses)} | metrics)
         losses = []

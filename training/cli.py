@@ -5,6 +5,7 @@
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -182,6 +183,11 @@ def _parse(
         hint = _nearest(flag.lstrip("-").replace("-", "_"), names, prefix="--")
         raise UserError(f"There is no argument {flag}{hint}")
     *parsed, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    for dataclass in parsed:
+        for name, value in vars(dataclass).items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise UserError(f"--{name} must be a finite number, got {value}.")
     return (*parsed, recipes)
 
 

@@ -87,6 +87,40 @@ def test_what_cannot_be_is_refused(loop_arguments, tmp_path, capsys, options, co
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_that_diverges_says_at_which_step(loop_arguments, tmp_path, capsys):
+    line = loop_arguments(tmp_path / "out", learning_rate=1e10, checkpointing_steps=1)
+    assert accelerate_loop.main(line) == 1
+    error = capsys.readouterr().err
+    assert "The training diverged: the loss of step 2 is nan. Start again: lower --learning_rate" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [("weight", "logits of validation images after step 4"), ("unused", "the weights after step 4 are not finite")],
+)
+def test_a_model_that_is_not_finite_is_not_kept(loop_arguments, tmp_path, capsys, monkeypatch, flaw, message):
+    def step(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.num_steps = getattr(self, "num_steps", 0) + 1
+        if self.num_steps == 4:  # the last of the epoch
+            weight = self.param_groups[0]["params"][0] if flaw == "weight" else unused
+            weight.data.view(-1)[0] = torch.nan
+
+    def load(*args, **kwargs):
+        model, processor = load_model(*args, **kwargs)
+        model.rbi.register_buffer("unused", unused)
+        return model, processor
+
+    unused, load_model = torch.zeros(3), accelerate_loop.load_model
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(accelerate_loop, "load_model", load)
+    assert accelerate_loop.main(loop_arguments(tmp_path / "out")) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(loop_arguments, tmp_path, run_processes):
     """32 training images in batches of 6, of 3 on each process."""

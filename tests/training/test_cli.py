@@ -258,6 +258,9 @@ def test_a_recipe_that_is_not_there(recipe, tmp_path):
         (["--steps"], r"--steps: expected one argument"),
         (["--config"], r"--config: expected at least one argument"),
         (["--strategy", "never"], r"--strategy: invalid choice"),
+        (["--rate", "nan"], r"--rate must be a finite number, got nan"),
+        (["--decay=-inf"], r"--decay must be a finite number, got -inf"),
+        (["--mean", "0.5", "inf"], r"--mean must be a finite number, got \[0\.5, inf\]"),
     ],
 )
 def test_what_flags_cannot_say(argv, message):

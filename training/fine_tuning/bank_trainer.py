@@ -98,6 +98,8 @@ class BankTrainer(RBITrainer):
         model, scope = self.model, self.model.config.relation_scope
         is_training, had_references = model.training, model.config.references is not None
         taken = extract(model, self.references, self.args.per_device_eval_batch_size, self.args.device, progress=False)
+        if not taken.features.isfinite().all():
+            raise self.diverged(f"features of the bank after step {self.state.global_step} are not finite")
         labels = taken.labels.index_fill(0, torch.arange(self.num_labeled, len(taken.labels)), NO_LABEL)
         model.set_reference_features(taken.features, taken.pixel_values[:], labels)
         if had_references:  # an evaluation may have set another scope

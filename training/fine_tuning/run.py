@@ -257,6 +257,7 @@ def train(
         if trained is not model:
             merge_lora(trained)
             trainer.model = trainer.model_wrapped = model
+        trainer.check_weights()
         trainer.average_batch_statistics()  # the bank must be computed by the backbone that is saved
         if isinstance(trainer, BankTrainer):
             trainer.take_references(is_stale=True)  # the best epoch had another backbone

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from ..data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
 from ..files import write_json
 from .arguments import FineTuningArguments
+from .divergence import DivergedError, weights_are_finite
 from .loss import backward_in_two_passes, count_targets, training_loss
 from .optimization import OPTIMIZERS, MovingAverage, parameter_groups, rbi_model
 
@@ -121,6 +123,8 @@ class RBITrainer(Trainer):
         args.gradient_accumulation_steps //= self.num_micro_batches
         # For training only: `Trainer` would also drop the last images of validation and test.
         self._drops_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        # A loss that is not finite stops the training, so none is left out of the mean that is logged.
+        args.logging_nan_inf_filter = False
         if args.auto_find_batch_size:
             raise UserError("--auto_find_batch_size would change the neighborhood: set the batch size.")
         if args.n_gpu > 1:
@@ -306,6 +310,9 @@ class RBITrainer(Trainer):
         """
         As `Trainer.evaluation_loop`, with the moving average of the weights if there is one. The loss counts each
         image once, whereas `Trainer` counts the images twice that fill up the last batch on several processes.
+
+        Raises:
+            DivergedError: if the loss is not finite, so that such a model never is the best one.
         """
         self.average_batch_statistics()
         average: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -319,6 +326,11 @@ class RBITrainer(Trainer):
             scores = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
             loss = nn.functional.cross_entropy(torch.tensor(scores).float(), torch.tensor(output.label_ids))
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+            if not loss.isfinite():
+                raise self.diverged(
+                    f"{metric_key_prefix}_loss, of the images of an evaluation after step {self.state.global_step}, is "
+                    f"{loss.item()}"
+                )
         return output
 
     def evaluate_shuffled(self, images: ImageDataset, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -348,9 +360,26 @@ class RBITrainer(Trainer):
         return output.metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """As `Trainer.save_model`."""
+        """
+        As `Trainer.save_model`.
+
+        Raises:
+            DivergedError: if weights are not finite; nothing is saved, and no earlier checkpoint is deleted.
+        """
         self.average_batch_statistics()
+        self.check_weights()
         super().save_model(output_dir, _internal_call)
+
+    def check_weights(self):
+        """Raises a `DivergedError` on all processes if weights on one of them are not finite."""
+        is_finite = weights_are_finite(self.model).to(self.args.device)
+        if not self.accelerator.gather(is_finite).all():
+            raise self.diverged(f"the weights after step {self.state.global_step} are not finite")
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error for numbers that are not finite, which names the last checkpoint before the present weights."""
+        before = last_complete_checkpoint(Path(self.args.output_dir), self.state.global_step - 1)
+        return DivergedError(what, checkpoint=before)
 
     def average_batch_statistics(self):
         """Averages the running statistics of batch normalization over the processes, which have seen other batches."""
@@ -401,6 +430,12 @@ class _RBICallback(TrainerCallback):
         if self.trainer._train_sampler is not None:
             self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
 
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Stops all processes before a loss of one of them that is not finite changes the weights."""
+        losses = self.trainer.accelerator.gather(self.trainer._tr_loss)
+        if not losses.isfinite().all():
+            raise self.trainer.diverged(f"the loss of step {state.global_step + 1} is not finite")
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer._moving_average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer._moving_average.update(self.trainer.model)
@@ -435,11 +470,11 @@ def balanced_class_weights(labels: list[int], num_labels: int) -> torch.Tensor:
     return weights
 
 
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run. A kill or a full disk can leave incomplete ones."""
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    return next((path for path in reversed(checkpoints) if is_complete_checkpoint(path)), None)
+def last_complete_checkpoint(output_dir: Path, last_step: float = math.inf) -> Path | None:
+    """The newest complete checkpoint of a run up to a step. A kill or a full disk can leave incomplete ones."""
+    steps = [int(name) for path in output_dir.glob("checkpoint-*") if (name := path.name.split("-")[1]).isdigit()]
+    checkpoints = [output_dir / f"checkpoint-{step}" for step in sorted(steps, reverse=True) if step <= last_step]
+    return next(filter(is_complete_checkpoint, checkpoints), None)
 
 
 def is_complete_checkpoint(checkpoint: Path) -> bool:

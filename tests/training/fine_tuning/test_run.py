@@ -238,6 +238,45 @@ def test_an_image_that_breaks_during_the_training_is_named(arguments, tmp_path, 
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
 
 
+def no_number(text):
+    raise AssertionError(f"{text} is no JSON")
+
+
+def read_strictly(path):
+    return json.loads(path.read_text(), parse_constant=no_number)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "train_val_split": 0}],
+    ids=["validated", "without validation"],
+)
+@pytest.mark.parametrize("scope", ["batch", "reference"])
+def test_a_training_that_diverges_says_at_which_step(arguments, tmp_path, capsys, options, scope):
+    line = arguments(tmp_path / "out", learning_rate=1e10, train_relation_scope=scope, **options)
+    assert train.main(line) == 1
+    error = capsys.readouterr().err
+    assert "The training diverged: the loss of step 2 is not finite. Start again: lower --learning_rate" in error
+    record = read_strictly(tmp_path / "out" / "run.json")
+    assert record["status"] == "failed" and "step 2" in record["error"] and record["best"] is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+
+
+def test_weights_that_break_in_the_last_step_are_no_model(arguments, tmp_path, capsys, monkeypatch):
+    """Without a validation, nothing else looks at them."""
+
+    def train_and_break(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        self.model.classifier.bias.data[0] = torch.inf
+        return result
+
+    original = RBITrainer.train
+    monkeypatch.setattr(RBITrainer, "train", train_and_break)
+    assert train.main(arguments(tmp_path / "out", train_val_split=0, max_steps=1)) == 1
+    assert "the weights after step 1 are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 # --- Bad data, and what is done about it -----------------------------------------------------------------------------
 
 

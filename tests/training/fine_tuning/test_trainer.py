@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments, ViTConfig
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
@@ -18,6 +18,7 @@ from training.data.mixing import Mixing
 from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from training.evaluation.metrics import compute_metrics
 from training.fine_tuning.arguments import FineTuningArguments
+from training.fine_tuning.divergence import DivergedError
 from training.fine_tuning.trainer import (
     MOVING_AVERAGE_FILE,
     RBITrainer,
@@ -592,6 +593,69 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make_trainer):
     (folder / "checkpoint-2" / "trainer_state.json").write_text('{"epoch": 1.')
     assert last_complete_checkpoint(folder).name == "checkpoint-1"
     assert last_complete_checkpoint(folder / "nothing") is None
+
+
+# --- Numbers that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"logging_nan_inf_filter": False},
+        {"ema_decay": 0.9, "self_loss_weight": 0.5},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "relation_batch_size": 6},
+    ],
+    ids=["plain", "unfiltered", "moving average", "two passes"],
+)
+def test_a_loss_that_is_not_finite_stops_the_training(make_trainer, options):
+    trainer = make_trainer(learning_rate=1e10, **options)
+    with pytest.raises(DivergedError, match="the loss of step 2 is not finite.*lower --learning_rate"):
+        trainer.train()
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+
+
+class Break(TrainerCallback):
+    """Breaks a weight after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            model.classifier.weight.data[0, 0] = torch.nan
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 4}
+    trainer = make_trainer(callbacks=[Break(step=3)], **options)
+    with pytest.raises(DivergedError, match="weights after step 3 .*checkpoint-2 was saved before and stays"):
+        trainer.train()
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    assert checkpoint.name == "checkpoint-2"
+    assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_model_that_gives_no_numbers_is_never_the_best(make_trainer, metric, ema_decay):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "ema_decay": ema_decay}
+    trainer = make_trainer(callbacks=[Break(step=2)], **options)
+    with pytest.raises(DivergedError, match="eval_loss, .* after step 2, is nan"):
+        trainer.train()
+    assert trainer.state.best_metric is None
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+def test_the_last_step_is_looked_at_too(make_trainer):
+    trainer = make_trainer(callbacks=[Break(step=3)], max_steps=3)
+    trainer.train()
+    with pytest.raises(DivergedError, match="weights after step 3"):
+        trainer.check_weights()
+    for evaluate in (trainer.evaluate, lambda: trainer.evaluate_shuffled(trainer.eval_dataset)):
+        with pytest.raises(DivergedError, match="eval_loss"):
+            evaluate()
 
 
 @pytest.mark.slow
