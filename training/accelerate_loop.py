@@ -94,6 +94,10 @@ def command(argv: Sequence[str], console: Console):
     output_dir = Path(args.output_dir)
     if not args.resume_from_checkpoint:
         check_output_dir(output_dir)
+    elif not checkpoints(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir} holds no checkpoint of this loop: leave --resume_from_checkpoint out to begin."
+        )
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,
@@ -136,8 +140,8 @@ def command(argv: Sequence[str], console: Console):
 
     progress: dict[str, Any] = {"step": 0, "losses": [], "history": []}
     arguments = resolved_arguments(model_args, data_args, augmentation, args)
-    if args.resume_from_checkpoint and (found := checkpoints(output_dir)):
-        checkpoint = found[-1]
+    if args.resume_from_checkpoint:
+        checkpoint = checkpoints(output_dir)[-1]
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
         if changed := differences(progress["arguments"], arguments):
             raise UserError(f"The run cannot continue with other arguments: {'; '.join(changed)}.")
@@ -220,8 +224,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict[s
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in a folder, in the order of their steps."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    """The checkpoints of this loop in a folder, in the order of their steps."""
+    found = [path.parent for path in output_dir.glob(f"checkpoint-*/{PROGRESS_FILE}")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,17 @@ def test_a_folder_that_is_not_empty_is_left_alone(loop_arguments, tmp_path, caps
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("left", [None, "checkpoint-4/optimizer.pt", "checkpoint-old/progress.txt", "thesis.tex"])
+def test_there_must_be_a_checkpoint_to_go_on_with(loop_arguments, tmp_path, capsys, left):
+    """One of `training.train` is none."""
+    if left is not None:
+        (tmp_path / "out" / left).parent.mkdir(parents=True)
+        (tmp_path / "out" / left).write_text("mine")
+    assert accelerate_loop.main(loop_arguments(tmp_path / "out", resume_from_checkpoint=True)) == 1
+    assert "holds no checkpoint of this loop: leave --resume_from_checkpoint out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("out/*")] == ([] if left is None else [left.split("/")[0]])
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -42,7 +42,7 @@ from ..fine_tuning.bank_trainer import BankTrainer
 from ..fine_tuning.divergence import DivergedError
 from ..fine_tuning.models import ModelArguments, check_model, load_model
 from ..fine_tuning.run import load_data, train
-from ..fine_tuning.trainer import RBITrainer, balanced_class_weights, last_complete_checkpoint
+from ..fine_tuning.trainer import RBITrainer, balanced_class_weights, checkpoint_to_resume
 from ..record import RunRecord, describe_environment, differences, resolved_arguments
 from .arguments import AblationArguments
 from .arms import ARMS, Arm
@@ -358,7 +358,7 @@ def train_end_to_end(
             args.of_run(arm, draw.seed, output_dir),
             datasets.DatasetDict(parts),
             draw.record,
-            last_complete_checkpoint(output_dir),
+            None if record is None else checkpoint_to_resume(output_dir),
             Console(quiet=True),
             prepare_model=partial(_prepare_model, arm=arm),
             trainer_class=trainer_class,

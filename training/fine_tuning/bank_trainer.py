@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from modeling_rbi import MAX_REFERENCES, NO_LABEL, UserError
 
@@ -130,8 +131,10 @@ class _BankCallback(TrainerCallback):
     def __init__(self, trainer: BankTrainer):
         self.trainer = trainer
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any):
-        self.trainer.take_references()
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        # Resumed within an epoch, the model has the bank of its checkpoint.
+        if float(state.epoch or 0).is_integer():
+            self.trainer.take_references()
 
 
 class _RowCollator:

@@ -39,7 +39,7 @@ from .arguments import Arguments, FineTuningArguments
 from .bank_trainer import BankTrainer
 from .models import load_model
 from .optimization import add_lora, freeze_backbone, freeze_batch_norm, merge_lora, rbi_model, set_batch_norm_momentum
-from .trainer import RBITrainer, is_complete_checkpoint, last_complete_checkpoint, plan_neighborhoods
+from .trainer import RBITrainer, checkpoint_to_resume, missing_parts, plan_neighborhoods
 
 
 logger = logging.getLogger(__name__)
@@ -79,14 +79,12 @@ def prepare_output_dir(args: Arguments) -> Path | None:
     if str(resume).lower() in ("true", "last"):
         if record is None:
             raise UserError(f"--output_dir {folder} holds no run to resume.")
-        checkpoint = last_complete_checkpoint(folder)
-        if checkpoint is None and args.run.num_folds is None:
-            logger.warning(f"The run in {folder} was stopped before its first checkpoint: it starts again.")
-        return checkpoint
+        return checkpoint_to_resume(folder) if args.run.num_folds is None else None
     checkpoint = Path(resume)
-    if not is_complete_checkpoint(checkpoint):
+    if missing := missing_parts(checkpoint):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: name another one, or `last`."
+            f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint, since it lacks "
+            f"{' and '.join(missing)}: name another one, or `last`."
         )
     return checkpoint
 
@@ -178,6 +176,8 @@ def train(
     unlabeled = images.get("unlabeled")
     _check_references(args.fine_tuning, images["train"], data_record["label_names"])
     record = RunRecord(output_dir, args.training.should_save)
+    if args.training.save_only_model:
+        logger.warning("With --save_only_model, this run cannot be continued if it is stopped.")
     arguments = args.resolved()  # the trainer changes them later
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
     if prepare_model is not None:
@@ -244,7 +244,7 @@ def train(
                 parameter.numel() for parameter in trained.parameters() if parameter.requires_grad
             ),
         },
-        next={"resume": args.resume_command},
+        next={} if args.training.save_only_model else {"resume": args.resume_command},
     )
     console.print(
         f"{_sizes(images)} of {len(data_record['label_names'])} classes; "
@@ -459,7 +459,7 @@ def cross_validate(
                 one,
                 split,
                 data_record | {"fingerprint": fingerprint(split)},
-                last_complete_checkpoint(folder),
+                None if record is None else checkpoint_to_resume(folder),
                 console,
             )
         records.append(record)

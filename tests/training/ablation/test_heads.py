@@ -61,7 +61,7 @@ def test_every_head_learns(images, config):
 
 def test_a_head_that_diverges_says_at_which_step(images, backbone_config):
     budget = replace(BUDGET, learning_rate=1e38, head_learning_rate=1e38)
-    with pytest.raises(DivergedError, match="head at step 2 is (nan|inf).*lower --frozen_learning_rate"):
+    with pytest.raises(DivergedError, match=r"head at step 2 is (nan|inf).*lower --frozen_learning_rate"):
         train_head(images, torch.arange(45), _config("paper", backbone_config), budget, seed=0)
 
 

@@ -209,6 +209,78 @@ def test_no_token_is_written_down(arguments, tmp_path):
     assert not [path for path, content in everything_in(tmp_path / "out").items() if b"hf_secret" in content]
 
 
+@pytest.mark.slow
+def test_early_stopping_counts_the_epochs_before_a_stop(arguments, tmp_path, stop_at):
+    """Without any learning, the first epoch stays the best: patience 3 ends the training after epoch 4."""
+    options = {"num_train_epochs": 9, "learning_rate": 0.0, "early_stopping_patience": 3, "save_total_limit": 9}
+    go_on = stop_at(11, KeyboardInterrupt())  # 4 steps an epoch
+    assert train.main(arguments(tmp_path / "out", **options)) == 130
+    go_on()
+    line = arguments(tmp_path / "out", resume_from_checkpoint="last", **options)
+    assert train.main(line) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [entry["epoch"] for entry in record["metrics_by_epoch"]] == [1, 2, 3, 4]
+    assert record["best"]["checkpoint"] == "checkpoint-4"
+
+    unfinish(tmp_path / "out")  # killed after its last checkpoint, it has nothing more to train
+    assert train.main(line) == 0
+    again = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [entry["epoch"] for entry in again["metrics_by_epoch"]] == [1, 2, 3, 4]
+    assert again["best"] == record["best"]
+
+
+@pytest.fixture(scope="module")
+def models_alone(command_line, tmp_path_factory, stopping_init):
+    """Folder, command line and output of a run with `--save_only_model` that was stopped in its third epoch."""
+    folder, errors = tmp_path_factory.mktemp("models_alone") / "out", io.StringIO()
+    line = command_line(folder, save_only_model=True, num_train_epochs=4)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr(RBITrainer, "__init__", stopping_init(9, KeyboardInterrupt()))
+        assert train.main(line) == 130
+    return folder, line, errors.getvalue()
+
+
+def test_checkpoints_that_hold_the_model_alone_are_named_and_kept(models_alone, capsys):
+    folder, line, errors = models_alone
+    assert "Stopped. With --save_only_model, the run cannot be continued." in errors
+    assert "resume" not in json.loads((folder / "run.json").read_text())["next"]
+    before = everything_in(folder)
+    assert train.main([*line, *RESUME]) == 1
+    error = capsys.readouterr().err
+    assert "its checkpoints (checkpoint-8, checkpoint-4) hold the model without the state of the optimizer" in error
+    assert f"--model_name_or_path {folder}/checkpoint-8 and another --output_dir" in error
+    assert train.main([*line, "--resume_from_checkpoint", str(folder / "checkpoint-4")]) == 1
+    assert "checkpoint-4 is not a complete checkpoint, since it lacks the state of the" in capsys.readouterr().err
+    assert everything_in(folder) == before
+
+
+@pytest.mark.slow
+def test_such_a_model_can_be_trained_further(models_alone, arguments, tmp_path):
+    options = {"model_name_or_path": models_alone[0] / "checkpoint-8", "max_steps": 1}
+    assert train.main(arguments(tmp_path / "out", **options)) == 0
+
+
+def test_a_fold_of_which_only_models_are_left_is_not_begun_again(models_alone, arguments, tmp_path, capsys):
+    options = {"num_folds": 2, "save_only_model": True, "num_train_epochs": 4}
+    args = Arguments.parse(arguments(tmp_path / "out", **options))
+    facts = {"data": load_data(args)[1], "environment": fine_tuning.describe_environment(args.training)}
+    fine_tuning.RunRecord(tmp_path / "out").update(status="running", arguments=args.resolved(), **facts)
+    shutil.copytree(models_alone[0], tmp_path / "out" / "fold-1")
+    assert train.main(arguments(tmp_path / "out", resume_from_checkpoint="last", **options)) == 1
+    assert "fold-1 cannot be continued" in capsys.readouterr().err
+
+
+def test_a_first_checkpoint_that_was_cut_off_is_begun_again(models_alone, arguments, tmp_path, caplog):
+    shutil.copytree(models_alone[0], tmp_path / "out")
+    for name in ("checkpoint-4", "checkpoint-8"):
+        (tmp_path / "out" / name / "trainer_state.json").unlink()
+    line = arguments(tmp_path / "out", save_only_model=True, num_train_epochs=4, resume_from_checkpoint="last")
+    assert fine_tuning.prepare_output_dir(Arguments.parse(line)) is None
+    expected = "was stopped before its first checkpoint (incomplete: checkpoint-8, checkpoint-4): it starts again"
+    assert expected in caplog.text
+
+
 def test_there_must_be_a_run_to_go_on_with(arguments, tmp_path, capsys):
     assert train.main(arguments(tmp_path / "typo", resume_from_checkpoint="last")) == 1
     assert "holds no run to resume" in capsys.readouterr().err
