@@ -39,6 +39,7 @@ from .fine_tuning.divergence import DivergedError, weights_are_finite
 from .fine_tuning.loss import count_targets, training_loss
 from .fine_tuning.models import ModelArguments, load_model
 from .fine_tuning.optimization import parameter_groups
+from .fine_tuning.training_arguments import check_ranges
 from .record import differences, resolved_arguments
 
 
@@ -55,7 +56,13 @@ class LoopArguments:
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation images per batch and process."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of AdamW after the warm-up."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; vectors have none."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata={
+            "help": "Schedule of the learning rate.",
+            "choices": ["linear", "cosine", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"],
+        },
+    )
     warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "The gradient is clipped to this norm."})
     gather_across_processes: bool = field(
@@ -77,6 +84,10 @@ class LoopArguments:
     seed: int = field(default=42, metadata={"help": "Random seed."})
 
     def __post_init__(self):
+        check_ranges(self)
+        for name in ("num_train_epochs", "checkpointing_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, got {value}.")
         if not 0 <= self.self_loss_weight < 1:
             raise UserError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
 

@@ -140,7 +140,7 @@ def parse_arguments(
     """
     try:
         return _parse(argv, dataclass_types, defaults, description, ignored_types)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise ArgumentError(str(error)) from error
 
 

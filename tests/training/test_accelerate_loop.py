@@ -90,6 +90,15 @@ def test_there_must_be_a_checkpoint_to_go_on_with(loop_arguments, tmp_path, caps
     [
         ({"train_val_split": 0}, 1, "leave --train_val_split above 0"),
         ({"self_loss_weight": 1}, 2, "--self_loss_weight must be at least 0 and less than 1"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            2,
+            "invalid choice: 'reduce_lr_on_plateau' (choose from",
+        ),
+        ({"learning_rate": -1}, 2, "--learning_rate must be at least 0, got -1.0"),
+        ({"per_device_eval_batch_size": 0}, 2, "--per_device_eval_batch_size must be at least 1, got 0"),
+        ({"num_train_epochs": 0}, 2, "--num_train_epochs must be at least 1, got 0"),
+        ({"checkpointing_steps": 0}, 2, "--checkpointing_steps must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused(loop_arguments, tmp_path, capsys, options, code, message):

@@ -128,6 +128,10 @@ def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, caps
     ("options", "message"),
     [
         ({"early_stopping_patience": 1, "train_val_split": 0}, "needs validation images"),
+        ({"save_strategy": "best", "train_val_split": 0}, "--save_strategy best needs validation images: raise"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "train_val_split": 0}, "plateau needs validation images"),
+        ({"eval_on_start": True, "train_val_split": 0}, "--eval_on_start needs validation images"),
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing: ConvNextModel, the backbone, does not support"),
         ({"auto_find_batch_size": True}, "set the batch size"),
         ({"backbone_config": "{}", "model_name_or_path": "./nothing"}, "there is no such folder"),
     ],

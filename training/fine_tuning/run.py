@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 from modeling_rbi.errors_rbi import listed
@@ -40,6 +40,7 @@ from .bank_trainer import BankTrainer
 from .models import load_model
 from .optimization import add_lora, freeze_backbone, freeze_batch_norm, merge_lora, rbi_model, set_batch_norm_momentum
 from .trainer import RBITrainer, checkpoint_to_resume, missing_parts, plan_neighborhoods
+from .training_arguments import SCHEDULES_BY_METRIC
 
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,11 @@ def train(
         logger.warning("With --save_only_model, this run cannot be continued if it is stopped.")
     arguments = args.resolved()  # the trainer changes them later
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
+    if args.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient_checkpointing: {type(model.rbi.backbone).__name__}, the backbone, does not support it: leave "
+            "it out, or choose another backbone."
+        )
     if prepare_model is not None:
         model = prepare_model(model)
     if args.fine_tuning.freeze_backbone:
@@ -193,9 +199,8 @@ def train(
         trained = add_lora(
             model, args.fine_tuning.lora_rank, args.fine_tuning.lora_alpha, args.fine_tuning.lora_dropout
         )
-    if "validation" not in images and args.fine_tuning.early_stopping_patience is not None:
-        raise UserError("--early_stopping_patience needs validation images: raise --train_val_split above 0.")
     if "validation" not in images:
+        _check_no_validation(args)
         args.training.eval_strategy = IntervalStrategy.NO
         args.training.load_best_model_at_end = False
     make = partial(ImageDataset, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
@@ -287,6 +292,17 @@ def train(
     if trainer.args.push_to_hub:
         _push(trainer, args)
     return record.content
+
+
+def _check_no_validation(args: Arguments):
+    """Refuses options that need validation images."""
+    options = {
+        "--early_stopping_patience": args.fine_tuning.early_stopping_patience is not None,
+        "--save_strategy best": args.training.save_strategy == SaveStrategy.BEST,
+        "--eval_on_start": args.training.eval_on_start,
+    } | {f"--lr_scheduler_type {name}": args.training.lr_scheduler_type == name for name in SCHEDULES_BY_METRIC}
+    if chosen := [name for name, is_on in options.items() if is_on]:
+        raise UserError(f"{' and '.join(chosen)} needs validation images: raise --train_val_split above 0.")
 
 
 def _check_references(options: FineTuningArguments, train_set: datasets.Dataset, label_names: list[str]):
@@ -486,11 +502,14 @@ def dry_run(args: Arguments) -> dict[str, Any]:
             train_val_split=args.data.train_val_split,
             crop_to_boxes=args.data.crop_to_boxes and layout == args.data.dataset_format,
         )
+        by_metric = args.training.lr_scheduler_type in SCHEDULES_BY_METRIC
         training = dataclasses.replace(
             args.training,
             output_dir=str(Path(name) / "output"),
             max_steps=1,
+            lr_scheduler_type="constant" if by_metric else args.training.lr_scheduler_type,
             eval_strategy="no",
+            eval_on_start=False,
             save_strategy="no",
             load_best_model_at_end=False,
             per_device_train_batch_size=2,
@@ -504,6 +523,7 @@ def dry_run(args: Arguments) -> dict[str, Any]:
             args.fine_tuning,
             relation_batch_size=None,
             images_per_class=min(args.fine_tuning.images_per_class, 2),
+            early_stopping_patience=None,
             unlabeled_per_batch=2,
         )
         if args.fine_tuning.unlabeled_dir is not None:

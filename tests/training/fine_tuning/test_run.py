@@ -722,6 +722,13 @@ def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_without_the_evaluations_that_options_need(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"early_stopping_patience": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_on_start": True}
+    assert train.main([*arguments(tmp_path / "out", **options), "--dry_run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_goes_through_unlabeled_images_and_the_bank(arguments, tmp_path, monkeypatch):
     """With made-up ones: the folder need not be there."""
     monkeypatch.chdir(tmp_path)
