@@ -43,6 +43,11 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C, with a sentence for the user: what is left on disk, and how to continue."""
 
 
+def make_console(**options: Any) -> Console:
+    """A console that prints paths, class names and messages as they are: `[red]` and `:cat:` are no markup."""
+    return Console(markup=False, emoji=False, **options)
+
+
 def run_command(
     command: Callable[[Sequence[str], Console], int | None],
     argv: Sequence[str] | None = None,
@@ -67,7 +72,7 @@ def run_command(
     Returns:
         `int`: the exit code of `command`; 1 after an error, 2 after wrong arguments, 130 after Ctrl-C.
     """
-    console = Console()
+    console = make_console()
     if not console.is_terminal:
         console.width = width
     try:

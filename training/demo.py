@@ -281,7 +281,7 @@ def run(args: DemoArguments, console: Console):
 
     chosen, split = choose_preset(results), splits[0]
     console.print(
-        f"\nBetter RBI preset on the validation images: [bold]{chosen}[/bold]. Fine-tuning it end to end on draw 1, "
+        f"\nBetter RBI preset on the validation images: {chosen}. Fine-tuning it end to end on draw 1, "
         f"{args.num_train_epochs} epochs."
     )
     model: RBIForImageClassification = first_heads[chosen].model  # type: ignore[assignment]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import datasets
 import huggingface_hub.errors
 import pytest
+from rich.table import Table
 from transformers import TrainingArguments
 
 from modeling_rbi import MissingPackageError, UserError
@@ -348,6 +349,25 @@ class TestIgnoredArguments:
         printed = capsys.readouterr().out
         assert "--steps" in printed and "--rate" in printed
         assert "epochs" not in printed and "verbose" not in printed
+
+
+NO_MARKUP = ("run[red]x", "a[/b]", "[bold]x[/bold]", "[/]", "[link=x]", r"\[red]", ":cat:", "a\\", "[#fff]")
+
+
+@pytest.mark.parametrize("text", NO_MARKUP)
+def test_texts_of_users_are_no_markup(text, capsys):
+    """Neither printed, nor in any part of a table."""
+
+    def command(argv, console):
+        table = Table(title=text, caption=text)
+        table.add_column(text)
+        table.add_row(text)
+        console.print(text)
+        console.rule(text)
+        console.print(table)
+
+    run_command(command, [])
+    assert capsys.readouterr().out.count(text) == 6
 
 
 class TestRunCommand:

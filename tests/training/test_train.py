@@ -142,6 +142,18 @@ def test_options_that_do_not_go_together_are_refused(arguments, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("module", [train, accelerate_loop], ids=["training.train", "training.accelerate_loop"])
+@pytest.mark.parametrize("name", ["run[red]x", "a[b]c[", ":cat:"])
+def test_the_name_of_a_folder_is_no_markup(arguments, tmp_path, capsys, module, name):
+    line = arguments(tmp_path / name, num_train_epochs=1)
+    if module is accelerate_loop:
+        place = line.index("--disable_tqdm")
+        del line[place : place + 2]
+    assert module.main(line) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.endswith(str(tmp_path / name))]
+    assert len(printed) == (2 if module is train else 1)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

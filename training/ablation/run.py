@@ -19,7 +19,6 @@ from typing import Any
 
 import datasets
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, set_seed
@@ -27,6 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import NO_LABEL, RBIConfig, RBIForImageClassification, UserError, load_image_processor
 
+from ..cli import make_console
 from ..data.arguments import DataArguments
 from ..data.form import fingerprint, iter_rows, labels_of
 from ..data.image_dataset import ImageDataset
@@ -359,7 +359,7 @@ def train_end_to_end(
             datasets.DatasetDict(parts),
             draw.record,
             None if record is None else checkpoint_to_resume(output_dir),
-            Console(quiet=True),
+            make_console(quiet=True),
             prepare_model=partial(_prepare_model, arm=arm),
             trainer_class=trainer_class,
         )

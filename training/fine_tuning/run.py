@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 from modeling_rbi.errors_rbi import listed
 
+from ..cli import make_console
 from ..data import layouts
 from ..data.arguments import DataArguments
 from ..data.checks import load_checked_images, load_unlabeled_images
@@ -169,7 +170,7 @@ def train(
     Raises:
         UserError: if the arguments do not fit the data or each other.
     """
-    console = console or Console(quiet=not args.training.should_log)
+    console = console or make_console(quiet=not args.training.should_log)
     set_seed(args.training.seed)
     output_dir = Path(args.training.output_dir)
     if checkpoint is not None:
@@ -446,7 +447,7 @@ def cross_validate(
     Raises:
         UserError: if the run is resumed with other data or processes.
     """
-    console = Console(quiet=not args.training.should_log)
+    console = make_console(quiet=not args.training.should_log)
     whole = datasets.concatenate_datasets([images[name] for name in ("train", "validation") if name in images])
     folds = stratified_folds(labels_of(whole), num_folds, args.training.seed)
     output_dir = Path(args.training.output_dir)
@@ -533,7 +534,7 @@ def dry_run(args: Arguments) -> dict[str, Any]:
                 setattr(fine_tuning, option, 1)
         small = dataclasses.replace(args, data=data, training=training, fine_tuning=fine_tuning)
         images, data_record = load_data(small)
-        return train(small, images, data_record, console=Console(quiet=True))
+        return train(small, images, data_record, console=make_console(quiet=True))
 
 
 def _sizes(images: datasets.DatasetDict) -> str:
