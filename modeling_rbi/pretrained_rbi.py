@@ -137,6 +137,13 @@ def load_classifier(
 def _preset_config(preset: str, **kwargs) -> RBIConfig:
     if preset not in ("paper", "kernel"):
         raise UserError(f'`preset` must be "paper" or "kernel", got {preset!r}.')
+    names = "id2label" if kwargs.get("id2label") is not None else "label2id"
+    number, named = kwargs.get("num_labels"), kwargs.get(names)
+    if number is not None and named is not None and len(named) != number:
+        raise UserError(
+            f"`num_labels` is {number}, but `{names}` names {len(named)} classes: leave `num_labels` out, or name "
+            f"{number} classes."
+        )
     return getattr(RBIConfig, preset)(**kwargs)
 
 
