@@ -44,12 +44,11 @@ def weights_are_finite(model: nn.Module) -> torch.Tensor:
     Returns:
         `torch.FloatTensor` of shape `()`: 1 or 0, to gather from all processes.
     """
-    tensors = [
+    tensors = (
         tensor.to_local() if hasattr(tensor, "to_local") else tensor  # shards of FSDP
         for tensor in (*model.parameters(), *model.buffers())
-        if tensor.is_floating_point() and tensor.numel()
-    ]
-    return torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all().float()
+    )
+    return torch.tensor(float(all(tensor.detach().isfinite().all() for tensor in tensors)))
 
 
 __all__ = ["DivergedError", "weights_are_finite"]

@@ -33,7 +33,7 @@ from modeling_rbi.errors_rbi import listed
 
 from ..data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from ..data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
-from ..files import write_json
+from ..files import strict, write_json
 from .arguments import FineTuningArguments
 from .divergence import DivergedError, weights_are_finite
 from .loss import backward_in_two_passes, count_targets, training_loss
@@ -343,6 +343,10 @@ class RBITrainer(Trainer):
                 "again in another --output_dir."
             )
         return str(moved if moved.is_dir() else best)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """As `Trainer.log`, without numbers that are not finite, as fp16's gradients in a step that is skipped."""
+        super().log({name: value for name, value in logs.items() if strict(value) is not None}, start_time)
 
     def evaluation_loop(
         self,

@@ -618,6 +618,43 @@ def test_a_loss_that_is_not_finite_stops_the_training(make_trainer, options):
     assert all(value.isfinite().all() for value in trainer.model.parameters())
 
 
+def test_numbers_that_json_lacks_are_not_logged(make_trainer):
+    trainer = make_trainer()
+    trainer.log({"loss": 0.5, "grad_norm": torch.inf, "learning_rate": 0.0, "other": torch.nan})
+    assert trainer.state.log_history[-1] == {"loss": 0.5, "learning_rate": 0.0, "epoch": 0, "step": 0}
+
+
+BROKEN_ON_ONE = """
+import torch
+
+from training import train
+from training.fine_tuning.trainer import RBITrainer
+
+original = RBITrainer.training_step
+
+
+def training_step(self, *args, **kwargs):
+    loss = original(self, *args, **kwargs)
+    return loss * torch.nan if self.args.process_index == 1 and self.state.global_step == 1 else loss
+
+
+RBITrainer.training_step = training_step
+try:
+    code = train.main(words)
+finally:
+    RBITrainer.training_step = original
+if code != 1:
+    raise SystemExit(1)
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_of_one_process_that_is_not_finite_stops_all(command_line, run_processes, tmp_path):
+    run_processes(BROKEN_ON_ONE, 2, words=command_line(tmp_path / "out", per_device_train_batch_size=4))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "failed" and "the loss of step 2 is not finite" in record["error"]
+
+
 class Break(TrainerCallback):
     """Breaks a weight after a step."""
 
