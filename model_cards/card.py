@@ -6,6 +6,7 @@ The user adds the facts that these do not contain (`CardArguments`). The card na
 """
 
 import csv
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from modeling_rbi import UserError
 from modeling_rbi.errors_rbi import listed, shown_names
+from training.evaluation.text import markdown_cell, markdown_code
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -234,7 +236,8 @@ def make_card(sources: CardSources, given: CardArguments) -> tuple[ModelCard, li
         co2_eq_emissions=_co2(sources.emissions),
     )
     images = [
-        f'hf_hub_download("{sources.repo_id}", "{EXAMPLES_DIR}/{example}")' for example in sources.examples[:3]
+        f'hf_hub_download("{sources.repo_id}", {json.dumps(f"{EXAMPLES_DIR}/{example}", ensure_ascii=False)})'
+        for example in sources.examples[:3]
     ] or ['"a.jpg"', '"b.jpg"']
     card = ModelCard.from_template(
         card_data,
@@ -434,7 +437,7 @@ def _what_it_is(sources: CardSources, backbone: str | None) -> str:
 def _classes(config: PreTrainedConfig) -> str:
     short = {number: _shortened(config.id2label[number]) for number in sorted(config.id2label)}
     names = list(shown_names(short).values())
-    shown = ", ".join(_code(name) for name in names[:_MOST_CLASSES])
+    shown = ", ".join(markdown_code(name) for name in names[:_MOST_CLASSES])
     return shown + (
         f" and {len(names) - _MOST_CLASSES} more (`id2label` in the config)" if len(names) > _MOST_CLASSES else ""
     )
@@ -447,12 +450,8 @@ def _shortened(name: str) -> str:
 
 
 def _code(name: str) -> str:
-    """A name as Markdown code. It may contain backticks."""
-    longest = max((len(run) for run in re.findall("`+", name)), default=0)
-    if not longest:
-        return f"`{name}`"
-    fence = "`" * (longest + 1)
-    return f"{fence} {name} {fence}"
+    """A name as Markdown code, shortened."""
+    return markdown_code(_shortened(name))
 
 
 def _results_text(assessment: Mapping[str, Any] | None, dataset_title: str | None) -> str | None:
@@ -493,7 +492,7 @@ def _data_text(run: Mapping[str, Any] | None, dataset_title: str | None) -> str 
     arguments = run["arguments"]
     title = dataset_title or "images in folders"
     if arguments.get("dataset_config_name"):
-        title += f" (`{arguments['dataset_config_name']}`)"
+        title += f" ({_code(arguments['dataset_config_name'])})"
     text = f"{title}; {', '.join(parts)} images."
     train = splits["train"]
     low, high = train["min_per_class"], train["max_per_class"]
@@ -515,10 +514,12 @@ def _training_text(run: Mapping[str, Any] | None) -> str | None:
         f"{versions['transformers']}."
     )
     if recipes := run.get("recipes"):
-        text += f" Recipe: {', '.join(f'`{Path(recipe).name}`' for recipe in recipes)}."
+        text += f" Recipe: {', '.join(_code(Path(recipe).name) for recipe in recipes)}."
     best = run.get("best")
-    if best:
-        text += f" The epoch with the best validation result was kept ({100 * best['metric']:.1f} %)."
+    if best and best["metric"] is not None:
+        metric = run["arguments"].get("metric_for_best_model") or "accuracy"
+        result = f"{best['metric']:.3f}" if metric.endswith("loss") else f"{100 * best['metric']:.1f} %"
+        text += f" The epoch with the best validation result was kept ({result})."
     return text
 
 
@@ -544,12 +545,18 @@ def _recipe(run: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     arguments = (run or {}).get("arguments", {})
     unset: tuple[Any, ...] = (None, False, "", 0, 1, -1, {}) if run else ()
     return [
-        (name, arguments[name])
+        (name, _table_value(arguments[name]))
         for name in _RECIPE
         if name in arguments
         and (name == "seed" or arguments[name] is True or arguments[name] not in unset)
         and (name != "unlabeled_per_batch" or arguments.get("unlabeled_dir"))
     ]
+
+
+def _table_value(value: Any) -> str:
+    """A value as a cell of a table: numbers and words as they are, other texts as code."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w.+-]+", text) else markdown_cell(markdown_code(text))
 
 
 def _references_text(sources: CardSources) -> str:

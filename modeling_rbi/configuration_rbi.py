@@ -198,6 +198,7 @@ class RBIConfig(PreTrainedConfig):
 
     def _complete_classes(self, num_labels: int | None):
         """Completes `id2label` and `label2id` where one of them is given."""
+        given = "label2id" if self.id2label is None else "id2label"
         if self.id2label is None and self.label2id:  # type: ignore[has-type]
             self.id2label = {label: name for name, label in self.label2id.items()}  # type: ignore[has-type]
         if self.id2label is None:
@@ -208,8 +209,8 @@ class RBIConfig(PreTrainedConfig):
             raise UserError(f"The keys of `id2label` must be class numbers, got {listed(self.id2label)}.") from None
         if num_labels is not None and num_labels != len(names):
             raise UserError(
-                f"`num_labels` is {num_labels}, but `id2label` names {len(names)} classes ({listed(names.values())}): "
-                "leave `num_labels` out, or name all classes."
+                f"`num_labels` is {num_labels}, but `{given}` names {len(names)} classes ({listed(names.values())}): "
+                f"leave `num_labels` out, or name {num_labels} classes."
             )
         self.id2label = dict(sorted(names.items()))
         if not self.label2id:  # type: ignore[has-type]

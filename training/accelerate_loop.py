@@ -35,9 +35,11 @@ from .data.samplers import ShuffledSampler
 from .data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from .evaluation.metrics import compute_metrics
 from .files import check_output_dir, filled_whole, write_json
+from .fine_tuning.divergence import DivergedError, weights_are_finite
 from .fine_tuning.loss import count_targets, training_loss
 from .fine_tuning.models import ModelArguments, load_model
 from .fine_tuning.optimization import parameter_groups
+from .fine_tuning.training_arguments import check_ranges
 from .record import differences, resolved_arguments
 
 
@@ -54,7 +56,13 @@ class LoopArguments:
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation images per batch and process."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of AdamW after the warm-up."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; vectors have none."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata={
+            "help": "Schedule of the learning rate.",
+            "choices": ["linear", "cosine", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"],
+        },
+    )
     warmup_steps: int = field(default=0, metadata={"help": "Steps of the warm-up."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "The gradient is clipped to this norm."})
     gather_across_processes: bool = field(
@@ -76,6 +84,10 @@ class LoopArguments:
     seed: int = field(default=42, metadata={"help": "Random seed."})
 
     def __post_init__(self):
+        check_ranges(self)
+        for name in ("num_train_epochs", "checkpointing_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, got {value}.")
         if not 0 <= self.self_loss_weight < 1:
             raise UserError(f"--self_loss_weight must be at least 0 and less than 1, got {self.self_loss_weight}.")
 
@@ -93,6 +105,10 @@ def command(argv: Sequence[str], console: Console):
     output_dir = Path(args.output_dir)
     if not args.resume_from_checkpoint:
         check_output_dir(output_dir)
+    elif not checkpoints(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir} holds no checkpoint of this loop: leave --resume_from_checkpoint out to begin."
+        )
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=args.mixed_precision,
@@ -135,15 +151,20 @@ def command(argv: Sequence[str], console: Console):
 
     progress: dict[str, Any] = {"step": 0, "losses": [], "history": []}
     arguments = resolved_arguments(model_args, data_args, augmentation, args)
-    if args.resume_from_checkpoint and (found := checkpoints(output_dir)):
-        checkpoint = found[-1]
+    if args.resume_from_checkpoint:
+        checkpoint = checkpoints(output_dir)[-1]
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
         if changed := differences(progress["arguments"], arguments):
             raise UserError(f"The run cannot continue with other arguments: {'; '.join(changed)}.")
         accelerator.load_state(str(checkpoint))
     step, losses, history = progress["step"], progress["losses"], progress["history"]
 
+    def diverged(what: str) -> DivergedError:
+        return DivergedError(what, checkpoint=next(reversed(checkpoints(output_dir)), None))
+
     def save():
+        if not accelerator.gather(weights_are_finite(model).to(accelerator.device)).all():
+            raise diverged(f"the weights after step {step} are not finite")
         state = {"step": step, "losses": losses, "history": history, "arguments": arguments}
         save_checkpoint(accelerator, output_dir, state)
 
@@ -157,12 +178,14 @@ def command(argv: Sequence[str], console: Console):
             outputs = model(pixel_values=batch["pixel_values"], relation_mask=batch["relation_mask"])
             # The loss is a mean over the images of all processes, and DDP averages the gradients of the processes.
             loss = training_loss(outputs, batch, num_targets, args.self_loss_weight) * accelerator.num_processes
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            if not math.isfinite(losses[-1]):
+                raise diverged(f"the loss of step {step + 1} is {losses[-1]}")
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses.append(accelerator.reduce(loss.detach(), "mean").item())
             step += 1
             bar.update()
             if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step % len(sampler):
@@ -176,6 +199,8 @@ def command(argv: Sequence[str], console: Console):
             parts = accelerator.gather_for_metrics((outputs.logits.float(), batch["labels"]))
             logits.append(parts[0].cpu())
             labels.append(parts[1].cpu())
+        if not all(part.isfinite().all() for part in logits):
+            raise diverged(f"logits of validation images after step {step} are not finite")
         metrics = compute_metrics(EvalPrediction(torch.cat(logits).numpy(), torch.cat(labels).numpy()))
         history.append({"epoch": epoch + 1, "train_loss": statistics.mean(losses)} | metrics)
         losses = []
@@ -210,8 +235,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict[s
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in a folder, in the order of their steps."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    """The checkpoints of this loop in a folder, in the order of their steps."""
+    found = [path.parent for path in output_dir.glob(f"checkpoint-*/{PROGRESS_FILE}")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
-from rich.markup import escape
 from transformers import PreTrainedConfig, TrainingArguments
 
 from modeling_rbi import RBIConfig, UserError
@@ -310,7 +309,7 @@ def command(argv: Sequence[str], console: Console):
     assessment, content = run(args, data, start)
     console.print(results_table(assessment, content["left_out"]))
     for finding in assessment.findings.values():
-        console.print(escape(finding.sentence), highlight=False)
+        console.print(finding.sentence, highlight=False)
     if number := content["images_in_bank"]:
         console.print(
             f"{number:,} of the images are also in the model's reference bank. They do not attend to themselves, but "
@@ -320,7 +319,7 @@ def command(argv: Sequence[str], console: Console):
     console.print(
         f"{data_facts['images']:,} images of {data_facts['classes']} classes. {seconds['total']:.1f} s in total, "
         f"{content['time_ratio']:.2f} times one backbone pass ({seconds['backbone pass']:.1f} s).\n"
-        f"Tables and figures: {escape(str(Path(args.output_dir).resolve()))}",
+        f"Tables and figures: {Path(args.output_dir).resolve()}",
         soft_wrap=True,
         highlight=False,
     )

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainingArguments
 
 from modeling_rbi import UserError
@@ -71,10 +71,10 @@ def findings_table(report: DataReport, num_files: int) -> Table:
     for column in ("finding", "fatal", "number", "where"):
         table.add_column(column, justify="right" if column == "number" else "left", overflow="fold")
     for kind, findings in report.by_kind().items():
-        shown = [escape(finding.message) for finding in findings[: num_files or None]]
+        shown = [finding.message for finding in findings[: num_files or None]]
         more = [f"and {len(findings) - len(shown)} more"] if len(shown) < len(findings) else []
         stops = "yes" if any(finding.fatal for finding in findings) else "no"
-        table.add_row(f"{kind}: {KINDS[kind]}", stops, str(len(findings)), "\n".join(shown + more))
+        table.add_row(f"{kind}: {KINDS[kind]}", stops, str(len(findings)), Text("\n".join(shown + more)))
     return table
 
 

@@ -5,6 +5,7 @@
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -42,6 +43,11 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C, with a sentence for the user: what is left on disk, and how to continue."""
 
 
+def make_console(**options: Any) -> Console:
+    """A console that prints paths, class names and messages as they are: `[red]` and `:cat:` are no markup."""
+    return Console(markup=False, emoji=False, **options)
+
+
 def run_command(
     command: Callable[[Sequence[str], Console], int | None],
     argv: Sequence[str] | None = None,
@@ -66,7 +72,7 @@ def run_command(
     Returns:
         `int`: the exit code of `command`; 1 after an error, 2 after wrong arguments, 130 after Ctrl-C.
     """
-    console = Console()
+    console = make_console()
     if not console.is_terminal:
         console.width = width
     try:
@@ -139,7 +145,7 @@ def parse_arguments(
     """
     try:
         return _parse(argv, dataclass_types, defaults, description, ignored_types)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise ArgumentError(str(error)) from error
 
 
@@ -182,6 +188,11 @@ def _parse(
         hint = _nearest(flag.lstrip("-").replace("-", "_"), names, prefix="--")
         raise UserError(f"There is no argument {flag}{hint}")
     *parsed, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    for dataclass in parsed:
+        for name, value in vars(dataclass).items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise UserError(f"--{name} must be a finite number, got {value}.")
     return (*parsed, recipes)
 
 

@@ -6,6 +6,7 @@ Compares heads on the features of a frozen backbone, fine-tunes the better RBI p
 loads it back and classifies an image.
 """
 
+import math
 import random
 import shutil
 import statistics
@@ -44,6 +45,7 @@ from .evaluation.metrics import compute_metrics
 from .evaluation.protocols import ProtocolAccuracies, evaluate_protocols
 from .files import check_output_dir, filled_whole, write_json
 from .fine_tuning.arguments import DEFAULTS
+from .fine_tuning.divergence import DivergedError
 from .fine_tuning.models import ModelArguments, load_model
 from .fine_tuning.optimization import freeze_batch_norm
 from .record import describe_environment, processor_name
@@ -240,6 +242,9 @@ def fine_tune(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    for log in trainer.state.log_history:
+        if not math.isfinite(log.get("eval_loss", 0)):
+            raise DivergedError(f"eval_loss after step {log['step']} is {log['eval_loss']}", "lower --learning_rate")
     return trainer
 
 
@@ -276,7 +281,7 @@ def run(args: DemoArguments, console: Console):
 
     chosen, split = choose_preset(results), splits[0]
     console.print(
-        f"\nBetter RBI preset on the validation images: [bold]{chosen}[/bold]. Fine-tuning it end to end on draw 1, "
+        f"\nBetter RBI preset on the validation images: {chosen}. Fine-tuning it end to end on draw 1, "
         f"{args.num_train_epochs} epochs."
     )
     model: RBIForImageClassification = first_heads[chosen].model  # type: ignore[assignment]

@@ -27,7 +27,6 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
-from rich.markup import escape
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -301,8 +300,8 @@ def command(argv: Sequence[str], console: Console):
     facts, notes = run(args, data)
     console.print(results_table(facts))
     for note in notes:
-        console.print(escape(note), highlight=False, soft_wrap=True)
-    console.print(f"Written: {escape(str(Path(args.output_dir).resolve()))}", soft_wrap=True, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
+    console.print(f"Written: {Path(args.output_dir).resolve()}", soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 """The cache, output folders, and files and folders that are written completely or not at all."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -74,13 +75,22 @@ def read_json(path: Path, what: str) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Any):
-    """Writes a JSON file completely or not at all."""
+    """Writes a JSON file completely or not at all. Numbers that are not finite become `null`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(strict(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def strict(content: Any) -> Any:
+    """The content with `None` for each number that is not finite: JSON has none of these."""
+    if isinstance(content, dict):
+        return {name: strict(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [strict(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def names_in(folder: Path) -> list[str]:

@@ -100,7 +100,7 @@ def _describe(publication: Publication, args: PublicationArguments) -> str:
 
 
 def _print(console: Console, text: str):
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from .files import read_json, write_json
+from .files import read_json, strict, write_json
 
 
 RECORD_FILE = "run.json"
@@ -184,7 +184,7 @@ def resolved_arguments(*arguments: Any) -> dict[str, Any]:
     for each in arguments:
         values = each.to_dict() if hasattr(each, "to_dict") else asdict(each) if is_dataclass(each) else each  # type: ignore[arg-type]
         resolved |= {name: value for name, value in values.items() if not name.endswith("token")}
-    return json.loads(json.dumps(resolved, default=str))
+    return json.loads(json.dumps(strict(resolved), default=str))
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:

@@ -333,11 +333,12 @@ def command(argv: Sequence[str], console: Console):
     )
     if references["has_images"]:
         console.print(
-            f"[bold]The model now contains thumbnails ({' x '.join(map(str, references['image_shape'][1:]))} pixels) "
-            "of these images[/bold]: publish it only if others may see them, or use --keep_images False."
+            f"The model now contains thumbnails ({' x '.join(map(str, references['image_shape'][1:]))} pixels) "
+            "of these images: publish it only if others may see them, or use --keep_images False.",
+            style="bold",
         )
     place = Path(args.output_dir).resolve()
-    console.print(f"Model and record: {place}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Model and record: {place}", soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

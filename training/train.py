@@ -136,6 +136,8 @@ def _is_disk_full(error: Exception, folder: Path) -> bool:
 
 
 def _how_to_go_on(args: Arguments) -> str:
+    if args.training.save_only_model:
+        return "With --save_only_model, the run cannot be continued."
     if args.run.num_folds is None and last_complete_checkpoint(Path(args.training.output_dir)) is None:
         return "There is no checkpoint yet."
     return f"Go on with: {args.resume_command}"

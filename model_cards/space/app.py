@@ -16,6 +16,8 @@ import base64
 import html
 import importlib
 import io
+import re
+import string
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -578,9 +580,10 @@ def _clear_outputs(events: list[Any], outputs: list[Any]):
 
 
 def _introduction(classifier: Classifier) -> str:
-    name = (
-        f"[{classifier.name}](https://huggingface.co/{classifier.name})" if classifier.is_of_hub else classifier.name
-    )
+    # In Markdown, a backslash makes any punctuation plain.
+    name = re.sub(f"([{re.escape(string.punctuation)}])", r"\\\1", classifier.name)
+    if classifier.is_of_hub:
+        name = f"[{name}](https://huggingface.co/{classifier.name})"
     single = "This model contains no references, so a single image attends only to itself."
     if classifier.bank is not None:
         single = f"A single image attends to the {len(classifier.bank):,} references that the model contains."

@@ -1,12 +1,14 @@
 """The card contains the facts of its sources, and names those that are missing."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from transformers import ConvNextConfig
 
+from model_cards import card as card_module
 from model_cards.card import CardArguments, CardSources, make_card, read_emissions
 from modeling_rbi import RBIConfig
 
@@ -144,6 +146,50 @@ def test_class_names_of_any_kind(sources, given):
 def test_classes_of_one_name_are_told_apart(sources, given, names, shown):
     sources.config.id2label = dict(reversed([*enumerate(names)]))  # in whatever order
     assert shown in make_card(dataclasses.replace(sources, assessment=None), given)[0].text
+
+
+def test_names_of_files_are_strings_in_the_code(sources, given):
+    text = make_card(dataclasses.replace(sources, examples=['a "b".png', "c\\d.png", "ä.png"]), given)[0].text
+    for block in text.split("```python\n")[1:]:
+        compile(block.split("```")[0], "card", "exec")
+    assert r'"examples/a \"b\".png"' in text and r'"examples/c\\d.png"' in text and '"examples/ä.png"' in text
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        (0.0005, "0.0005"),
+        (True, "True"),
+        ("linear", "linear"),
+        ('{"a": "b|c"}', r'`{"a": "b\|c"}`'),
+        ("`*", r"`` `* ``"),
+    ],
+)
+def test_values_of_arguments_in_the_table(value, cell):
+    assert card_module._table_value(value) == cell
+
+
+@pytest.mark.parametrize(
+    ("best", "arguments", "text"),
+    [
+        ({"metric": 0.5}, {}, " The epoch with the best validation result was kept (50.0 %)."),
+        ({"metric": 0.5}, {"metric_for_best_model": "eval_loss"}, " The epoch with the best .* was kept (0.500)."),
+        ({"metric": None}, {}, ""),
+        (None, {}, ""),
+    ],
+)
+def test_the_best_epoch(best, arguments, text):
+    hardware = {"gpus": [], "processor": "A Processor", "threads": 1}
+    versions = dict.fromkeys(("modeling-rbi", "torch", "transformers"), "1.0")
+    run = {
+        "environment": {"hardware": hardware, "versions": versions, "git": None},
+        "results": {"train": {"runtime": 1.0}},
+        "best": best,
+        "arguments": arguments,
+        "recipes": ["a`b.yaml"],
+    }
+    pattern = re.escape(text).replace(r"\.\*", ".*")
+    assert re.search(rf"Recipe: `` a`b\.yaml ``\.{pattern}$", card_module._training_text(run))
 
 
 def test_a_backbone_that_is_not_on_the_hub(sources, given):

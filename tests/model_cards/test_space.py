@@ -219,6 +219,15 @@ class TestSeveralImages:
         page = app.map_html(comparison, images, [""] * len(images))
         assert torch.allclose(_cells(page).sum(1), torch.ones(len(images)), atol=0.05)
 
+    @pytest.mark.parametrize(
+        ("name", "plain"),
+        [("pets", "pets"), ("a*b*_c_", r"a\*b\*\_c\_"), ("<b>[x](y)", r"\<b\>\[x\]\(y\)"), ("`$`", r"\`\$\`")],
+    )
+    def test_the_name_of_the_model_is_no_markup(self, app, classifier, monkeypatch, name, plain):
+        monkeypatch.setattr(classifier, "name", name)
+        monkeypatch.setattr(classifier, "is_of_hub", False)
+        assert f"\n{plain} is an image classifier" in app._introduction(classifier)
+
     def test_names_are_no_markup(self, app, classifier, images):
         name = '<img src=x onerror="alert(1)">'
         page = app.map_html(classifier.compare(images[:2]), images[:2], [name, name])

@@ -314,3 +314,27 @@ def test_a_misspelt_argument_is_named(vit_config, tmp_path):
     ViTModel(vit_config).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="no argument `num_label`: did you mean `num_labels`"):
         RBIForImageClassification.from_backbone_pretrained(str(tmp_path), num_label=3)
+
+
+NAMES = {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({"num_labels": 5, "id2label": NAMES}, r"is 5, but `id2label` names 3 classes \(a, b, c\): leave `num"),
+        ({"num_labels": 2, "id2label": NAMES}, r"is 2, but `id2label` names 3 classes .*, or name 2 classes"),
+        ({"num_labels": 5, "label2id": {"a": 0, "b": 1, "c": 2}}, "is 5, but `label2id` names 3 classes"),
+        ({"num_labels": 1, "id2label": {}}, "is 1, but `id2label` names 0 classes"),
+    ],
+)
+def test_a_number_of_classes_that_contradicts_their_names(vit_folder, classes, message):
+    with pytest.raises(ValueError, match=message):
+        RBIForImageClassification.from_backbone_pretrained(vit_folder[0], **classes)
+
+
+@pytest.mark.parametrize("classes", [{"id2label": NAMES}, {"num_labels": 3, "id2label": NAMES}, {"num_labels": 3}])
+def test_a_number_of_classes_and_their_names(vit_folder, classes):
+    model = RBIForImageClassification.from_backbone_pretrained(vit_folder[0], **classes)
+    assert model.classifier.out_features == 3
+    assert model.config.id2label == (NAMES if "id2label" in classes else {n: f"LABEL_{n}" for n in range(3)})

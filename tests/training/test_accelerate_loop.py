@@ -74,17 +74,71 @@ def test_a_folder_that_is_not_empty_is_left_alone(loop_arguments, tmp_path, caps
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("left", [None, "checkpoint-4/optimizer.pt", "checkpoint-old/progress.txt", "thesis.tex"])
+def test_there_must_be_a_checkpoint_to_go_on_with(loop_arguments, tmp_path, capsys, left):
+    """One of `training.train` is none."""
+    if left is not None:
+        (tmp_path / "out" / left).parent.mkdir(parents=True)
+        (tmp_path / "out" / left).write_text("mine")
+    assert accelerate_loop.main(loop_arguments(tmp_path / "out", resume_from_checkpoint=True)) == 1
+    assert "holds no checkpoint of this loop: leave --resume_from_checkpoint out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("out/*")] == ([] if left is None else [left.split("/")[0]])
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         ({"train_val_split": 0}, 1, "leave --train_val_split above 0"),
         ({"self_loss_weight": 1}, 2, "--self_loss_weight must be at least 0 and less than 1"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            2,
+            "invalid choice: 'reduce_lr_on_plateau' (choose from",
+        ),
+        ({"learning_rate": -1}, 2, "--learning_rate must be at least 0, got -1.0"),
+        ({"per_device_eval_batch_size": 0}, 2, "--per_device_eval_batch_size must be at least 1, got 0"),
+        ({"num_train_epochs": 0}, 2, "--num_train_epochs must be at least 1, got 0"),
+        ({"checkpointing_steps": 0}, 2, "--checkpointing_steps must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused(loop_arguments, tmp_path, capsys, options, code, message):
     assert accelerate_loop.main(loop_arguments(tmp_path / "out", **options)) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_that_diverges_says_at_which_step(loop_arguments, tmp_path, capsys):
+    line = loop_arguments(tmp_path / "out", learning_rate=1e10, checkpointing_steps=1)
+    assert accelerate_loop.main(line) == 1
+    error = capsys.readouterr().err
+    assert "The training diverged: the loss of step 2 is nan. Start again: lower --learning_rate" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [("weight", "logits of validation images after step 4"), ("unused", "the weights after step 4 are not finite")],
+)
+def test_a_model_that_is_not_finite_is_not_kept(loop_arguments, tmp_path, capsys, monkeypatch, flaw, message):
+    def step(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.num_steps = getattr(self, "num_steps", 0) + 1
+        if self.num_steps == 4:  # the last of the epoch
+            weight = self.param_groups[0]["params"][0] if flaw == "weight" else unused
+            weight.data.view(-1)[0] = torch.nan
+
+    def load(*args, **kwargs):
+        model, processor = load_model(*args, **kwargs)
+        model.rbi.register_buffer("unused", unused)
+        return model, processor
+
+    unused, load_model = torch.zeros(3), accelerate_loop.load_model
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(accelerate_loop, "load_model", load)
+    assert accelerate_loop.main(loop_arguments(tmp_path / "out")) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/checkpoint-*"))
 
 
 @pytest.mark.slow

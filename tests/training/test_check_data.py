@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from training import check_data
-from training.check_data import main
+from training.check_data import CheckArguments, check, findings_table, main
 from training.data.arguments import DataArguments
 from training.data.checks import DataReport
 from training.data.form import fingerprint
@@ -54,6 +55,19 @@ def test_clean(folder, tmp_path, capsys):
     assert report["arguments"]["train_dir"] == str(folder)
     assert report["fingerprint"] == fingerprint(load_images(DataArguments(train_dir=str(folder)), 3))
     assert report["images"] == {"train": 10, "validation": 2}
+
+
+def test_names_are_no_markup(folder, capsys):
+    names = ("[red]x.jpg", "a[.jpg", ":cat:.jpg", r"\[b]x.jpg")
+    for name in names:
+        (folder / "a" / name).write_bytes(b"")
+    (folder / "a").rename(folder / "a[")
+    (folder / "b").rename(folder / "b]")  # beside each other, they look like a tag
+    report = check(DataArguments(train_dir=str(folder)), CheckArguments(num_files=0), Console(quiet=True))
+    console = Console(width=1000)
+    console.print(findings_table(report, 0))
+    printed = capsys.readouterr().out
+    assert all(f"a[/{name}" in printed for name in names)
 
 
 def test_notes_do_not_stop(folder, capsys):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import datasets
 import huggingface_hub.errors
 import pytest
+from rich.table import Table
 from transformers import TrainingArguments
 
 from modeling_rbi import MissingPackageError, UserError
@@ -258,6 +259,9 @@ def test_a_recipe_that_is_not_there(recipe, tmp_path):
         (["--steps"], r"--steps: expected one argument"),
         (["--config"], r"--config: expected at least one argument"),
         (["--strategy", "never"], r"--strategy: invalid choice"),
+        (["--rate", "nan"], r"--rate must be a finite number, got nan"),
+        (["--decay=-inf"], r"--decay must be a finite number, got -inf"),
+        (["--mean", "0.5", "inf"], r"--mean must be a finite number, got \[0\.5, inf\]"),
     ],
 )
 def test_what_flags_cannot_say(argv, message):
@@ -345,6 +349,25 @@ class TestIgnoredArguments:
         printed = capsys.readouterr().out
         assert "--steps" in printed and "--rate" in printed
         assert "epochs" not in printed and "verbose" not in printed
+
+
+NO_MARKUP = ("run[red]x", "a[/b]", "[bold]x[/bold]", "[/]", "[link=x]", r"\[red]", ":cat:", "a\\", "[#fff]")
+
+
+@pytest.mark.parametrize("text", NO_MARKUP)
+def test_texts_of_users_are_no_markup(text, capsys):
+    """Neither printed, nor in any part of a table."""
+
+    def command(argv, console):
+        table = Table(title=text, caption=text)
+        table.add_column(text)
+        table.add_row(text)
+        console.print(text)
+        console.rule(text)
+        console.print(table)
+
+    run_command(command, [])
+    assert capsys.readouterr().out.count(text) == 6
 
 
 class TestRunCommand:

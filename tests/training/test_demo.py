@@ -11,10 +11,11 @@ from rich.console import Console
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_rbi import UserError
+from modeling_rbi import RBIForImageClassification, UserError, load_image_processor
 from training import demo
 from training.data.packaged.backbones import packaged_model
 from training.data.packaged.orl import load_orl_faces
+from training.data.splits import Split
 from training.demo import ARM_NAMES, ArmResult, DemoArguments, choose_preset, main, results_table
 from training.evaluation.protocols import ProtocolAccuracies
 
@@ -128,6 +129,15 @@ class TestRun:
         assert {path.name for path in output_dir.iterdir()} == {path.name for path in former}
         assert json.loads((output_dir / "demo_results.json").read_text())["arguments"]["seed"] == 7
         assert [path.name for path in output_dir.parent.iterdir()] == ["out"]
+
+
+def test_a_fine_tuning_that_diverges_is_an_error(few_people, model_folder, tmp_path):
+    model, processor = RBIForImageClassification.from_pretrained(model_folder), load_image_processor(model_folder)
+    model.remove_references()
+    split = Split(torch.arange(3), torch.arange(3, 6), torch.arange(6, 9))
+    args = DemoArguments(learning_rate=1e30, num_train_epochs=1)
+    with pytest.raises(UserError, match=r"The training diverged: eval_loss after step 1 is nan\. Start again: lower"):
+        demo.fine_tune(model, processor, few_people, split, args, tmp_path)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import os
 import resource
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 from modeling_rbi import UserError
@@ -60,6 +61,14 @@ def test_json_comes_back(tmp_path, content):
         write_json(path, content)
         assert json.loads(path.read_text(encoding="utf-8")) == content
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_numbers_that_json_lacks_are_null(tmp_path, value):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": value, "b": [1.5, (value, 2)], "c": {"d": {"e": value}}, "f": "NaN"})
+    expected = {"a": None, "b": [1.5, [None, 2]], "c": {"d": {"e": None}}, "f": "NaN"}
+    assert json.loads(path.read_text()) == expected
 
 
 @pytest.mark.parametrize("old", [None, "before"])

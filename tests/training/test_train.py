@@ -128,6 +128,10 @@ def test_a_full_disk_keeps_what_was_saved(arguments, tmp_path, monkeypatch, caps
     ("options", "message"),
     [
         ({"early_stopping_patience": 1, "train_val_split": 0}, "needs validation images"),
+        ({"save_strategy": "best", "train_val_split": 0}, "--save_strategy best needs validation images: raise"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "train_val_split": 0}, "plateau needs validation images"),
+        ({"eval_on_start": True, "train_val_split": 0}, "--eval_on_start needs validation images"),
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing: ConvNextModel, the backbone, does not support"),
         ({"auto_find_batch_size": True}, "set the batch size"),
         ({"backbone_config": "{}", "model_name_or_path": "./nothing"}, "there is no such folder"),
     ],
@@ -136,6 +140,18 @@ def test_options_that_do_not_go_together_are_refused(arguments, tmp_path, capsys
     assert train.main(arguments(tmp_path / "out", **options)) in (1, 2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", [train, accelerate_loop], ids=["training.train", "training.accelerate_loop"])
+@pytest.mark.parametrize("name", ["run[red]x", "a[b]c[", ":cat:"])
+def test_the_name_of_a_folder_is_no_markup(arguments, tmp_path, capsys, module, name):
+    line = arguments(tmp_path / name, num_train_epochs=1)
+    if module is accelerate_loop:
+        place = line.index("--disable_tqdm")
+        del line[place : place + 2]
+    assert module.main(line) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.endswith(str(tmp_path / name))]
+    assert len(printed) == (2 if module is train else 1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,11 @@ from ..data.samplers import BalancedSampler
 from ..evaluation.classifiers import predict_from
 from ..evaluation.features import CachedImages
 from ..evaluation.protocols import Predict
+from ..fine_tuning.divergence import DivergedError
 from ..fine_tuning.loss import count_targets, training_loss
+
+
+FROZEN_ADVICE = "lower --frozen_learning_rate or --frozen_head_learning_rate"
 
 
 @dataclass(frozen=True)
@@ -166,9 +170,12 @@ def _train(parameter_groups, loss_of, images: CachedImages, rows: torch.Tensor, 
     if budget.images_per_class is not None:
         batches = _balanced_batches(rows, images.labels[rows], budget.batch_size, budget.images_per_class, seed)
     start = time.perf_counter()
-    for _ in range(budget.steps):
+    for step in range(1, budget.steps + 1):
         optimizer.zero_grad()
-        loss_of(next(batches)).backward()
+        loss = loss_of(next(batches))
+        if not loss.isfinite():
+            raise DivergedError(f"the loss of a head at step {step} is {loss.item()}", FROZEN_ADVICE)
+        loss.backward()
         optimizer.step()
         schedule.step()
     return time.perf_counter() - start

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy import stats
 
-from ..evaluation.text import interval_text, markdown_table, mean_and_std, spread_text
+from ..evaluation.text import interval_text, markdown_code, markdown_table, mean_and_std, spread_text
 from .arms import Arm
 
 
@@ -133,10 +133,10 @@ def _caption(results: dict[str, Any]) -> str:
     source = next(
         arguments[name] for name in ("dataset_name", "dataset_format", "train_dir", "train_file") if arguments[name]
     )
-    name = " ".join(filter(None, (source, arguments["dataset_config_name"])))
+    name = markdown_code(" ".join(filter(None, (source, arguments["dataset_config_name"]))))
     sizes = ", ".join(f"{split['images']} {part}" for part, split in parts.items())
     size = f" at {arguments['image_size']} px" if arguments["image_size"] else ""
-    backbone = arguments["model_name_or_path"] or arguments["backbone_config"]
+    backbone = markdown_code(arguments["model_name_or_path"] or arguments["backbone_config"])
     batches = "random"
     if arguments["batch_sampler"] == "balanced":
         batches = f"class-balanced ({arguments['images_per_class']} of a class)"

@@ -19,7 +19,6 @@ from typing import Any
 
 import datasets
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, set_seed
@@ -27,6 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_rbi import NO_LABEL, RBIConfig, RBIForImageClassification, UserError, load_image_processor
 
+from ..cli import make_console
 from ..data.arguments import DataArguments
 from ..data.form import fingerprint, iter_rows, labels_of
 from ..data.image_dataset import ImageDataset
@@ -39,14 +39,15 @@ from ..evaluation.features import CachedImages, EightBitPixels, extract
 from ..evaluation.protocols import Predict, measure
 from ..files import check_output_dir, filled_whole, write_json
 from ..fine_tuning.bank_trainer import BankTrainer
+from ..fine_tuning.divergence import DivergedError
 from ..fine_tuning.models import ModelArguments, check_model, load_model
 from ..fine_tuning.run import load_data, train
-from ..fine_tuning.trainer import RBITrainer, balanced_class_weights, last_complete_checkpoint
+from ..fine_tuning.trainer import RBITrainer, balanced_class_weights, checkpoint_to_resume
 from ..record import RunRecord, describe_environment, differences, resolved_arguments
 from .arguments import AblationArguments
 from .arms import ARMS, Arm
 from .batchformer import BatchFormerForImageClassification, BatchFormerTrainer
-from .heads import Budget, TrainedHead, train_head, untrained_head
+from .heads import FROZEN_ADVICE, Budget, TrainedHead, train_head, untrained_head
 from .report import METRICS, ablation_markdown, arm_results
 
 
@@ -357,8 +358,8 @@ def train_end_to_end(
             args.of_run(arm, draw.seed, output_dir),
             datasets.DatasetDict(parts),
             draw.record,
-            last_complete_checkpoint(output_dir),
-            Console(quiet=True),
+            None if record is None else checkpoint_to_resume(output_dir),
+            make_console(quiet=True),
             prepare_model=partial(_prepare_model, arm=arm),
             trainer_class=trainer_class,
         )
@@ -388,7 +389,12 @@ def _prepare_model(model: RBIForImageClassification, arm: Arm) -> RBIForImageCla
 
 
 def measure_arm(args: AblationArguments, arm: Arm, head: TrainedHead, cached: Cached, seed: int) -> dict[str, Any]:
-    """Metrics of the validation and the test images under each protocol, as fractions in [0, 1]."""
+    r"""
+    Metrics of the validation and the test images under each protocol, as fractions in [0, 1].
+
+    Raises:
+        DivergedError: if an image gets logits that are not finite.
+    """
     protocols = [*("single", "shuffled", "sorted"), *(["reference"] if arm.has_bank else [])]
     figures: dict[str, Any] = {"validation": {}, "test": {}}
     for part in figures:
@@ -398,6 +404,11 @@ def measure_arm(args: AblationArguments, arm: Arm, head: TrainedHead, cached: Ca
         labels, num_shuffles = cached.images.labels[rows], args.options.num_shuffles
         measured = measure(predict, labels, protocols, [batch_size], num_shuffles, seed)
         for condition, predictions in measured.items():
+            if (predictions.classes == predictions.num_classes).any():
+                raise DivergedError(
+                    f"{arm.name}, seed {seed}, gives {part} images logits that are not finite",
+                    FROZEN_ADVICE if args.is_frozen else "lower --learning_rate",
+                )
             metrics: dict[str, float] = {}
             for name in METRICS:
                 by_order = [order[name] for order in predictions.metrics]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .assessment import Assessment
 from .bootstrap import LEVEL, Estimate
@@ -62,8 +62,8 @@ def results_table(assessment: Assessment, left_out: Mapping[str, str]) -> Table:
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault(reason, []).append(name)
-    table.caption = "\n".join(
-        f"Left out: {escape(', '.join(names))}, since {escape(reason)}." for reason, names in reasons.items()
+    table.caption = Text(
+        "\n".join(f"Left out: {', '.join(names)}, since {reason}." for reason, names in reasons.items())
     )
     return table
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers as text, and tables in Markdown."""
 
+import re
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 
@@ -53,7 +54,23 @@ def percent_with_interval(estimate: Estimate, sign: str = "") -> str:
     return f"{value:{sign}.1f} [{low:.1f}, {high:.1f}]"
 
 
+def markdown_code(text: str) -> str:
+    """A text of the user, such as a name or a path, as Markdown code on one line. It may contain backticks."""
+    text = " ".join(text.split())
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    if not longest:
+        return f"`{text}`"
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}"
+
+
+def markdown_cell(text: str) -> str:
+    """A text as one cell of a table in Markdown, where also code must not have a plain `|`."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> str:
     """A table in Markdown. The columns named in `numbers` are aligned to the right."""
     rule = "|".join("---:" if name in numbers else "---" for name in header)
-    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])
+    cells = [" | ".join(map(markdown_cell, row)) for row in (header, *rows)]
+    return "\n".join([f"| {cells[0]} |", f"|{rule}|", *(f"| {row} |" for row in cells[1:])])

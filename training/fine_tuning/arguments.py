@@ -19,6 +19,7 @@ from ..data.transforms import AugmentationArguments
 from ..record import resolved_arguments, without_secrets
 from .models import ModelArguments
 from .optimization import OPTIMIZERS
+from .training_arguments import check_training_arguments
 
 
 # Validate and save a checkpoint after each epoch, and keep the best model. `TrainingArguments` has other defaults.
@@ -257,6 +258,7 @@ class Arguments:
         return cls(*parsed)
 
     def __post_init__(self):
+        check_training_arguments(self.training, has_own_optimizer=self.fine_tuning.optimizer is not None)
         if self.fine_tuning.early_stopping_patience is not None and self.training.eval_strategy == IntervalStrategy.NO:
             raise ArgumentError("--early_stopping_patience needs evaluations: set --eval_strategy epoch.")
         if self.training.push_to_hub and self.training.hub_strategy != HubStrategy.END:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from modeling_rbi import MAX_REFERENCES, NO_LABEL, UserError
 
@@ -98,6 +99,8 @@ class BankTrainer(RBITrainer):
         model, scope = self.model, self.model.config.relation_scope
         is_training, had_references = model.training, model.config.references is not None
         taken = extract(model, self.references, self.args.per_device_eval_batch_size, self.args.device, progress=False)
+        if not taken.features.isfinite().all():
+            raise self.diverged(f"features of the bank after step {self.state.global_step} are not finite")
         labels = taken.labels.index_fill(0, torch.arange(self.num_labeled, len(taken.labels)), NO_LABEL)
         model.set_reference_features(taken.features, taken.pixel_values[:], labels)
         if had_references:  # an evaluation may have set another scope
@@ -128,8 +131,10 @@ class _BankCallback(TrainerCallback):
     def __init__(self, trainer: BankTrainer):
         self.trainer = trainer
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any):
-        self.trainer.take_references()
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        # Resumed within an epoch, the model has the bank of its checkpoint.
+        if float(state.epoch or 0).is_integer():
+            self.trainer.take_references()
 
 
 class _RowCollator:

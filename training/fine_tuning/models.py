@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError, load_image_processor, pixel_statistics
+from modeling_rbi.backbone_rbi import expected_image_size, in_evaluation
 
 from ..data.packaged.backbones import packaged_model
+from ..data.transforms import EvalTransform
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +88,8 @@ class ModelArguments:
         for name in self.rbi_fields.keys() - known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"its fields are {', '.join(sorted(known))}."
+            if name in ("num_labels", "id2label", "label2id"):
+                hint = "the classes are those of the data, so leave it out."
             raise UserError(f"--rbi_config has the unknown field `{name}`: {hint}")
 
     def _parse(self, name: str) -> dict[str, Any]:
@@ -154,11 +160,33 @@ def load_model(
     }
     starts_at_random = args.model_name_or_path is None or (from_scratch and args.backbone_config is not None)
     try:
-        return _start_at_random(args, labels) if starts_at_random else _load_pretrained(args, labels)
+        model, image_processor = (_start_at_random if starts_at_random else _load_pretrained)(args, labels)
     except StrictDataclassError as error:
         raise UserError(f"The config of the model is wrong: {error.__cause__ or error}") from error
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
+    _check_image_size(args, model, image_processor)
+    return model, image_processor
+
+
+def _check_image_size(args: ModelArguments, model: RBIForImageClassification, image_processor: BaseImageProcessor):
+    """Refuses images of another size than the backbone was made for, if it cannot process one."""
+    backbone = model.rbi.backbone
+    expected = expected_image_size(model.config.backbone_config)
+    pixel_values = EvalTransform(image_processor)(Image.new("RGB", expected[::-1]))
+    height, width = pixel_values.shape[-2:]
+    if (height, width) == expected:
+        return
+    try:
+        with torch.no_grad(), in_evaluation(backbone):
+            backbone(pixel_values[None].to(backbone.device, backbone.dtype))
+    except Exception as error:  # each backbone raises its own
+        source = "The image processor gives" if args.image_size is None else f"--image_size {args.image_size} gives"
+        raise UserError(
+            f"{source} images of {height} x {width} pixels, but {type(backbone).__name__}, the backbone, was made for "
+            f"{expected[0]} x {expected[1]} ({str(error).rstrip('.')}): set --image_size {expected[0]}, or choose "
+            "another backbone."
+        ) from error
 
 
 def _start_at_random(

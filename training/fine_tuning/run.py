@@ -17,11 +17,12 @@ from rich.console import Console
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from modeling_rbi import MAX_REFERENCES, RBIForImageClassification, UserError
 from modeling_rbi.errors_rbi import listed
 
+from ..cli import make_console
 from ..data import layouts
 from ..data.arguments import DataArguments
 from ..data.checks import load_checked_images, load_unlabeled_images
@@ -39,7 +40,8 @@ from .arguments import Arguments, FineTuningArguments
 from .bank_trainer import BankTrainer
 from .models import load_model
 from .optimization import add_lora, freeze_backbone, freeze_batch_norm, merge_lora, rbi_model, set_batch_norm_momentum
-from .trainer import RBITrainer, is_complete_checkpoint, last_complete_checkpoint, plan_neighborhoods
+from .trainer import RBITrainer, checkpoint_to_resume, missing_parts, plan_neighborhoods
+from .training_arguments import SCHEDULES_BY_METRIC
 
 
 logger = logging.getLogger(__name__)
@@ -79,14 +81,12 @@ def prepare_output_dir(args: Arguments) -> Path | None:
     if str(resume).lower() in ("true", "last"):
         if record is None:
             raise UserError(f"--output_dir {folder} holds no run to resume.")
-        checkpoint = last_complete_checkpoint(folder)
-        if checkpoint is None and args.run.num_folds is None:
-            logger.warning(f"The run in {folder} was stopped before its first checkpoint: it starts again.")
-        return checkpoint
+        return checkpoint_to_resume(folder) if args.run.num_folds is None else None
     checkpoint = Path(resume)
-    if not is_complete_checkpoint(checkpoint):
+    if missing := missing_parts(checkpoint):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: name another one, or `last`."
+            f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint, since it lacks "
+            f"{' and '.join(missing)}: name another one, or `last`."
         )
     return checkpoint
 
@@ -170,7 +170,7 @@ def train(
     Raises:
         UserError: if the arguments do not fit the data or each other.
     """
-    console = console or Console(quiet=not args.training.should_log)
+    console = console or make_console(quiet=not args.training.should_log)
     set_seed(args.training.seed)
     output_dir = Path(args.training.output_dir)
     if checkpoint is not None:
@@ -178,8 +178,15 @@ def train(
     unlabeled = images.get("unlabeled")
     _check_references(args.fine_tuning, images["train"], data_record["label_names"])
     record = RunRecord(output_dir, args.training.should_save)
+    if args.training.save_only_model:
+        logger.warning("With --save_only_model, this run cannot be continued if it is stopped.")
     arguments = args.resolved()  # the trainer changes them later
     model, image_processor = load_model(args.model, data_record["label_names"], from_scratch=args.run.dry_run)
+    if args.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient_checkpointing: {type(model.rbi.backbone).__name__}, the backbone, does not support it: leave "
+            "it out, or choose another backbone."
+        )
     if prepare_model is not None:
         model = prepare_model(model)
     if args.fine_tuning.freeze_backbone:
@@ -193,9 +200,8 @@ def train(
         trained = add_lora(
             model, args.fine_tuning.lora_rank, args.fine_tuning.lora_alpha, args.fine_tuning.lora_dropout
         )
-    if "validation" not in images and args.fine_tuning.early_stopping_patience is not None:
-        raise UserError("--early_stopping_patience needs validation images: raise --train_val_split above 0.")
     if "validation" not in images:
+        _check_no_validation(args)
         args.training.eval_strategy = IntervalStrategy.NO
         args.training.load_best_model_at_end = False
     make = partial(ImageDataset, crop_to_boxes=args.data.crop_to_boxes, max_pixels=args.data.max_pixels)
@@ -244,7 +250,7 @@ def train(
                 parameter.numel() for parameter in trained.parameters() if parameter.requires_grad
             ),
         },
-        next={"resume": args.resume_command},
+        next={} if args.training.save_only_model else {"resume": args.resume_command},
     )
     console.print(
         f"{_sizes(images)} of {len(data_record['label_names'])} classes; "
@@ -257,6 +263,7 @@ def train(
         if trained is not model:
             merge_lora(trained)
             trainer.model = trainer.model_wrapped = model
+        trainer.check_weights()
         trainer.average_batch_statistics()  # the bank must be computed by the backbone that is saved
         if isinstance(trainer, BankTrainer):
             trainer.take_references(is_stale=True)  # the best epoch had another backbone
@@ -286,6 +293,17 @@ def train(
     if trainer.args.push_to_hub:
         _push(trainer, args)
     return record.content
+
+
+def _check_no_validation(args: Arguments):
+    """Refuses options that need validation images."""
+    options = {
+        "--early_stopping_patience": args.fine_tuning.early_stopping_patience is not None,
+        "--save_strategy best": args.training.save_strategy == SaveStrategy.BEST,
+        "--eval_on_start": args.training.eval_on_start,
+    } | {f"--lr_scheduler_type {name}": args.training.lr_scheduler_type == name for name in SCHEDULES_BY_METRIC}
+    if chosen := [name for name, is_on in options.items() if is_on]:
+        raise UserError(f"{' and '.join(chosen)} needs validation images: raise --train_val_split above 0.")
 
 
 def _check_references(options: FineTuningArguments, train_set: datasets.Dataset, label_names: list[str]):
@@ -429,7 +447,7 @@ def cross_validate(
     Raises:
         UserError: if the run is resumed with other data or processes.
     """
-    console = Console(quiet=not args.training.should_log)
+    console = make_console(quiet=not args.training.should_log)
     whole = datasets.concatenate_datasets([images[name] for name in ("train", "validation") if name in images])
     folds = stratified_folds(labels_of(whole), num_folds, args.training.seed)
     output_dir = Path(args.training.output_dir)
@@ -458,7 +476,7 @@ def cross_validate(
                 one,
                 split,
                 data_record | {"fingerprint": fingerprint(split)},
-                last_complete_checkpoint(folder),
+                None if record is None else checkpoint_to_resume(folder),
                 console,
             )
         records.append(record)
@@ -485,11 +503,14 @@ def dry_run(args: Arguments) -> dict[str, Any]:
             train_val_split=args.data.train_val_split,
             crop_to_boxes=args.data.crop_to_boxes and layout == args.data.dataset_format,
         )
+        by_metric = args.training.lr_scheduler_type in SCHEDULES_BY_METRIC
         training = dataclasses.replace(
             args.training,
             output_dir=str(Path(name) / "output"),
             max_steps=1,
+            lr_scheduler_type="constant" if by_metric else args.training.lr_scheduler_type,
             eval_strategy="no",
+            eval_on_start=False,
             save_strategy="no",
             load_best_model_at_end=False,
             per_device_train_batch_size=2,
@@ -503,6 +524,7 @@ def dry_run(args: Arguments) -> dict[str, Any]:
             args.fine_tuning,
             relation_batch_size=None,
             images_per_class=min(args.fine_tuning.images_per_class, 2),
+            early_stopping_patience=None,
             unlabeled_per_batch=2,
         )
         if args.fine_tuning.unlabeled_dir is not None:
@@ -512,7 +534,7 @@ def dry_run(args: Arguments) -> dict[str, Any]:
                 setattr(fine_tuning, option, 1)
         small = dataclasses.replace(args, data=data, training=training, fine_tuning=fine_tuning)
         images, data_record = load_data(small)
-        return train(small, images, data_record, console=Console(quiet=True))
+        return train(small, images, data_record, console=make_console(quiet=True))
 
 
 def _sizes(images: datasets.DatasetDict) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import logging
-import os
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,32 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import CONFIG_NAME
 
 from modeling_rbi import RBIImageClassifierOutput, UserError
+from modeling_rbi.errors_rbi import listed
 
 from ..data.image_dataset import Collator, ImageDataset, WithUnlabeled
 from ..data.samplers import BalancedSampler, NeighborhoodSampler, ShuffledSampler
-from ..files import write_json
+from ..files import strict, write_json
 from .arguments import FineTuningArguments
+from .divergence import DivergedError, weights_are_finite
 from .loss import backward_in_two_passes, count_targets, training_loss
 from .optimization import OPTIMIZERS, MovingAverage, parameter_groups, rbi_model
 
 
 logger = logging.getLogger(__name__)
 
+_OPTIMIZER = "the state of the optimizer"
+# Parts of a checkpoint, and their files with DDP, FSDP or DeepSpeed.
+_PARTS = {
+    "the weights": ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*", "global_step*"),
+    _OPTIMIZER: ("optimizer.*", "optimizer_*", "global_step*"),
+}
 MOVING_AVERAGE_FILE = "moving_average.safetensors"
 RUNNING_LOSS_FILE = "running_loss.json"
 
@@ -121,6 +130,10 @@ class RBITrainer(Trainer):
         args.gradient_accumulation_steps //= self.num_micro_batches
         # For training only: `Trainer` would also drop the last images of validation and test.
         self._drops_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        # A loss that is not finite stops the training, so none is left out of the mean that is logged.
+        args.logging_nan_inf_filter = False
+        # A resumed training is as one that was never stopped: early stopping goes on counting.
+        args.restore_callback_states_from_checkpoint = True
         if args.auto_find_batch_size:
             raise UserError("--auto_find_batch_size would change the neighborhood: set the batch size.")
         if args.n_gpu > 1:
@@ -185,6 +198,7 @@ class RBITrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
@@ -290,10 +304,49 @@ class RBITrainer(Trainer):
         return loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`."""
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            self._resumed_from = Path(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        r"""
+        As `Trainer.train`, which after a resume goes on as if it had not been stopped.
+
+        Raises:
+            UserError: if there is no complete checkpoint to resume from, or the best one is gone.
+            DivergedError: if the loss or weights are not finite.
+        """
+        if resume_from_checkpoint is True:
+            self._resumed_from = last_complete_checkpoint(Path(self.args.output_dir))
+            if self._resumed_from is None:
+                raise UserError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
+        else:
+            self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed_from is not None:
+            self.args.eval_on_start = False  # it was done when the training was started
+            self._best_checkpoint()
+        checkpoint = None if self._resumed_from is None else str(self._resumed_from)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: torch.utils.data.DataLoader) -> tuple:
+        """As `Trainer.set_initial_training_values`, without further epochs after an early stop."""
+        num_epochs, *others = super().set_initial_training_values(args, dataloader)
+        if self._resumed_from is not None and _has_stopped_early(_read_state(self._resumed_from)):
+            num_epochs = 0
+        return num_epochs, *others
+
+    def _best_checkpoint(self) -> str | None:
+        """The best checkpoint of the training that is resumed, to load at its end. Its folder may have been moved."""
+        name = None if self._resumed_from is None else _read_state(self._resumed_from).best_model_checkpoint
+        if name is None or not self.args.load_best_model_at_end:
+            return None
+        best = Path(name)
+        moved = Path(self.args.output_dir) / best.name
+        if not (moved.is_dir() or best.is_dir()):
+            raise UserError(
+                f"{best.name}, the best checkpoint so far, is missing in {moved.parent}: restore it, or start "
+                "again in another --output_dir."
+            )
+        return str(moved if moved.is_dir() else best)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """As `Trainer.log`, without numbers that are not finite, as fp16's gradients in a step that is skipped."""
+        super().log({name: value for name, value in logs.items() if strict(value) is not None}, start_time)
 
     def evaluation_loop(
         self,
@@ -306,6 +359,9 @@ class RBITrainer(Trainer):
         """
         As `Trainer.evaluation_loop`, with the moving average of the weights if there is one. The loss counts each
         image once, whereas `Trainer` counts the images twice that fill up the last batch on several processes.
+
+        Raises:
+            DivergedError: if the loss is not finite, so that such a model never is the best one.
         """
         self.average_batch_statistics()
         average: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -319,6 +375,9 @@ class RBITrainer(Trainer):
             scores = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
             loss = nn.functional.cross_entropy(torch.tensor(scores).float(), torch.tensor(output.label_ids))
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+            if not loss.isfinite():
+                step = self.state.global_step
+                raise self.diverged(f"{metric_key_prefix}_loss of the evaluation after step {step} is {loss.item()}")
         return output
 
     def evaluate_shuffled(self, images: ImageDataset, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -348,9 +407,26 @@ class RBITrainer(Trainer):
         return output.metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """As `Trainer.save_model`."""
+        """
+        As `Trainer.save_model`.
+
+        Raises:
+            DivergedError: if weights are not finite; nothing is saved, and no earlier checkpoint is deleted.
+        """
         self.average_batch_statistics()
+        self.check_weights()
         super().save_model(output_dir, _internal_call)
+
+    def check_weights(self):
+        """Raises a `DivergedError` on all processes if weights on one of them are not finite."""
+        is_finite = weights_are_finite(self.model).to(self.args.device)
+        if not self.accelerator.gather(is_finite).all():
+            raise self.diverged(f"the weights after step {self.state.global_step} are not finite")
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error for numbers that are not finite, which names the last checkpoint before the present weights."""
+        before = last_complete_checkpoint(Path(self.args.output_dir), self.state.global_step - 1)
+        return DivergedError(what, checkpoint=before)
 
     def average_batch_statistics(self):
         """Averages the running statistics of batch normalization over the processes, which have seen other batches."""
@@ -386,6 +462,7 @@ class _RBICallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         trainer, checkpoint = self.trainer, self.trainer._resumed_from
+        state.best_model_checkpoint = trainer._best_checkpoint() or state.best_model_checkpoint
         if trainer.fine_tuning.ema_decay is not None:
             trainer._moving_average = MovingAverage(trainer.model, trainer.fine_tuning.ema_decay)
             if checkpoint is not None:
@@ -400,6 +477,12 @@ class _RBICallback(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer._train_sampler is not None:
             self.trainer._train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Stops all processes before a loss of one of them that is not finite changes the weights."""
+        losses = self.trainer.accelerator.gather(self.trainer._tr_loss)
+        if not losses.isfinite().all():
+            raise self.trainer.diverged(f"the loss of step {state.global_step + 1} is not finite")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer._moving_average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
@@ -435,18 +518,68 @@ def balanced_class_weights(labels: list[int], num_labels: int) -> torch.Tensor:
     return weights
 
 
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run. A kill or a full disk can leave incomplete ones."""
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    return next((path for path in reversed(checkpoints) if is_complete_checkpoint(path)), None)
+def last_complete_checkpoint(output_dir: Path, last_step: float = math.inf) -> Path | None:
+    """The newest complete checkpoint of a run up to a step. A kill or a full disk can leave incomplete ones."""
+    checkpoints = (path for path in _checkpoints(output_dir) if _step_of(path) <= last_step)
+    return next(filter(is_complete_checkpoint, checkpoints), None)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoints of a run, the newest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoint_to_resume(output_dir: Path) -> Path | None:
+    r"""
+    The newest complete checkpoint of a run that was stopped; `None` if it was stopped before its first one.
+
+    Raises:
+        UserError: if its checkpoints hold models only, as with `--save_only_model`.
+    """
+    if (checkpoint := last_complete_checkpoint(output_dir)) is not None:
+        return checkpoint
+    checkpoints = _checkpoints(output_dir)
+    if models := [path for path in checkpoints if missing_parts(path) == [_OPTIMIZER]]:
+        is_plain = (models[0] / CONFIG_NAME).exists()  # not an adapter
+        further = f"train the model further with --model_name_or_path {models[0]} and another --output_dir, or "
+        raise UserError(
+            f"The run in {output_dir} cannot be continued: its checkpoints ({listed(path.name for path in models)}) "
+            f"hold the model without {_OPTIMIZER}, as with --save_only_model. To go on, {further if is_plain else ''}"
+            f"delete {output_dir} to start again."
+        )
+    cut_off = f" (incomplete: {listed(path.name for path in checkpoints)})" if checkpoints else ""
+    logger.warning(f"The run in {output_dir} was stopped before its first checkpoint{cut_off}: it starts again.")
+    return None
 
 
 def is_complete_checkpoint(checkpoint: Path) -> bool:
-    """Whether `Trainer` has written a checkpoint to its end."""
+    """Whether a training can be resumed from a checkpoint."""
+    return not missing_parts(checkpoint)
+
+
+def missing_parts(checkpoint: Path) -> list[str]:
+    """What a checkpoint lacks to resume from it."""
+    parts = [name for name, patterns in _PARTS.items() if not any(any(checkpoint.glob(each)) for each in patterns)]
     try:  # `Trainer` writes its state last
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    # The optimizer's state with DDP, FSDP or DeepSpeed.
-    return any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.*", "optimizer_*", "global_step*"))
+        _read_state(checkpoint)
+    except (OSError, ValueError, TypeError):
+        parts.append(f"a whole {TRAINER_STATE_NAME}")
+    return parts
+
+
+def _read_state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def _has_stopped_early(state: TrainerState) -> bool:
+    """Whether early stopping had ended the training when this state was saved."""
+    kept: Any = (state.stateful_callbacks or {}).get(EarlyStoppingCallback.__name__, [])  # type: ignore[attr-defined]
+    return any(
+        each["attributes"]["early_stopping_patience_counter"] >= each["args"]["early_stopping_patience"]
+        for each in (kept if isinstance(kept, list) else [kept])
+    )

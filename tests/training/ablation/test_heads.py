@@ -10,6 +10,7 @@ from training.ablation.batchformer import BatchFormerForImageClassification
 from training.ablation.heads import Budget, random_batches, train_head, train_plain, untrained_head
 from training.evaluation.classifiers import predict_from
 from training.evaluation.features import CachedImages
+from training.fine_tuning.divergence import DivergedError
 
 
 # Of logits around 1 after 60 steps of training, in which rounding errors grow.
@@ -56,6 +57,12 @@ def test_every_head_learns(images, config):
     assert [_accuracy(head, images) for head in heads] == [1, 1, 1]
     assert heads[0].num_parameters == 24 * 3 + 3
     assert heads[1].num_parameters == heads[2].num_parameters > heads[0].num_parameters
+
+
+def test_a_head_that_diverges_says_at_which_step(images, backbone_config):
+    budget = replace(BUDGET, learning_rate=1e38, head_learning_rate=1e38)
+    with pytest.raises(DivergedError, match=r"head at step 2 is (nan|inf).*lower --frozen_learning_rate"):
+        train_head(images, torch.arange(45), _config("paper", backbone_config), budget, seed=0)
 
 
 def test_training_is_repeatable(images, backbone_config):

@@ -70,7 +70,7 @@ def test_plain_is_compared_with_nothing(runs):
 @pytest.mark.parametrize("source", ["test", "images that the recipe leaves out"])
 def test_the_tables_of_made_up_figures(runs, make, source):
     results = {
-        "arguments": make(freeze_backbone=True).resolved(),
+        "arguments": make(freeze_backbone=True).resolved() | {"dataset_format": None, "train_dir": "a*b*|[red]"},
         "environment": {
             "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
             "hardware": {"processor": "A Processor", "threads": 1, "device": "cpu"},
@@ -84,6 +84,7 @@ def test_the_tables_of_made_up_figures(runs, make, source):
         "arms": {name: arm_results(ARMS[name], runs) for name in runs},
     }
     text = ablation_markdown(results)
+    assert "`a*b*|[red]`: 32 train" in text and """Backbone `{"model_type": """ in text
     accuracy, macro_f1, gains, arms = (section.strip() for section in text.split("\n## ")[1:])
     assert accuracy.splitlines()[-1] == (
         "| `bank-untrained` | 37.50 ± 17.68 | 50.00 ± 0.00 | 68.75 ± 8.84 | 56.25 ± 8.84 | +18.75 | 37.50 ± 17.68 "

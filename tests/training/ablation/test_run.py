@@ -22,6 +22,7 @@ from training.data.image_dataset import ImageDataset
 from training.data.transforms import EvalTransform
 from training.evaluation.features import CachedImages, extract
 from training.fine_tuning.bank_trainer import BankTrainer
+from training.fine_tuning.divergence import DivergedError
 from training.fine_tuning.models import load_model
 
 
@@ -360,6 +361,22 @@ def test_where_neighbors_help_the_difference_to_the_control_is_above_zero(make, 
             accuracies[arm.name].append(test.get(protocol, test["single"])["accuracy"])
     difference = paired_difference(accuracies[name], accuracies["plain"])
     assert difference["mean"] > 0.1 and difference["low"] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "advice"), [({"freeze_backbone": True}, "lower --frozen_learning_rate"), ({}, "lower --learning_rate")]
+)
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_logits_that_are_not_finite_are_no_figures(make, part, more, advice):
+    cached = planted(seed=0)
+
+    def predict(batch, relation_scope):
+        is_broken = torch.isin(batch, cached.rows[part][:1])
+        return torch.randn(len(batch), 10).masked_fill(is_broken[:, None], torch.nan)
+
+    head = ablation.TrainedHead(None, predict, 1, 1.0)
+    with pytest.raises(DivergedError, match=f"plain, seed 3, gives {part} images logits.*{advice}"):
+        ablation.measure_arm(make(**more), ARMS["plain"], head, cached, 3)
 
 
 def test_the_budget_is_that_of_the_arguments(make):

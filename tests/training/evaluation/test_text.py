@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from training.evaluation.bootstrap import Estimate
-from training.evaluation.text import interval_text, markdown_table, mean_and_std, percent_with_interval, spread_text
+from training.evaluation.text import (
+    interval_text,
+    markdown_code,
+    markdown_table,
+    mean_and_std,
+    percent_with_interval,
+    spread_text,
+)
 
 
 @pytest.mark.parametrize("number", [2, 7])
@@ -73,6 +80,25 @@ def test_estimates_in_percent(numbers, sign, text):
 
 def test_a_table_in_markdown():
     assert markdown_table(["a", "b"], [["1", "2"], ["", "x"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n|  | x |"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("cat", "`cat`"),
+        ("*b* <i> [x](y) _z_ $a$ # |", "`*b* <i> [x](y) _z_ $a$ # |`"),
+        ("a`b", "`` a`b ``"),
+        ("``", "``` `` ```"),
+        ("two\n\n# lines", "`two # lines`"),
+    ],
+)
+def test_texts_of_users_as_code(text, code):
+    assert markdown_code(text) == code
+
+
+def test_a_cell_stays_one_cell():
+    table = markdown_table(["a|b"], [["`x|y`"], ["two\nlines"]])
+    assert table == "| a\\|b |\n|---|\n| `x\\|y` |\n| two lines |"
 
 
 def test_columns_of_numbers_are_aligned_to_the_right():

@@ -1,5 +1,7 @@
 """Training through a reference bank, from the command line's arguments to the saved model."""
 
+import json
+
 import pytest
 import torch
 
@@ -48,6 +50,22 @@ def test_no_training_image_attends_to_itself(options, monkeypatch):
     monkeypatch.setattr("training.fine_tuning.run.BankTrainer", Watched)
     assert main(options) == 0
     assert weights_of_itself and all((weights == 0).all() for weights in weights_of_itself)
+
+
+@pytest.mark.slow
+def test_stopped_within_an_epoch_it_goes_on_with_the_bank_of_that_epoch(arguments, tmp_path, stop_at):
+    options = {"train_relation_scope": "reference", "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    options |= {"load_best_model_at_end": False, "optim": "sgd", "preset": "kernel", "rand_augment_num_ops": 0}
+    assert main(arguments(tmp_path / "whole", **options)) == 0
+    go_on = stop_at(7, KeyboardInterrupt())  # 4 steps an epoch
+    assert main(arguments(tmp_path / "out", **options)) == 130
+    go_on()
+    assert main(arguments(tmp_path / "out", resume_from_checkpoint="last", **options)) == 0
+    losses = [
+        [entry["loss"] for entry in json.loads((tmp_path / name / "run.json").read_text())["metrics_by_epoch"]]
+        for name in ("whole", "out")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 @pytest.mark.parametrize(

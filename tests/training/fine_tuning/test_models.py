@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_rbi import RBIForImageClassification, load_image_processor
+from modeling_rbi import RBIForImageClassification, UserError, load_image_processor
 from training.fine_tuning import models
 from training.fine_tuning.models import ModelArguments, load_model
 
@@ -89,6 +89,62 @@ def test_size_and_statistics_reach_the_processor_and_the_model(
     image_processor.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert_psnr_sees_the_images(loaded, load_image_processor(str(tmp_path)), photographs)
+
+
+VIT = {"model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 24}
+VIT |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+TIMM = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 64}}
+
+
+@pytest.mark.parametrize("size", [16, 31, 64, 224])
+@pytest.mark.parametrize("is_pretrained", [False, True])
+def test_a_size_that_the_backbone_cannot_process_is_refused(tmp_path, size, is_pretrained):
+    options = {"backbone_config": json.dumps(VIT)}
+    if is_pretrained:
+        ViTModel(ViTConfig(**_without_type(VIT))).save_pretrained(tmp_path)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+        options = {"model_name_or_path": str(tmp_path)}
+    with pytest.raises(UserError) as error:
+        load_model(ModelArguments(**options, image_size=size), LABELS)
+    message = str(error.value)
+    assert message.startswith(
+        f"--image_size {size} gives images of {size} x {size} pixels, but ViTModel, the backbone"
+    )
+    assert "was made for 32 x 32 (" in message and message.endswith("set --image_size 32, or choose another backbone.")
+    assert load_model(ModelArguments(**options, image_size=32), LABELS)[0].num_labels == 3
+
+
+def test_an_image_processor_that_does_not_fit_the_backbone_is_named(tmp_path):
+    ViTModel(ViTConfig(**_without_type(VIT))).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^The image processor gives images of 48 x 48 .*: set --image_size 32"):
+        load_model(ModelArguments(str(tmp_path)), LABELS)
+    load_model(ModelArguments(str(tmp_path), image_size=32), LABELS)
+
+
+@pytest.mark.parametrize("model_type", ["convnext", "resnet", "dinov2", "swin"])
+def test_backbones_that_process_any_size_do(model_type):
+    fields = {
+        "convnext": {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]},
+        "resnet": {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1]},
+        "dinov2": _without_type(VIT),
+        "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4},
+    }
+    config = {"model_type": model_type, "image_size": 32} | fields[model_type]
+    model, _ = load_model(ModelArguments(backbone_config=json.dumps(config), image_size=64), LABELS)
+    assert model.training, "the check leaves the mode as it was"
+
+
+@pytest.mark.timm
+def test_a_size_that_a_timm_model_cannot_process_is_refused():
+    with pytest.raises(UserError, match=r"--image_size 48 gives .* was made for 64 x 64 .*: set --image_size 64"):
+        load_model(ModelArguments(backbone_config=json.dumps(TIMM), image_size=48), LABELS)
+
+
+@pytest.mark.parametrize("fields", [{"num_labels": 5}, {"id2label": {"0": "a"}}])
+def test_the_classes_are_those_of_the_data(fields):
+    with pytest.raises(UserError, match="the classes are those of the data, so leave it out"):
+        ModelArguments(backbone_config=json.dumps(VIT), rbi_config=json.dumps(fields))
 
 
 @pytest.mark.parametrize("preset", ["paper", "kernel"])

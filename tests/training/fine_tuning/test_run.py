@@ -209,6 +209,78 @@ def test_no_token_is_written_down(arguments, tmp_path):
     assert not [path for path, content in everything_in(tmp_path / "out").items() if b"hf_secret" in content]
 
 
+@pytest.mark.slow
+def test_early_stopping_counts_the_epochs_before_a_stop(arguments, tmp_path, stop_at):
+    """Without any learning, the first epoch stays the best: patience 3 ends the training after epoch 4."""
+    options = {"num_train_epochs": 9, "learning_rate": 0.0, "early_stopping_patience": 3, "save_total_limit": 9}
+    go_on = stop_at(11, KeyboardInterrupt())  # 4 steps an epoch
+    assert train.main(arguments(tmp_path / "out", **options)) == 130
+    go_on()
+    line = arguments(tmp_path / "out", resume_from_checkpoint="last", **options)
+    assert train.main(line) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [entry["epoch"] for entry in record["metrics_by_epoch"]] == [1, 2, 3, 4]
+    assert record["best"]["checkpoint"] == "checkpoint-4"
+
+    unfinish(tmp_path / "out")  # killed after its last checkpoint, it has nothing more to train
+    assert train.main(line) == 0
+    again = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [entry["epoch"] for entry in again["metrics_by_epoch"]] == [1, 2, 3, 4]
+    assert again["best"] == record["best"]
+
+
+@pytest.fixture(scope="module")
+def models_alone(command_line, tmp_path_factory, stopping_init):
+    """Folder, command line and output of a run with `--save_only_model` that was stopped in its third epoch."""
+    folder, errors = tmp_path_factory.mktemp("models_alone") / "out", io.StringIO()
+    line = command_line(folder, save_only_model=True, num_train_epochs=4)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setenv("RBI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr(RBITrainer, "__init__", stopping_init(9, KeyboardInterrupt()))
+        assert train.main(line) == 130
+    return folder, line, errors.getvalue()
+
+
+def test_checkpoints_that_hold_the_model_alone_are_named_and_kept(models_alone, capsys):
+    folder, line, errors = models_alone
+    assert "Stopped. With --save_only_model, the run cannot be continued." in errors
+    assert "resume" not in json.loads((folder / "run.json").read_text())["next"]
+    before = everything_in(folder)
+    assert train.main([*line, *RESUME]) == 1
+    error = capsys.readouterr().err
+    assert "its checkpoints (checkpoint-8, checkpoint-4) hold the model without the state of the optimizer" in error
+    assert f"--model_name_or_path {folder}/checkpoint-8 and another --output_dir" in error
+    assert train.main([*line, "--resume_from_checkpoint", str(folder / "checkpoint-4")]) == 1
+    assert "checkpoint-4 is not a complete checkpoint, since it lacks the state of the" in capsys.readouterr().err
+    assert everything_in(folder) == before
+
+
+@pytest.mark.slow
+def test_such_a_model_can_be_trained_further(models_alone, arguments, tmp_path):
+    options = {"model_name_or_path": models_alone[0] / "checkpoint-8", "max_steps": 1}
+    assert train.main(arguments(tmp_path / "out", **options)) == 0
+
+
+def test_a_fold_of_which_only_models_are_left_is_not_begun_again(models_alone, arguments, tmp_path, capsys):
+    options = {"num_folds": 2, "save_only_model": True, "num_train_epochs": 4}
+    args = Arguments.parse(arguments(tmp_path / "out", **options))
+    facts = {"data": load_data(args)[1], "environment": fine_tuning.describe_environment(args.training)}
+    fine_tuning.RunRecord(tmp_path / "out").update(status="running", arguments=args.resolved(), **facts)
+    shutil.copytree(models_alone[0], tmp_path / "out" / "fold-1")
+    assert train.main(arguments(tmp_path / "out", resume_from_checkpoint="last", **options)) == 1
+    assert "fold-1 cannot be continued" in capsys.readouterr().err
+
+
+def test_a_first_checkpoint_that_was_cut_off_is_begun_again(models_alone, arguments, tmp_path, caplog):
+    shutil.copytree(models_alone[0], tmp_path / "out")
+    for name in ("checkpoint-4", "checkpoint-8"):
+        (tmp_path / "out" / name / "trainer_state.json").unlink()
+    line = arguments(tmp_path / "out", save_only_model=True, num_train_epochs=4, resume_from_checkpoint="last")
+    assert fine_tuning.prepare_output_dir(Arguments.parse(line)) is None
+    expected = "was stopped before its first checkpoint (incomplete: checkpoint-8, checkpoint-4): it starts again"
+    assert expected in caplog.text
+
+
 def test_there_must_be_a_run_to_go_on_with(arguments, tmp_path, capsys):
     assert train.main(arguments(tmp_path / "typo", resume_from_checkpoint="last")) == 1
     assert "holds no run to resume" in capsys.readouterr().err
@@ -236,6 +308,45 @@ def test_an_image_that_breaks_during_the_training_is_named(arguments, tmp_path, 
             path.write_bytes(content)
     assert next(iter(broken)).name in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+def no_number(text):
+    raise AssertionError(f"{text} is no JSON")
+
+
+def read_strictly(path):
+    return json.loads(path.read_text(), parse_constant=no_number)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "train_val_split": 0}],
+    ids=["validated", "without validation"],
+)
+@pytest.mark.parametrize("scope", ["batch", "reference"])
+def test_a_training_that_diverges_says_at_which_step(arguments, tmp_path, capsys, options, scope):
+    line = arguments(tmp_path / "out", learning_rate=1e10, train_relation_scope=scope, **options)
+    assert train.main(line) == 1
+    error = capsys.readouterr().err
+    assert "The training diverged: the loss of step 2 is not finite. Start again: lower --learning_rate" in error
+    record = read_strictly(tmp_path / "out" / "run.json")
+    assert record["status"] == "failed" and "step 2" in record["error"] and record["best"] is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+
+
+def test_weights_that_break_in_the_last_step_are_no_model(arguments, tmp_path, capsys, monkeypatch):
+    """Without a validation, nothing else looks at them."""
+
+    def train_and_break(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        self.model.classifier.bias.data[0] = torch.inf
+        return result
+
+    original = RBITrainer.train
+    monkeypatch.setattr(RBITrainer, "train", train_and_break)
+    assert train.main(arguments(tmp_path / "out", train_val_split=0, max_steps=1)) == 1
+    assert "the weights after step 1 are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 # --- Bad data, and what is done about it -----------------------------------------------------------------------------
@@ -608,6 +719,13 @@ def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([*arguments(tmp_path / "out"), "--dry_run"]) == 0
     assert "Dry run passed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_without_the_evaluations_that_options_need(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"early_stopping_patience": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_on_start": True}
+    assert train.main([*arguments(tmp_path / "out", **options), "--dry_run"]) == 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """RBITrainer: the same training on any number of processes and in any parts, and a plain Trainer trains RBI too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments, ViTConfig
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.trainer_callback import ExportableState
 
 from modeling_rbi import RBIConfig, RBIForImageClassification, UserError
 from training.data.image_dataset import Collator, ImageDataset, WithUnlabeled
@@ -18,11 +20,13 @@ from training.data.mixing import Mixing
 from training.data.transforms import AugmentationArguments, EvalTransform, TrainTransform
 from training.evaluation.metrics import compute_metrics
 from training.fine_tuning.arguments import FineTuningArguments
+from training.fine_tuning.divergence import DivergedError
 from training.fine_tuning.trainer import (
     MOVING_AVERAGE_FILE,
     RBITrainer,
     balanced_class_weights,
     last_complete_checkpoint,
+    missing_parts,
     plan_neighborhoods,
 )
 
@@ -47,8 +51,8 @@ def make_trainer(published, tmp_path, backbone_config):
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in FineTuningArguments.__dataclass_fields__}
         more = {name: kwargs.pop(name) for name in ("callbacks", "data_collator") if name in kwargs}
         args = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
             **{
+                "output_dir": str(tmp_path / "out"),
                 "per_device_train_batch_size": 6,
                 "max_steps": 3,
                 "learning_rate": 1e-3,
@@ -592,6 +596,243 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make_trainer):
     (folder / "checkpoint-2" / "trainer_state.json").write_text('{"epoch": 1.')
     assert last_complete_checkpoint(folder).name == "checkpoint-1"
     assert last_complete_checkpoint(folder / "nothing") is None
+
+
+# --- Numbers that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"logging_nan_inf_filter": False},
+        {"ema_decay": 0.9, "self_loss_weight": 0.5},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "relation_batch_size": 6},
+    ],
+    ids=["plain", "unfiltered", "moving average", "two passes"],
+)
+def test_a_loss_that_is_not_finite_stops_the_training(make_trainer, options):
+    trainer = make_trainer(learning_rate=1e10, **options)
+    with pytest.raises(DivergedError, match=r"the loss of step 2 is not finite.*lower --learning_rate"):
+        trainer.train()
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+
+
+def test_numbers_that_json_lacks_are_not_logged(make_trainer):
+    trainer = make_trainer()
+    trainer.log({"loss": 0.5, "grad_norm": torch.inf, "learning_rate": 0.0, "other": torch.nan})
+    assert trainer.state.log_history[-1] == {"loss": 0.5, "learning_rate": 0.0, "epoch": 0, "step": 0}
+
+
+BROKEN_ON_ONE = """
+import torch
+
+from training import train
+from training.fine_tuning.trainer import RBITrainer
+
+original = RBITrainer.training_step
+
+
+def training_step(self, *args, **kwargs):
+    loss = original(self, *args, **kwargs)
+    return loss * torch.nan if self.args.process_index == 1 and self.state.global_step == 1 else loss
+
+
+RBITrainer.training_step = training_step
+try:
+    code = train.main(words)
+finally:
+    RBITrainer.training_step = original
+if code != 1:
+    raise SystemExit(1)
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_of_one_process_that_is_not_finite_stops_all(command_line, run_processes, tmp_path):
+    run_processes(BROKEN_ON_ONE, 2, words=command_line(tmp_path / "out", per_device_train_batch_size=4))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "failed" and "the loss of step 2 is not finite" in record["error"]
+
+
+class Break(TrainerCallback):
+    """Breaks a weight after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            model.classifier.weight.data[0, 0] = torch.nan
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 4}
+    trainer = make_trainer(callbacks=[Break(step=3)], **options)
+    with pytest.raises(DivergedError, match=r"weights after step 3 .*checkpoint-2 was saved before and stays"):
+        trainer.train()
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    assert checkpoint.name == "checkpoint-2"
+    assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_model_that_gives_no_numbers_is_never_the_best(make_trainer, metric, ema_decay):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "ema_decay": ema_decay}
+    trainer = make_trainer(callbacks=[Break(step=2)], **options)
+    with pytest.raises(DivergedError, match="eval_loss of the evaluation after step 2 is nan"):
+        trainer.train()
+    assert trainer.state.best_metric is None
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+def test_the_last_step_is_looked_at_too(make_trainer):
+    trainer = make_trainer(callbacks=[Break(step=3)], max_steps=3)
+    trainer.train()
+    with pytest.raises(DivergedError, match="weights after step 3"):
+        trainer.check_weights()
+    for evaluate in (trainer.evaluate, lambda: trainer.evaluate_shuffled(trainer.eval_dataset)):
+        with pytest.raises(DivergedError, match="eval_loss"):
+            evaluate()
+
+
+# --- Resumed ---------------------------------------------------------------------------------------------------------
+
+
+class Halt(TrainerCallback):
+    """Ends the process at a step, as a kill does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def resumed(make_trainer, step, callbacks=lambda: [], resume=None, **options):
+    """Steps of the evaluations, and the trainer, of a training that was stopped at a step and resumed."""
+    trainer = make_trainer(callbacks=[*callbacks(), Halt(step)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer = make_trainer(callbacks=callbacks(), **options)
+    trainer.train(resume_from_checkpoint=resume or last_complete_checkpoint(Path(trainer.args.output_dir)))
+    return trainer
+
+
+def evaluations_of(trainer):
+    return [log["step"] for log in trainer.state.log_history if "eval_loss" in log]
+
+
+EACH_STEP = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 9,
+}
+# The first evaluation is the best: nothing is learned.
+NO_GAIN = EACH_STEP | {"learning_rate": 0.0, "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("resume", [None, True])
+def test_early_stopping_goes_on_counting(make_trainer, step, resume):
+    def callbacks():
+        return [EarlyStoppingCallback(4)]
+
+    whole = make_trainer(callbacks=callbacks(), max_steps=9, **NO_GAIN)
+    whole.train()
+    assert evaluations_of(whole) == [1, 2, 3, 4, 5]
+    trainer = resumed(make_trainer, step, callbacks, resume, max_steps=9, **NO_GAIN)
+    assert evaluations_of(trainer) == evaluations_of(whole)
+    assert trainer.state.best_model_checkpoint == whole.state.best_model_checkpoint
+
+
+class Counter(TrainerCallback, ExportableState):
+    """A user's own callback with a state."""
+
+    def __init__(self, start=0):
+        self.count = self.start = start
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+    def state(self):
+        return {"args": {"start": self.start}, "attributes": {"count": self.count}}
+
+
+def test_callbacks_of_others_get_their_state_back(make_trainer):
+    trainer = resumed(make_trainer, 2, lambda: [Counter(10), EarlyStoppingCallback(9)], max_steps=5, **NO_GAIN)
+    (counter,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, Counter)]
+    assert counter.count == 15
+
+
+def test_a_training_that_had_stopped_early_does_not_go_on(make_trainer):
+    """Killed between its last checkpoint and its end."""
+    options = {"max_steps": 9} | NO_GAIN
+    make_trainer(callbacks=[EarlyStoppingCallback(2)], **options).train()
+    trainer = make_trainer(callbacks=[EarlyStoppingCallback(2)], **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3 and evaluations_of(trainer) == [1, 2, 3]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+
+
+def test_the_evaluation_at_the_start_is_not_repeated(make_trainer):
+    def callbacks():
+        return [EarlyStoppingCallback(2)]
+
+    trainer = resumed(make_trainer, 1, callbacks, max_steps=9, eval_on_start=True, **NO_GAIN)
+    assert evaluations_of(trainer) == [0, 1, 2, 3]
+
+
+def test_the_moving_average_goes_on_too(make_trainer):
+    """Also where the checkpoint is not named."""
+    options = EACH_STEP | {"ema_decay": 0.9, "max_steps": 4} | SGD
+    whole = make_trainer(**options)
+    whole.train()
+    trainer = resumed(make_trainer, 2, resume=True, **options)
+    torch.testing.assert_close(weights_of(trainer), weights_of(whole), atol=1e-5, rtol=1e-4)
+
+
+def test_the_best_checkpoint_is_found_where_the_folder_was_moved(make_trainer, tmp_path):
+    options = {"max_steps": 3, "output_dir": str(tmp_path / "before")} | NO_GAIN
+    make_trainer(**options).train()
+    (tmp_path / "before").rename(tmp_path / "after")
+    trainer = make_trainer(**options | {"output_dir": str(tmp_path / "after")})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "after" / "checkpoint-1")
+    shutil.rmtree(tmp_path / "after" / "checkpoint-1")
+    with pytest.raises(UserError, match=r"checkpoint-1, the best checkpoint so far, is missing in .*: restore it"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_there_must_be_a_checkpoint_to_resume_from(make_trainer):
+    with pytest.raises(UserError, match="out holds no complete checkpoint to resume from"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "removed", "missing"),
+    [
+        ({}, [], []),
+        ({"save_only_model": True}, [], ["the state of the optimizer"]),
+        ({}, ["optimizer.pt"], ["the state of the optimizer"]),
+        ({"ema_decay": 0.9}, ["model.safetensors"], ["the weights"]),
+        ({}, ["trainer_state.json"], ["a whole trainer_state.json"]),
+        ({}, ["trainer_state.json", "optimizer.pt"], ["the state of the optimizer", "a whole trainer_state.json"]),
+    ],
+)
+def test_what_a_checkpoint_lacks(make_trainer, options, removed, missing):
+    trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=1, **options)
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-1"
+    for name in removed:
+        (checkpoint / name).unlink()
+    assert missing_parts(checkpoint) == missing
+    assert (last_complete_checkpoint(checkpoint.parent) == checkpoint) == (not missing)
 
 
 @pytest.mark.slow
