@@ -193,28 +193,29 @@ class RBIConfig(PreTrainedConfig):
             self.backbone_config = self._backbone_config_from_dict(self.backbone_config)
         self.image_mean = [float(value) for value in self.image_mean]
         self.image_std = [float(value) for value in self.image_std]
-        self._complete_classes(kwargs.get("num_labels"))
+        self.id2label, self.label2id = self._complete_classes(self.id2label, self.label2id, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
 
-    def _complete_classes(self, num_labels: int | None):
-        """Completes `id2label` and `label2id` where one of them is given."""
-        given = "label2id" if self.id2label is None else "id2label"
-        if self.id2label is None and self.label2id:  # type: ignore[has-type]
-            self.id2label = {label: name for name, label in self.label2id.items()}  # type: ignore[has-type]
-        if self.id2label is None:
-            return
+    @staticmethod
+    def _complete_classes(
+        id2label: dict | None, label2id: dict | None, num_labels: int | None
+    ) -> tuple[dict[int, str] | None, dict[str, int] | None]:
+        """`id2label` and `label2id`, where one of them is given, by number."""
+        given = "label2id" if id2label is None else "id2label"
+        if id2label is None:
+            if not label2id:
+                return None, label2id
+            id2label = {label: name for name, label in label2id.items()}
         try:
-            names = {int(label): name for label, name in self.id2label.items()}
+            names = dict(sorted((int(label), name) for label, name in id2label.items()))
         except ValueError:
-            raise UserError(f"The keys of `id2label` must be class numbers, got {listed(self.id2label)}.") from None
+            raise UserError(f"The keys of `id2label` must be class numbers, got {listed(id2label)}.") from None
         if num_labels is not None and num_labels != len(names):
             raise UserError(
                 f"`num_labels` is {num_labels}, but `{given}` names {len(names)} classes ({listed(names.values())}): "
                 f"leave `num_labels` out, or name {num_labels} classes."
             )
-        self.id2label = dict(sorted(names.items()))
-        if not self.label2id:  # type: ignore[has-type]
-            self.label2id = {name: label for label, name in shown_names(self.id2label).items()}
+        return names, label2id or {name: label for label, name in shown_names(names).items()}
 
     def _check_unknown_fields(self, kwargs: dict[str, Any]):
         known = {field.name for field in fields(self)}
