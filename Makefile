@@ -47,16 +47,17 @@ cards: .venv/.made-demo  ## Train the models of model_cards/ and write their car
 test: .venv/.made tools  ## Run all tests except those of timm
 	.venv/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm' $(ARGS)
 
-test-fast: .venv/.made tools  ## Run the tests that take less than about a second each
+test-fast: .venv/.made tools  ## Run the tests that take less than about a third of a second each
 	.venv/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm and not slow' $(ARGS)
 
 test-timm: .venv-timm/.made  ## Test timm backbones and torchvision image processors, with the newest torch
 	.venv-timm/bin/python -m pytest $(PYTEST_FLAGS) -m timm $(WITHOUT_GRADIO) $(ARGS)
 
 # Other kernels round differently: what passes here and in `test` does not depend on the processor.
-test-oldest: .venv-oldest/.made tools  ## Run the fast tests with the oldest supported transformers, without vector instructions
-	ATEN_CPU_CAPABILITY=default \
+test-oldest: export ATEN_CPU_CAPABILITY = default
+test-oldest: .venv-oldest/.made tools  ## Run fast tests and trainings with the oldest supported transformers, without vector instructions
 	.venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) -m 'not timm and not slow' $(WITHOUT_GRADIO) $(ARGS)
+	.venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) -m 'slow and not timm' tests/training/fine_tuning $(ARGS)
 
 lint: .venv/.made  ## Run ruff, the linter of transformers models, mypy, and the check of imports
 	.venv/bin/ruff check .

@@ -239,6 +239,7 @@ def test_each_study_is_in_a_table():
         assert len({(BY_NAME[name].arms, BY_NAME[name].num_seeds) for name in names}) == 1
 
 
+@pytest.mark.slow
 def test_features_are_shared_by_the_same_images_alone(monkeypatch, tmp_path):
     """References and new classes keep what the backbone gave in one place."""
     monkeypatch.chdir(ROOT)
@@ -432,6 +433,7 @@ def test_references_without_training(toy, monkeypatch, tmp_path):
     references_table({"toy": measured}, "accuracy")
 
 
+@pytest.mark.slow
 def test_new_classes_without_training(toy, monkeypatch, tmp_path):
     sets = {"some": ("recipe", (), 3, 2), "all": ("recipe", (), 3, 5)}
     monkeypatch.setattr(results, "NEW_CLASS_SETS", sets)
@@ -587,6 +589,7 @@ def no_runs(monkeypatch, measured):
     return folder, ran
 
 
+@pytest.mark.slow
 def test_results_are_written_whole(no_runs, measured, tmp_path, capsys):
     folder, ran = no_runs
     file = tmp_path / "RESULTS.md"

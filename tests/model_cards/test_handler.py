@@ -603,6 +603,7 @@ def most_at_once(handler):
         hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_many_threads(handler, most_at_once, files):
     """Each thread gets the same answer as without the others, and the model runs in one thread at a time."""
@@ -678,6 +679,7 @@ def address(loaded_handler):
         yield address
 
 
+@pytest.mark.slow
 def test_100_requests_at_once(address, handler, files):
     expected = [handler({"inputs": file}) for file in files]
     barrier = threading.Barrier(100)

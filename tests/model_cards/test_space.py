@@ -144,6 +144,7 @@ class TestOneImage:
         assert sum(shares) == pytest.approx(100, abs=0.5)
         assert page.count("<img") == 1 + len(answer.nearest)
 
+    @pytest.mark.slow
     def test_without_a_bank_there_is_one_answer(self, app, model, model_folder, images, tmp_path):
         model.remove_references()
         folder = _saved(model, model_folder, tmp_path)
@@ -250,6 +251,7 @@ class TestClassesOfOneName:
         model.config.id2label = dict(enumerate(names))
         return shown
 
+    @pytest.mark.slow
     def test_each_has_its_score(self, app, model, model_folder, image_files, images, shown, tmp_path):
         folder = str(_saved(model, model_folder, tmp_path / "model"))
         classifier, classify = app.Classifier(folder), app.build(folder)
@@ -516,6 +518,7 @@ META = {"meta": {"_type": "gradio.FileData"}}
 
 
 class TestFilesThatAClientNames:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["classify", "compare"])
     def test_nothing_of_the_machine_is_shown(self, app, api, uploads, examples, tmp_path, name, monkeypatch):
         own = Path(api.upload(examples[0]))
@@ -630,6 +633,7 @@ class TestModels:
         with pytest.raises(ValueError, match=r"no config\.json"):
             app.build(str(tmp_path))
 
+    @pytest.mark.slow
     def test_a_commit_of_the_hub(self, app, model_folder, monkeypatch):
         """A single download, so that code, weights and examples are of the same commit."""
         fetched = []

@@ -317,6 +317,7 @@ def _assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e
     torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5)
 
 
+@pytest.mark.slow
 @every_backbone
 def test_feature_size_is_measured(name):
     model = _build(name)
@@ -371,6 +372,7 @@ def test_scope_batch_follows_a_permutation(name, preset):
         assert (model(pixel_values[:2]).logits - logits[:2]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @every_backbone
 @both_scopes
 def test_save_and_load_keep_the_logits(name, scope, saved_models):

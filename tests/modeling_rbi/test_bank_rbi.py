@@ -28,6 +28,7 @@ from tests.modeling_rbi.shared import (
 # --- Thumbnails in 8 bits --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_8_bits_keep_psnr(config, size):
     """At most half a gray level of 256 off by the triangle inequality, and in dB what rounding noise makes of it."""

@@ -126,6 +126,7 @@ def test_jacobian_across_images(model, pixel_values, scope):
         assert (across[~itself] > 1e-6).all()
 
 
+@pytest.mark.slow
 def test_scope_self_does_not_depend_on_the_batch_size(model):
     pixel_values = normalize(natural_images(64, size=32)).float()
     whole = logits_of(model, pixel_values, scope="self")

@@ -130,6 +130,7 @@ def snapshot(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source"),
     list(zip([name for name in CLASSIFIERS if name not in REFUSED], itertools.cycle(["model", "path"]))),

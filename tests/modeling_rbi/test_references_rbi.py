@@ -115,6 +115,7 @@ def test_jacobian_across_images_is_zero(model, pixel_values, is_training):
     assert torch.equal(across[~itself], torch.zeros(6))
 
 
+@pytest.mark.slow
 def test_the_answer_does_not_depend_on_the_batch_size(model):
     pixel_values = make_images(64, seed=3)
     whole = logits_of(model, pixel_values)

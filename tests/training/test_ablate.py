@@ -23,6 +23,7 @@ def line(arguments, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_it_says_what_came_out_and_where_it_is(line, tmp_path, capsys):
     assert main(line()) == 0
     output = capsys.readouterr().out
@@ -34,6 +35,7 @@ def test_it_says_what_came_out_and_where_it_is(line, tmp_path, capsys):
     assert "rbi-kernel-untrained" in (tmp_path / "out" / "ablation.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_recipe_sets_the_options(line, tmp_path, monkeypatch):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("num_seeds: 3\nfrozen_steps: 4\n")

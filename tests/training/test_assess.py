@@ -108,6 +108,7 @@ def earlier(assessed, tmp_path):
     return shutil.copytree(assessed.folder, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_every_file_is_written(assessed):
     folder, result, content = assessed.folder, assessed.result, assessed.content
     assert {path.name for path in folder.iterdir()} == set(FILES)
@@ -174,6 +175,7 @@ def _assert_close(one, other):
         assert one == other
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_order_of_the_data(model_dir, data, tmp_path, monkeypatch):
     images, contents, shown = load_images(data, seed=0), [], []
 
@@ -220,6 +222,7 @@ def test_labels_in_another_order_than_the_models(assessed, model_dir, data, tmp_
     assert by_class[0] == pytest.approx(by_class[1], abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_rbi", [True, False], ids=["RBI", "another classifier"])
 def test_classes_of_one_name(is_rbi, data, tmp_path, monkeypatch):
     """They are matched by the names that are shown, and each has its own row and its own name in the figures."""

@@ -131,6 +131,7 @@ class TestRun:
         assert [path.name for path in output_dir.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_diverges_is_an_error(few_people, model_folder, tmp_path):
     model, processor = RBIForImageClassification.from_pretrained(model_folder), load_image_processor(model_folder)
     model.remove_references()

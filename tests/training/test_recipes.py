@@ -53,6 +53,7 @@ def test_each_recipe_is_tested():
     assert names_in(RECIPES / "settings") == {*LEARNING_RATES, "few_images"}
 
 
+@pytest.mark.slow
 def test_composed_recipes_say_what_their_names_say():
     for data, model, settings in itertools.product(PUBLISHED, MODELS, LEARNING_RATES):
         args = parse(composed(data, model, settings))

@@ -165,6 +165,7 @@ def everything_in(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classifier", "rbi"])
 def test_unlabeled_images(kind, classifier_dir, rbi_dir, camera, data_dir, command, tmp_path, capsys):
     source = {"classifier": classifier_dir, "rbi": rbi_dir}[kind]
@@ -216,6 +217,7 @@ def fitted(classifier_dir, camera, data_dir, tmp_path_factory):
     return folder, read
 
 
+@pytest.mark.slow
 def test_the_record_says_what_was_tried(fitted):
     record = record_of(fitted[0])
     number = 3 * NUM_VALIDATION
@@ -271,6 +273,7 @@ def test_it_carries_the_code_of_the_model(fitted):
     assert auto_map["AutoModelForImageClassification"] == "modeling_rbi.RBIForImageClassification"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_the_papers_form_with_labeled_data(rbi_dir, data_dir, camera, command, tmp_path, keep_images, capsys):
     arguments = {
@@ -397,6 +400,7 @@ def with_bank(tmp_path):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_a_bank_that_is_there_is_replaced(with_bank, camera, tmp_path, command, keep_images):
     source = saved(with_bank, tmp_path / "model")
@@ -406,6 +410,7 @@ def test_a_bank_that_is_there_is_replaced(with_bank, camera, tmp_path, command, 
     assert len(bank) == 7 and (bank.labels == -100).all() and (bank.images is not None) == keep_images
 
 
+@pytest.mark.slow
 def test_added_classes_keep_references(with_bank, camera, data_dir, tmp_path, command, capsys):
     """They are known by the bank alone."""
     with_bank.add_classes(["wolf"], [{"pixel_values": torch.randn(3, 32, 32), "labels": 0}])
@@ -426,6 +431,7 @@ def test_added_classes_keep_references(with_bank, camera, data_dir, tmp_path, co
     assert model.config.id2label[int(answers_of(model, pixels_of([tmp_path / "other.png"])).argmax())] == "wolf"
 
 
+@pytest.mark.slow
 def test_bad_images_are_named_or_left_out(classifier_dir, camera, tmp_path, command, capsys):
     for index, path in enumerate(sorted(camera.rglob("*.png"))):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -440,6 +446,7 @@ def test_bad_images_are_named_or_left_out(classifier_dir, camera, tmp_path, comm
     assert record["references"]["num_references"] == 6 and record["arguments"]["skip_bad_images"]
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_beside_labeled_ones(classifier_dir, data_dir, tmp_path, command, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
@@ -508,6 +515,7 @@ def test_errors(places, arguments, code, message, command, capsys):
     assert not (places["tmp"] / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_bank_has_a_limit(classifier_dir, camera, data_dir, tmp_path, command, monkeypatch, capsys):
     """That is told before the backbone runs."""
     monkeypatch.setattr(references, "MAX_REFERENCES", 14)

@@ -142,6 +142,7 @@ def test_options_that_do_not_go_together_are_refused(arguments, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [train, accelerate_loop], ids=["training.train", "training.accelerate_loop"])
 @pytest.mark.parametrize("name", ["run[red]x", "a[b]c[", ":cat:"])
 def test_the_name_of_a_folder_is_no_markup(arguments, tmp_path, capsys, module, name):

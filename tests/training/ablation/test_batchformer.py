@@ -102,6 +102,7 @@ def test_heads_must_divide_the_features():
         BatchFormer(26)
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_the_mean_over_images_and_encoder(arguments, tmp_path):
     """The gradients of its first step are the gradients of the mean loss of 2B predictions."""
     steps = []

@@ -46,6 +46,7 @@ def test_cached_features_give_the_logits_of_the_images(backbone_config):
         torch.testing.assert_close(predict_from(model, images, exclude_self=False)(torch.arange(7), scope), logits)
 
 
+@pytest.mark.slow
 def test_every_head_learns(images, config):
     config.feature_size, config.num_labels = 24, 3
     rows = torch.arange(45)
@@ -65,6 +66,7 @@ def test_a_head_that_diverges_says_at_which_step(images, backbone_config):
         train_head(images, torch.arange(45), _config("paper", backbone_config), budget, seed=0)
 
 
+@pytest.mark.slow
 def test_training_is_repeatable(images, backbone_config):
     rows = torch.arange(45)
     first, again, other = (
@@ -138,6 +140,7 @@ def test_through_the_bank_no_image_attends_to_itself(images, backbone_config, mo
     torch.testing.assert_close(with_bank[:2], head.predict(others[:2], "reference"))
 
 
+@pytest.mark.slow
 def test_the_share_of_the_loss_without_relations(images, backbone_config):
     """With nearly all of it, the head is trained as that which has no relations."""
     rows, weights = torch.arange(45), {}
@@ -163,6 +166,7 @@ def test_balanced_batches_have_so_many_images_of_a_class(images, backbone_config
     assert seen.sum() > 30, "another epoch draws other images"
 
 
+@pytest.mark.slow
 def test_class_weights_and_label_smoothing(images, backbone_config):
     rows, config = torch.arange(45), _config("kernel", backbone_config)
 

@@ -198,6 +198,7 @@ class TestLongTexts:
         place = data.index(b"IEND" if is_last else b"IDAT") - 4
         assert decode_image(data[:place] + chunk + data[place:]).tobytes() == IMAGE.tobytes()
 
+    @pytest.mark.slow
     def test_more_than_the_limit_is_refused_with_its_reason(self):
         text = b"a\0\0" + zlib.compress(bytes(PngImagePlugin.MAX_TEXT_MEMORY + 1))
         chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))

@@ -144,6 +144,7 @@ def test_a_plain_loader_with_the_collator(make_split, num_workers):
     assert all(batch["relation_mask"].all() for batch in batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collator", [None, Collator()])
 def test_a_plain_trainer_takes_them(make_split, collator, tmp_path):
     split = make_split()

@@ -62,6 +62,7 @@ def test_cutmix_pastes_one_rectangle_whose_area_is_the_share(seed):
     assert len(boxes) <= 1, "the same place for the batch"
 
 
+@pytest.mark.slow
 def test_cutmix_reaches_every_pixel():
     pixel_values, labels = batch(2, 20, 20)
     pasted = [

@@ -135,6 +135,7 @@ def test_images_of_one_color_stay_finite(color):
             assert 0 <= result.min() <= result.max() <= 1
 
 
+@pytest.mark.slow
 def test_half_of_the_images_are_mirrored_whatever_the_seeds():
     transform = TrainTransform(processor(), AugmentationArguments(**EACH["flip"]))
     original = TrainTransform(processor(), AugmentationArguments(**OFF))(image(), 0)

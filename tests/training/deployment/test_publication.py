@@ -49,6 +49,7 @@ def names_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_folder_has_all_and_nothing_else(made, trained):
     assert made.problems == []
     examples = {"examples/cat_0.png", "examples/cat_1.png", "examples/cat_2.png"}
@@ -130,6 +131,7 @@ def test_missing_facts_are_shown_and_stand_in_the_way(make, given, fact):
     assert ("**Missing:" in (made.folder / "README.md").read_text()) == (fact != "license")
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_is_missing(make):
     (problem,) = make(assessment=None).problems
     assert "training.assess" in problem
@@ -138,6 +140,7 @@ def test_what_was_not_measured_is_missing(make):
     assert make(examples=["none"]).problems == []
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_elsewhere(make, given, model_folder):
     """Without a record of the training, the user describes it, or the card lacks it."""
     made = make(card=replace(given, dataset_title=None), model=str(model_folder), assessment=None)
@@ -151,6 +154,7 @@ def test_a_model_that_was_trained_elsewhere(make, given, model_folder):
     assert ModelCard.load(made.folder / "README.md").data.base_model == "facebook/convnext-tiny-224"
 
 
+@pytest.mark.slow
 def test_a_backbone_from_a_folder(make, given, copy):
     """A local backbone is not taken for a Hub model of the same name; the user names the base model, if any."""
     record = json.loads((copy / "run.json").read_text())
@@ -163,6 +167,7 @@ def test_a_backbone_from_a_folder(make, given, copy):
         assert ModelCard.load(made.folder / "README.md").data.base_model == expected
 
 
+@pytest.mark.slow
 def test_secrets_are_found_and_not_repeated(make, given, monkeypatch):
     secret = "hf_" + "x" * 34
     (problem,) = make(card=replace(given, description=f"Load it with {secret}.")).problems
@@ -179,6 +184,7 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_facts_that_contradict_the_model(make, given, copy):
     record = json.loads((copy / "run.json").read_text())
 
@@ -232,6 +238,7 @@ def test_folders_that_are_no_model_to_publish(tmp_path, copy):
     refuses("images of one channel")
 
 
+@pytest.mark.slow
 def test_example_images(make, tmp_path, image_files):
     image = Image.open(image_files[0]).resize((1500, 900))
     exif = Image.Exif()

@@ -60,6 +60,7 @@ def test_few_changes_tell_nothing():
     assert "too few to tell" in finding.sentence or "contains 0" in finding.sentence
 
 
+@pytest.mark.slow
 def test_the_choice_of_a_batch_size_widens_the_interval(backbone_config):
     predict, labels = planted_leak(backbone_config)
     alone = assess(predict, labels, ["shuffled", "sorted"], [20], resamples=1000).findings["leak"]

@@ -47,6 +47,7 @@ def _logits(model, batch, scope):
         return model(pixel_values=pixel_values, image_features=image_features, relation_scope=scope).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
 @pytest.mark.parametrize("is_large", [False, True])
 def test_the_logits_are_those_of_the_whole_model(preset, is_large, backbone_config, images, processor, monkeypatch):

@@ -87,6 +87,7 @@ class TestConfusionMatrix:
         assert [label.get_text() for label in axes.get_yticklabels()][:2] == NAMES[:2]
         assert len(axes.get_yticklabels()[2].get_text()) < 30
 
+    @pytest.mark.slow
     def test_classes_of_one_name_and_of_long_names_that_begin_alike(self, drawn):
         names = ["crane (0)", *(f"{'x' * 30} {part}" for part in "ab"), "crane (3)", f"{'y' * 30} (4)", "y" * 31]
         short = short_names(names)
@@ -99,6 +100,7 @@ class TestConfusionMatrix:
             for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
                 assert [label.get_text() for label in labels] == expected
 
+    @pytest.mark.slow
     def test_of_many_classes_those_with_errors(self, drawn):
         counts = 10 * torch.eye(300, dtype=torch.float64)
         counts[7, 250] = counts[100, 101] = 4
@@ -128,6 +130,7 @@ def test_reliability_is_that_of_the_calibration_error(drawn):
 
 
 class TestConfusedPairs:
+    @pytest.mark.slow
     def test_a_row_for_each_pair(self, drawn):
         rows = {"first": [1], "first as second": [2, 3], "second as first": [], "second": [4, 5]}
         loaded = []

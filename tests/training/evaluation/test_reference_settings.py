@@ -63,6 +63,7 @@ def test_the_gain_follows_the_worth_of_the_images(backbone_config):
     assert best_of(model, telling, candidates).settings.gain == 1.0
 
 
+@pytest.mark.slow
 def test_labels_vote_where_the_classifier_knows_nothing(backbone_config):
     model = make_model(backbone_config)
     with torch.no_grad():
@@ -72,6 +73,7 @@ def test_labels_vote_where_the_classifier_knows_nothing(backbone_config):
     assert best.settings.vote_weight == max(VOTE_WEIGHTS) and best.metrics["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_no_votes_where_the_labels_of_the_bank_are_wrong(backbone_config):
     model = make_model(backbone_config)
     model.set_reference_features(clear_bank(), images_of(REFERENCE_LABELS), (REFERENCE_LABELS + 1) % NUM_LABELS)
@@ -79,6 +81,7 @@ def test_no_votes_where_the_labels_of_the_bank_are_wrong(backbone_config):
     assert best.scope == "reference" and best.settings.vote_weight == 0
 
 
+@pytest.mark.slow
 def test_none_is_best_where_the_nearest_are_of_other_classes(backbone_config):
     """Likeness is of no class: the nearest references, in features and pixels, are all of the next one."""
     model = make_model(backbone_config)
@@ -109,6 +112,7 @@ def test_confidence_alone_is_no_gain(backbone_config):
     assert losses[1] < losses[0] - 0.1, "the halved logits must be better as they are, or nothing was tested"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["kernel", "paper"])
 def test_the_order_of_the_held_out_images_is_of_no_account(backbone_config, preset, monkeypatch):
     monkeypatch.setattr(reference_settings, "_STEP", 50)
@@ -158,6 +162,7 @@ def state_of(model):
     return model.config.to_dict(), {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vote_weight", [0.0, 0.3])
 @pytest.mark.parametrize("is_interrupted", [False, True])
 @pytest.mark.parametrize("preset", ["kernel", "paper", "cosine"])

@@ -207,6 +207,7 @@ def test_optimizers_train_every_group(name):
     assert with_gradient <= changed(before, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2", "convnext", "vit"])
 def test_a_frozen_backbone_stays_as_it_is(family):
     # With all that is random in training, and statistics.
@@ -310,6 +311,7 @@ def test_lora_trains_adapters_and_the_head_alone_and_merges(family):
     assert any(".backbone." in name and name.endswith("weight") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "rank"), [("vit", 1), ("vit", 32), ("convnext", 32), ("swinv2", 1), ("resnet", 32), ("mobilenet_v2", 1)]
 )

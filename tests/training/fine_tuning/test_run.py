@@ -47,6 +47,7 @@ def everything_in(folder):
 
 
 class TestWhatARunLeaves:
+    @pytest.mark.slow
     def test_a_model_that_loads_with_the_metrics_of_the_record(self, finished, published):
         record = json.loads((finished / "run.json").read_text())
         model = AutoModelForImageClassification.from_pretrained(finished)
@@ -125,6 +126,7 @@ def stopped(command_line, unlabeled_dir, tmp_path_factory, stopping_init):
 RESUME = ["--resume_from_checkpoint", "last"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -175,6 +177,7 @@ def test_a_stopped_run_does_not_go_on_with_other_unlabeled_images(stopped, capsy
     assert everything_in(folder) == before
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(stopped, tmp_path):
     """With other arguments, too, if they change nothing in what is trained."""
     folder, line = stopped
@@ -203,6 +206,7 @@ def test_stopped_after_its_last_step_it_has_the_same_bank(arguments, tmp_path, u
     torch.testing.assert_close(weights, expected, **RESUMED)
 
 
+@pytest.mark.slow
 def test_no_token_is_written_down(arguments, tmp_path):
     line = arguments(tmp_path / "out", max_steps=1, token="hf_secret", hub_token="hf_secret")
     assert train.main(line) == 0
@@ -241,6 +245,7 @@ def models_alone(command_line, tmp_path_factory, stopping_init):
     return folder, line, errors.getvalue()
 
 
+@pytest.mark.slow
 def test_checkpoints_that_hold_the_model_alone_are_named_and_kept(models_alone, capsys):
     folder, line, errors = models_alone
     assert "Stopped. With --save_only_model, the run cannot be continued." in errors
@@ -318,6 +323,7 @@ def read_strictly(path):
     return json.loads(path.read_text(), parse_constant=no_number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "train_val_split": 0}],
@@ -334,6 +340,7 @@ def test_a_training_that_diverges_says_at_which_step(arguments, tmp_path, capsys
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
 
 
+@pytest.mark.slow
 def test_weights_that_break_in_the_last_step_are_no_model(arguments, tmp_path, capsys, monkeypatch):
     """Without a validation, nothing else looks at them."""
 
@@ -373,6 +380,7 @@ def folder_arguments(arguments, folder, output_dir, **more):
     return line
 
 
+@pytest.mark.slow
 def test_bad_images_are_refused_or_skipped_and_recorded(arguments, tmp_path, capsys):
     folder = make_folder(tmp_path / "images")
     (folder / "a" / "3.png").write_bytes((folder / "a" / "3.png").read_bytes()[:60])
@@ -405,6 +413,7 @@ def test_bad_data_are_refused_before_any_work(arguments, tmp_path, capsys, chang
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_bad_unlabeled_images_are_refused_or_skipped(arguments, tmp_path, unlabeled_dir, capsys):
     shutil.copytree(unlabeled_dir, tmp_path / "others")
     (tmp_path / "others" / "broken.png").write_bytes(b"nothing")
@@ -452,6 +461,7 @@ def test_a_bank_without_training_images_of_a_class_is_refused(arguments, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_not_lost_where_it_cannot_be_published(arguments, tmp_path, monkeypatch, capsys):
     said = {}
 
@@ -715,6 +725,7 @@ def test_trackers_get_the_metrics(arguments, tmp_path, run_processes, name, plac
     assert read(tmp_path / "logged") == pytest.approx([entry["eval_accuracy"] for entry in epochs])
 
 
+@pytest.mark.slow
 def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([*arguments(tmp_path / "out"), "--dry_run"]) == 0
@@ -722,6 +733,7 @@ def test_dry_run_keeps_nothing(arguments, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_dry_run_without_the_evaluations_that_options_need(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"early_stopping_patience": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_on_start": True}
@@ -729,6 +741,7 @@ def test_dry_run_without_the_evaluations_that_options_need(arguments, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_dry_run_goes_through_unlabeled_images_and_the_bank(arguments, tmp_path, monkeypatch):
     """With made-up ones: the folder need not be there."""
     monkeypatch.chdir(tmp_path)

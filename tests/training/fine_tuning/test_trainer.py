@@ -106,6 +106,7 @@ def test_a_plain_trainer_trains_rbi(make_trainer):
     assert trainer.evaluate()["eval_accuracy"] > 0.5  # 4 classes by color
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_plain_trainer_learns_from_the_same_batches(make_trainer):
     """With one full batch an epoch, both see the same images in another order."""
     results = []
@@ -272,6 +273,7 @@ def first_loss(trainer):
     return losses_of(trainer)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "kernel"])
 def test_the_self_loss_is_that_of_training_without_relations(make_trainer, preset):
     """From the same start and images, the loss of a step is the mean of both."""
@@ -335,6 +337,7 @@ def test_unlabeled_images_learn_through_the_others_alone(make_trainer):
         assert (gradients[:5] > 0).all() and (gradients[5:] > 0).tolist() == [has_gradient] * 3
 
 
+@pytest.mark.slow
 def test_unlabeled_images_never_come_into_evaluation(make_trainer):
     trainer = make_trainer(unlabeled=12, unlabeled_per_batch=4, max_steps=2, eval_strategy="steps", eval_steps=1)
     seen = {True: [], False: []}
@@ -543,6 +546,7 @@ def test_label_smoothing_smooths_the_training_alone(make_trainer):
     assert metrics["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_what_is_evaluated_and_kept(make_trainer):
     trainer = make_trainer(
         ema_decay=0.9, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=1e-2
@@ -601,6 +605,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make_trainer):
 # --- Numbers that are not finite -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -688,6 +693,7 @@ def test_a_model_that_gives_no_numbers_is_never_the_best(make_trainer, metric, e
     assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_last_step_is_looked_at_too(make_trainer):
     trainer = make_trainer(callbacks=[Break(step=3)], max_steps=3)
     trainer.train()
@@ -737,6 +743,7 @@ EACH_STEP = {
 NO_GAIN = EACH_STEP | {"learning_rate": 0.0, "load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 4])
 @pytest.mark.parametrize("resume", [None, True])
 def test_early_stopping_goes_on_counting(make_trainer, step, resume):
@@ -764,12 +771,14 @@ class Counter(TrainerCallback, ExportableState):
         return {"args": {"start": self.start}, "attributes": {"count": self.count}}
 
 
+@pytest.mark.slow
 def test_callbacks_of_others_get_their_state_back(make_trainer):
     trainer = resumed(make_trainer, 2, lambda: [Counter(10), EarlyStoppingCallback(9)], max_steps=5, **NO_GAIN)
     (counter,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, Counter)]
     assert counter.count == 15
 
 
+@pytest.mark.slow
 def test_a_training_that_had_stopped_early_does_not_go_on(make_trainer):
     """Killed between its last checkpoint and its end."""
     options = {"max_steps": 9} | NO_GAIN
@@ -780,6 +789,7 @@ def test_a_training_that_had_stopped_early_does_not_go_on(make_trainer):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
 
 
+@pytest.mark.slow
 def test_the_evaluation_at_the_start_is_not_repeated(make_trainer):
     def callbacks():
         return [EarlyStoppingCallback(2)]
@@ -788,6 +798,7 @@ def test_the_evaluation_at_the_start_is_not_repeated(make_trainer):
     assert evaluations_of(trainer) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_moving_average_goes_on_too(make_trainer):
     """Also where the checkpoint is not named."""
     options = EACH_STEP | {"ema_decay": 0.9, "max_steps": 4} | SGD
@@ -797,6 +808,7 @@ def test_the_moving_average_goes_on_too(make_trainer):
     torch.testing.assert_close(weights_of(trainer), weights_of(whole), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_found_where_the_folder_was_moved(make_trainer, tmp_path):
     options = {"max_steps": 3, "output_dir": str(tmp_path / "before")} | NO_GAIN
     make_trainer(**options).train()

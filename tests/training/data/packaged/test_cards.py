@@ -35,6 +35,7 @@ def small_decks(monkeypatch, tmp_path):
     monkeypatch.setenv("RBI_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_cuts_the_sheet_into_its_cards(small_decks):
     drawn = draw_cards()
     assert len(drawn) == 8 * 52
@@ -47,6 +48,7 @@ def test_cuts_the_sheet_into_its_cards(small_decks):
         assert image.getextrema() == tuple((channel, channel) for channel in color)
 
 
+@pytest.mark.slow
 def test_holds_out_whole_families(small_decks):
     for seed in range(4):
         splits = load_cards_splits("families", seed)

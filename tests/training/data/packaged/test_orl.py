@@ -37,6 +37,7 @@ def full(psnr_of_pairs):
     return psnr_of_pairs(RBIConfig(psnr_image_size=None, **STATISTICS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "kernel", "default"])
 def test_psnr_of_small_images_ranks_pairs_as_full_size_does(preset, psnr_of_pairs, full):
     config = RBIConfig(**STATISTICS) if preset == "default" else getattr(RBIConfig, preset)(**STATISTICS)
@@ -56,6 +57,7 @@ def test_splits_have_so_many_photographs_of_each_person(config_name):
     assert len(set(paths)) == len(paths) == 400
 
 
+@pytest.mark.slow
 def test_splits_hold_the_images_of_the_set():
     faces = load_orl_faces()
     labels = {image.tobytes(): label for image, label in zip(faces["image"], faces["label"], strict=True)}
