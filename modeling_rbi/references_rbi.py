@@ -28,7 +28,7 @@ from transformers.utils import logging
 from .backbone_rbi import check_images, expected_image_size, in_evaluation
 from .bank_rbi import NO_LABEL, ReferenceBank, check_size
 from .configuration_rbi import RBIConfig
-from .errors_rbi import UserError, listed, shown_names
+from .errors_rbi import UserError, listed, normalized, shown_names
 from .reference_images_rbi import (
     check_choice,
     choose_references,
@@ -536,7 +536,7 @@ class AddedClassesMixin(ReferencesMixin):
 
         Args:
             names (`Sequence[str]`):
-                Names of the new classes.
+                Names of the new classes. White space and letters are normalized (single spaces, Unicode's NFC).
             images (`Dataset` or `Iterable`):
                 As in [`~RBIPreTrainedModel.set_references`], all with labels: 0 for the first new class, 1 for the
                 next.
@@ -550,8 +550,9 @@ class AddedClassesMixin(ReferencesMixin):
                 images of a class. The model is then unchanged.
         """
         bank, known = self.base_model.require_own_references("add classes to"), self.config.id2label
-        names = list(names)
-        if not names or len(set(names)) < len(names) or {*known.values(), *self.class_names.values()} & set(names):
+        names = [normalized(name) for name in names]
+        taken = {normalized(name) for name in (*known.values(), *self.class_names.values())}
+        if not names or not all(names) or len({*names}) < len(names) or taken & {*names}:
             raise UserError(f"The names of new classes must be new and differ from each other, got {names}.")
         if absent := sorted(set(known) - set(bank.labels.tolist())):
             raise UserError(
