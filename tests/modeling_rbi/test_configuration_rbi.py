@@ -75,7 +75,7 @@ def test_save_and_load_round_trip(preset, backbone, tmp_path):
         ({"id2label": {"0": "a", "2": "b"}}, "from 0 to 1, got 0, 2"),
         ({"id2label": {-1: "a", 0: "b"}}, "from 0 to 1, got -1, 0"),
         ({"label2id": {"a": 1, "b": 2}}, "from 0 to 1, got 1, 2"),
-        ({"id2label": {"cat": 0, "dog": 1}}, "must be class numbers, got cat, dog"),
+        ({"id2label": {"cat": "0", "dog": "1"}}, "must be class numbers, got cat, dog"),
         ({"id2label": {0: "a", 1: "b", 2: "c"}, "num_labels": 5}, r"`num_labels` is 5.*3 classes \(a, b, c\)"),
         ({"label2id": {"a": 0, "b": 1}, "num_labels": 1}, r"`num_labels` is 1.*2 classes"),
     ],
