@@ -44,7 +44,8 @@ class ReferenceBank(nn.Module):
     mean: torch.Tensor  # (d,)
     keys: torch.Tensor  # (N, d)
     values: torch.Tensor  # (N, d)
-    response: torch.Tensor  # key and value of a fixed vector, which identify the weights of keys and values, (2, d)
+    vector: torch.Tensor  # a fixed one, (1, d)
+    response: torch.Tensor  # its key and value, which identify the weights of keys and values, (2, d)
 
     def __init__(self, config: RBIConfig):
         super().__init__()
@@ -63,6 +64,7 @@ class ReferenceBank(nn.Module):
         self.register_buffer("mean", torch.zeros(num_features), persistent=False)
         self.register_buffer("keys", torch.zeros(size, num_features), persistent=False)
         self.register_buffer("values", torch.zeros(size, num_features), persistent=False)
+        self.register_buffer("vector", torch.zeros(1, num_features), persistent=False)
         self.register_buffer("response", torch.zeros(2, num_features), persistent=False)
 
     def __len__(self) -> int:

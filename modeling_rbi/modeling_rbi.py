@@ -665,7 +665,7 @@ class RBIForImageClassification(RBIPreTrainedModel, AddedClassesMixin):
 
         loss = None
         if labels is not None:
-            labels = self._check_labels(labels, logits)
+            labels = self._prepare_labels(labels, logits)
             loss = self.loss_function(labels, logits, self.config)
             if self_logits is not None:
                 weight = self.rbi.self_loss_weight
@@ -681,7 +681,7 @@ class RBIForImageClassification(RBIPreTrainedModel, AddedClassesMixin):
             self_logits=self_logits,
         )
 
-    def _check_labels(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def _prepare_labels(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels in the shape and type that the loss of this kind of problem takes."""
         batch_size, num_labels = logits.shape
         labels = torch.as_tensor(labels, device=logits.device)

@@ -14,6 +14,7 @@
 """Methods that set, add, remove and describe the references of a model, and that add classes from them."""
 
 import copy
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -49,9 +50,8 @@ NUM_MEAN_REFERENCES = 1024
 NEVER = -1e4
 
 
-def _is_placeholder(item: tuple[int, str]) -> bool:
+def _is_placeholder(label: int, name: str) -> bool:
     """Whether a class has the name that transformers gives to classes without names."""
-    label, name = item
     return name == f"LABEL_{label}"
 
 
@@ -394,7 +394,7 @@ class ReferenceBankMixin:
         bank, config = self.references, self.config
         has_labels = bank is not None and not bank.labels.is_meta
         known = sorted(set(bank.labels.tolist()) - {NO_LABEL}) if has_labels else []
-        is_renamed = len(names) == config.num_labels and all(map(_is_placeholder, names.items()))
+        is_renamed = len(names) == config.num_labels and all(itertools.starmap(_is_placeholder, names.items()))
         if not known or names == config.id2label or is_renamed:
             return
         if config.num_added_classes:
@@ -406,7 +406,7 @@ class ReferenceBankMixin:
         new = {
             name: label
             for label, name in config.id2label.items()
-            if counts[0][name] == counts[1][name] == 1 and not _is_placeholder((label, name))
+            if counts[0][name] == counts[1][name] == 1 and not _is_placeholder(label, name)
         }
         matched = {label: new.get(names[label], NO_LABEL) for label in known}
         bank.labels.copy_(torch.tensor([matched.get(label, NO_LABEL) for label in bank.labels.tolist()]))

@@ -424,21 +424,22 @@ class ResidualRelationshipAttention(nn.Module):
         # Tensors made in inference mode could not be used in a later forward pass with gradients.
         with torch.inference_mode(False), torch.no_grad(), maybe_autocast(device_type=device_type, enabled=False):
             references.mean, references.keys, references.values = self.project_references(references)
+            references.vector = torch.arange(1.0, references.features.shape[1] + 1).sin()[None].to(references.features)
             references.response = self._response(references)
         references.is_prepared = True
 
     def _projected(self, references: ReferenceBank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `project_references`, but takes what was prepared where the weights are the same and need no gradient."""
-        if torch.compiler.is_compiling() and not (torch.compiler.is_exporting() and references.is_prepared):
-            # A compiled graph cannot look at values, and outlives changes of the weights. An exported one does not.
+        is_exporting = torch.compiler.is_exporting()
+        # A compiled graph cannot look at values, and outlives changes of the weights. An exported one does not.
+        if self.training or (torch.compiler.is_compiling() and not (is_exporting and references.is_prepared)):
             return self.project_references(references)
-        if not torch.compiler.is_exporting():
-            if self.training:
-                return self.project_references(references)
+        if not is_exporting:
             with maybe_autocast(device_type=references.features.device.type, enabled=False):
                 response = self._response(references)
             if response.requires_grad or response.is_meta:
                 return self.project_references(references)
+            # Of the same tensors in one process. Where rounding differs all the same, they are computed again.
             if not (references.is_prepared and torch.equal(response, references.response)):
                 self.prepare_references(references)
         return references.mean, references.keys, references.values
@@ -448,8 +449,7 @@ class ResidualRelationshipAttention(nn.Module):
         Key and value of a fixed vector, (2, d). They change with the weights, however these are changed: in place or
         not, by a hook, an adapter that is switched off, or quantization.
         """
-        vector = torch.arange(1.0, references.features.shape[1] + 1, device=references.features.device).sin()[None]
-        vector = vector.to(self._dtype(references))
+        vector = references.vector.to(self._dtype(references))
         return torch.cat([self.key(vector), self.value(vector)])
 
     def _dtype(self, references: ReferenceBank) -> torch.dtype:

@@ -308,7 +308,7 @@ def test_impossible_combinations_are_refused_by_name(kwargs, named):
 
 
 @pytest.mark.parametrize("config_class", [CLIPConfig, SiglipConfig])
-def test_a_config_of_several_towers_is_refused_with_the_mend(config_class):
+def test_a_config_of_several_towers_is_refused_with_the_fix(config_class):
     full = config_class()
     with pytest.raises(StrictDataclassError, match=r"several towers.*`backbone_config\.vision_config`"):
         RBIConfig(backbone_config=full)
@@ -357,7 +357,7 @@ def test_an_unknown_field_near_to_none_is_answered_with_all():
 
 
 @pytest.mark.parametrize("load", [RBIConfig.from_pretrained, AutoConfig.from_pretrained, RBIModel.from_pretrained])
-def test_a_config_of_a_newer_version_is_refused_with_the_mend(load, tmp_path):
+def test_a_config_of_a_newer_version_is_refused_with_the_fix(load, tmp_path):
     RBIConfig.kernel().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"relation_bank_size": 4096}))

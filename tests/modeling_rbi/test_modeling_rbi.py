@@ -645,7 +645,7 @@ def test_a_checkpoint_of_another_number_of_classes(saved, model):
     assert torch.equal(loaded.rbi.rra.value.weight, model.rbi.rra.value.weight)
 
 
-def test_a_bare_backbone_is_refused_with_the_mend(backbone_config, tmp_path):
+def test_a_bare_backbone_is_refused_with_the_fix(backbone_config, tmp_path):
     ConvNextModel(backbone_config).save_pretrained(tmp_path)
     config = RBIConfig(backbone_config=backbone_config)
     with pytest.raises(ValueError, match=r"bare backbone, which `RBIModel\.from_backbone_pretrained` takes"):

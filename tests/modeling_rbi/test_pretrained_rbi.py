@@ -282,7 +282,7 @@ def vit_config():
     )
 
 
-def test_the_folder_of_another_model_is_refused_with_the_mend(vit_config, tmp_path):
+def test_the_folder_of_another_model_is_refused_with_the_fix(vit_config, tmp_path):
     ViTModel(vit_config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r'of a "vit" model, not of RBI.*from_backbone_pretrained'):
         RBIForImageClassification.from_pretrained(tmp_path)

@@ -98,6 +98,15 @@ def missing_decoder(head: bytes, ending: str = "") -> str | None:
     return None
 
 
+def first_bytes(path: str | Path) -> bytes:
+    """The first 12 bytes of a file; none if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(12)
+    except OSError:
+        return b""
+
+
 def _why_not_open(source: Any, name: str, error: Exception) -> str:
     if isinstance(source, (str, Path)):
         if not Path(source).exists():
@@ -109,6 +118,6 @@ def _why_not_open(source: Any, name: str, error: Exception) -> str:
         if not Path(source).stat().st_size:
             return f"{name} is empty."
     if isinstance(error, Image.UnidentifiedImageError):
-        head = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        head = source.getvalue() if isinstance(source, io.BytesIO) else first_bytes(source)
         return f"{name} is not an image of a known format." + (f" {hint}" if (hint := missing_decoder(head)) else "")
     return f"{name} cannot be opened: {error}"

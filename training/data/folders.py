@@ -18,7 +18,7 @@ from modeling_rbi import NO_LABEL, UserError
 from modeling_rbi.errors_rbi import listed, normalized
 
 from .arguments import DataArguments
-from .decode import known_formats, missing_decoder
+from .decode import first_bytes, known_formats, missing_decoder
 from .form import BadDataError, path_dataset
 
 
@@ -221,7 +221,7 @@ def ignored_files(args: DataArguments) -> dict[str, list[str]]:
 def why_unread(path: str) -> str:
     """Why a file that may be an image cannot be read as one, and what to do."""
     ending = os.path.splitext(path)[1].lower()
-    if (hint := missing_decoder(_head(path), ending)) is not None:
+    if (hint := missing_decoder(first_bytes(path), ending)) is not None:
         return f"{path} cannot be read. {hint}"
     if (name := _common_format(path)) is not None:
         return f"{path} is an image of format {name}: give it the ending {_COMMON_FORMATS[name]}."
@@ -312,7 +312,7 @@ def _may_be_image(path: str) -> bool:
     kind = _type_of(path)
     if ending not in _OTHER_ENDINGS and (kind is None or kind.startswith("image/") or ending == ".eps"):
         return True
-    return _common_format(path) is not None or missing_decoder(_head(path)) is not None
+    return _common_format(path) is not None or missing_decoder(first_bytes(path)) is not None
 
 
 def _is_regular(path: str) -> bool:
@@ -323,15 +323,6 @@ def _is_regular(path: str) -> bool:
 def _type_of(path: str) -> str | None:
     """The type of a file by its ending."""
     return _TYPES.guess_type(f"x{os.path.splitext(path)[1].lower()}", strict=False)[0]
-
-
-def _head(path: str) -> bytes:
-    """The first bytes of a file; none if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(12)
-    except OSError:
-        return b""
 
 
 def _common_format(path: str) -> str | None:
