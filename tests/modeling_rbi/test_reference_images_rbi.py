@@ -295,8 +295,9 @@ def test_a_photograph_of_a_telephone_stands_upright_in_the_bank(bare_model, add)
         last = {name: values[-1] for name, values in bank.items() if name in ("features", "images")}
         if image.format:
             expected = last
-    for name, values in expected.items():
-        assert torch.equal(last[name], values)
+    # Computed in two passes of the backbone, which may round otherwise, and thumbnails with them by one gray level.
+    torch.testing.assert_close(last["features"], expected["features"], atol=1e-5, rtol=1e-5)
+    assert (last["images"].int() - expected["images"].int()).abs().max() <= 1
 
 
 def test_a_gray_model_gets_gray_images(backbone_config):
